@@ -1,0 +1,197 @@
+"""Stage 03: the teacher labels every impression with a probability for each of the five levels.
+
+Paper: "Distill LLM into Servable Student Model": the soft labels are the softmax of the teacher's five logits, on unlabelled,
+multilingual impressions; a teacher trained on English labels so carries them over to other languages.
+
+Reads   RUN/features/, RUN/teacher/
+Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet: p1 … p5 float32, each row sums to 1
+
+Toy     python 03_label.py
+Paper   accelerate launch 03_label.py --preset paper --run /runs/search      (shards are dealt to processes; killed, any number of processes continues)
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+import common
+from common import C, PackedRows, PairText, Stop, Teacher, write_parquet
+
+PRESETS = {
+    "toy": dict(batch_tokens=8_192, workers=0),
+    "paper": dict(batch_tokens=32_768, workers=4),  # our choice; the labels do not depend on them
+}
+CHECKED_ROWS = 256  # rows labelled with and without merged LoRA, to report how far labels move
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass, padding included")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="weights and compute (auto: bf16 on a GPU)")
+    p.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="add LoRA into plain weights (default); --no-merge keeps NF4, for small memory")
+    p.add_argument("--workers", type=int, metavar="N", help="processes that tokenise ahead of the model; 0: in this one")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    return common.parse(p, PRESETS, argv)
+
+
+class Shards:
+    """What a worker needs to turn a shard of pairs into token ids."""
+
+    def __init__(self, features, teacher_folder, about):
+        self.features, self.about = Path(features), about
+        config = common.load_config(about["model"])
+        self.tokenizer = common.load_tokenizer(teacher_folder / "tokenizer", config)
+        self.text = PairText(self.tokenizer, about["kind"], about["fields"], about["max_tokens"])
+        self.queries = pq.read_table(self.features / "queries.parquet", columns=["query"])["query"]
+        self.pins = pq.ParquetFile(self.features / "pins.parquet", memory_map=True)
+        sizes = [self.pins.metadata.row_group(g).num_rows for g in range(self.pins.num_row_groups)]
+        self.group_start = np.concatenate([[0], np.cumsum(sizes)])
+
+    def pin_columns(self, pins):
+        """Text fields of pins (sorted row numbers), one row group in memory at a time: dict of columns."""
+        columns = {name: [] for name in self.text.fields}
+        group = np.searchsorted(self.group_start, pins, side="right") - 1
+        for g in np.unique(group):
+            table = self.pins.read_row_group(g, columns=list(columns)).take(pins[group == g] - self.group_start[g])
+            for name, values in columns.items():
+                values += table[name].to_pylist()
+        return columns
+
+    def token_ids(self, path):
+        """A shard's PackedRows. Each query and pin of the shard is tokenised once."""
+        table = pq.read_table(path, columns=["query_index", "pin_index"])
+        queries, which_query = np.unique(table["query_index"].to_numpy(), return_inverse=True)
+        pins, which_pin = np.unique(table["pin_index"].to_numpy(), return_inverse=True)
+        query_ids = self.text.queries(self.queries.take(queries).to_pylist())
+        pin_ids = self.text.pins(self.pin_columns(pins))
+        return PackedRows(self.text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin))
+
+
+_shards = None
+
+
+def start_worker(*args):
+    """A worker process keeps one Shards."""
+    global _shards
+    common.quiet()
+    _shards = Shards(*args)
+
+
+def worker_token_ids(path):
+    return _shards.token_ids(path)
+
+
+def tokenised(paths, shards, workers, make):
+    """Yields (path, PackedRows), tokenised ahead of the model by `workers` processes."""
+    if workers == 0 or len(paths) < 2:
+        for path in paths:
+            yield path, shards.token_ids(path)
+        return
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, make) as pool:
+        ahead = []
+        for path in [*paths, *[None] * (workers + 1)]:
+            if path is not None:
+                ahead.append((path, pool.submit(worker_token_ids, path)))
+            if ahead and (path is None or len(ahead) > workers):
+                first, future = ahead.pop(0)
+                yield first, future.result()
+
+
+def write_labels(path, probabilities):
+    """Soft labels [B, C] -> columns p1 … p5 (p5: excellent)."""
+    write_parquet(path, {f"p{level}": probabilities[:, level - 1] for level in range(1, C + 1)})
+
+
+def load_teacher(args, folder, shards, sample, device, dtype):
+    """The teacher ready to label, LoRA merged unless --no-merge, and how far merging moved the labels of `sample` rows."""
+    teacher, about = Teacher.load(folder, dtype, device)
+    if not about["lora"] or not args.merge:
+        return teacher, None
+    label = lambda: common.soft_labels(teacher, sample, shards.tokenizer.pad_token_id, args.batch_tokens, device, dtype)
+    before = label()
+    common.merge_lora(teacher, dtype)
+    after = label()
+    return teacher, {"rows": len(before), "max_difference": float(np.abs(after - before).max()),
+                     "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    common.quiet()
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    dtype = common.pick_dtype(args.precision, device)
+    features, folder = args.run / "features", args.run / "labels"
+
+    # 1. What is inherited
+    made = common.need(features, f"01_build_features.py --run {args.run}")
+    trained = common.need(args.run / "teacher", f"02_train_teacher.py --run {args.run}")
+    if trained["inputs"]["features"] != made["identity"]:
+        raise Stop(f"{args.run / 'teacher'} was trained on other features than {features} holds now: run 02_train_teacher.py --overwrite")
+    stage = common.start(accelerator, folder, args, {"features": made["identity"], "teacher": trained["weights"], "text": trained["text"]})
+    if stage is None:
+        return
+    about = common.read_json(args.run / "teacher" / "teacher.json")
+    make = (features, args.run / "teacher", about)
+    shards = Shards(*make)
+    if shards.text.describe() != trained["text"]:
+        raise Stop(f"{args.run / 'teacher'}: its text template is not this code's: run 02_train_teacher.py --overwrite")
+
+    # 2. The teacher
+    labelled = shards.token_ids(features / "labelled.parquet")
+    sample = PackedRows(labelled.flat[labelled.start[i]:labelled.start[i] + labelled.lengths[i]] for i in range(min(CHECKED_ROWS, len(labelled))))
+    teacher, moved = load_teacher(args, args.run / "teacher", shards, sample, device, dtype)
+    parts = sorted((features / "impressions").glob("part-*.parquet"))
+    todo = [p for p in [features / "labelled.parquet", *parts] if not target(folder, features, p).exists()]
+    if accelerator.is_main_process:
+        print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}, at most {about['max_tokens']} tokens; "
+              f"{device}, {str(dtype).removeprefix('torch.')}, {world} process(es)")
+        if moved:
+            print(f"LoRA merged: labels of {moved['rows']} rows moved by at most {moved['max_difference']:.1e}, same level on {100 * moved['same_level']:.1f} %")
+        print(f"shards: {1 + len(parts)}, of which {len(todo)} to label")
+
+    # 3. Soft labels, one output shard an input shard; a shard is written whole or not at all
+    start, rows_done, tokens, padded = time.time(), 0, 0, 0
+    count = sum(pq.read_metadata(p).num_rows for p in todo[rank::world])
+    with tqdm(total=count, desc="soft labels", unit=" rows", unit_scale=True, disable=not accelerator.is_main_process) as bar:
+        for path, ids in tokenised(todo[rank::world], shards, args.workers, make):
+            write_labels(target(folder, features, path), common.soft_labels(
+                teacher, ids, shards.tokenizer.pad_token_id, args.batch_tokens, device, dtype, bar.update))
+            rows_done += len(ids)
+            tokens += int(ids.lengths.sum())
+            padded += padded_tokens(ids.lengths, args.batch_tokens)
+    seconds = max(time.time() - start, 1e-9)
+    accelerator.wait_for_everyone()
+
+    # 4. Summary
+    if accelerator.is_main_process:
+        if rows_done:
+            print(f"this process: {rows_done / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s, padding {100 * (padded / tokens - 1):.1f} % of tokens")
+        means = np.mean([np.stack([pq.read_table(target(folder, features, p))[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1).mean(0)
+                         for p in parts[:100]], axis=0)
+        print("mean soft label: " + ", ".join(f"{level}: {100 * m:.0f} %" for level, m in enumerate(means, 1)))
+        stage.finish(rows={"impressions": sum(pq.read_metadata(p).num_rows for p in parts), "labelled": len(labelled)}, merge=moved)
+    accelerator.wait_for_everyone()
+
+
+def target(folder, features, path):
+    """The label shard of a feature shard."""
+    return folder / path.relative_to(features)
+
+
+def padded_tokens(lengths, budget):
+    """Tokens the forward passes see, padding included."""
+    order = np.sort(lengths)[::-1]
+    return int(sum(order[b[0]] * len(b) for b in common.token_batches(order, budget)))
+
+
+if __name__ == "__main__":
+    common.run(main)

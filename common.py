@@ -1,0 +1,790 @@
+"""What two or more stages share, and nothing else.
+
+    1  levels and the text the teacher reads    02, 03
+    2  the teacher, a cross-encoder             02, 03
+    3  the student, a feed-forward network      04, 05
+    4  raw tables and their checks              01 and the converters in data/
+    5  plumbing: presets, stage.json, locks, atomic writes (may be skipped: no method in it)
+
+Shape letters used everywhere: B rows, T tokens, C = 5 relevance levels, D embedding size, F match features.
+The paper: Wang et al., 2024, "Improving Pinterest Search Relevance Using Large Language Models" (arXiv 2410.17152).
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Stop(Exception):
+    """Ends a stage with one line: what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Levels and the text the teacher reads  (paper: "Pin Text Representations")
+
+LEVELS = {5: "excellent", 4: "good", 3: "complementary", 2: "poor", 1: "highly irrelevant"}
+C = len(LEVELS)
+
+# The six text sources of the paper in the order they are read. Each is a column of features/pins.parquet.
+FIELDS = ("title", "description", "caption", "queries", "boards", "links")
+
+
+def share_budget(lengths, budget):
+    """Token allowance of each field when all must fit into `budget`: max-min fair, so that a short field is kept whole
+    and only the longest are cut. [12, 300, 8], budget 60 -> [12, 40, 8]."""
+    allowed = [0] * len(lengths)
+    left = max(budget, 0)
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for rank, i in enumerate(order):
+        allowed[i] = min(lengths[i], left // (len(order) - rank))
+        left -= allowed[i]
+    for i in range(len(lengths)):  # what integer division left over goes to the first field that was cut
+        extra = min(left, lengths[i] - allowed[i])
+        allowed[i] += extra
+        left -= extra
+    return allowed
+
+
+class PairText:
+    """Turns (query, pin) into the token ids of `[CLS] query [SEP] title: … description: … [SEP]`.
+
+    The query is never truncated; the fields share what is left of `max_tokens` (share_budget). A tokenizer without
+    [CLS] opens with its beginning-of-text token (Llama) or nothing (T5). One without [SEP] separates with end-of-text for an encoder-decoder, as T5 does
+    for sentence pairs, and with a line break for a decoder, and both close with end-of-text: the token a decoder is read
+    out at is then always the same one (our choice; RepLLaMA, Ma et al., 2023, does so)."""
+
+    def __init__(self, tokenizer, kind, fields, max_tokens):
+        self.tokenizer, self.fields, self.max_tokens = tokenizer, tuple(fields), max_tokens
+        ids = lambda token: [] if token is None else [token]
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        self.open = ids(first) if kind != "encoder-decoder" else []
+        if tokenizer.sep_token_id is not None:
+            self.separator = self.close = [tokenizer.sep_token_id]
+        elif kind == "encoder-decoder":
+            self.separator = self.close = ids(tokenizer.eos_token_id)
+        else:
+            self.separator, self.close = tokenizer.encode("\n", add_special_tokens=False), ids(tokenizer.eos_token_id)
+
+    def describe(self):
+        """The template's identity, part of every label shard's: a change of it is a change of the labels."""
+        return {"fields": list(self.fields), "max_tokens": self.max_tokens, "template": "open query sep (name: text)* close",
+                "open": self.open, "separator": self.separator, "close": self.close}
+
+    def _ids(self, texts):
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+
+    def queries(self, texts):
+        """Token ids of each query. Stop if one does not fit: it is never cut."""
+        ids = self._ids(list(texts))
+        room = self.max_tokens - len(self.open) - len(self.separator) - len(self.close)
+        for text, tokens in zip(texts, ids):
+            if len(tokens) > room:
+                raise Stop(f"the query {text[:60]!r}… has {len(tokens)} tokens, room is for {room}: raise --max-tokens or shorten the query")
+        return ids
+
+    def pins(self, table):
+        """Token ids of every field of every pin: a list of (one list a non-empty field) a pin. `table`: dict of columns."""
+        rows = len(table[self.fields[0]]) if self.fields else 0
+        where, texts = [], []
+        for i in range(rows):
+            for name in self.fields:
+                if table[name][i]:
+                    where.append(i)
+                    texts.append(f"{name}: {table[name][i]}")
+        pins = [[] for _ in range(rows)]
+        for i, tokens in zip(where, self._ids(texts)):
+            pins[i].append(tokens)
+        return pins
+
+    def pair(self, query, pin):
+        """Token ids of one pair, from one element of queries() and one of pins(); at most max_tokens long."""
+        head = self.open + query + self.separator
+        room = self.max_tokens - len(head) - len(self.close)
+        lengths = [len(tokens) for tokens in pin]
+        if sum(lengths) > room:
+            pin = [tokens[:n] for tokens, n in zip(pin, share_budget(lengths, room))]
+        return head + [t for tokens in pin for t in tokens] + self.close
+
+
+class PackedRows:
+    """Token ids of many rows in one flat int32 array; batch() pads the rows asked for."""
+
+    def __init__(self, rows):
+        rows = list(rows)
+        self.lengths = np.array([len(r) for r in rows], dtype=np.int64)
+        self.start = np.cumsum(self.lengths) - self.lengths
+        self.flat = np.fromiter((t for r in rows for t in r), dtype=np.int32, count=int(self.lengths.sum()))
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def batch(self, rows, pad_id, side="right"):
+        """Row numbers [B] -> input_ids [B, T] and attention_mask [B, T], int64."""
+        n = self.lengths[rows][:, None]
+        T = int(n.max())
+        column = np.arange(T)[None, :] - (T - n if side == "left" else 0)
+        mask = (column >= 0) & (column < n)
+        at = np.where(mask, self.start[rows][:, None] + column, 0)
+        return torch.from_numpy(np.where(mask, self.flat[at], pad_id).astype(np.int64)), torch.from_numpy(mask.astype(np.int64))
+
+
+def token_batches(lengths, budget):
+    """Row numbers in batches of at most `budget` padded tokens (at least one row each). `lengths` should be sorted."""
+    batch, longest = [], 0
+    for row, n in enumerate(lengths):
+        longest = max(longest, n)
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch, longest = [], n
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  The teacher  (paper: "LLM as Relevance Model")
+
+
+def pool(hidden, mask, how):
+    """Hidden states [B, T, D] and attention mask [B, T] -> [B, D]: the `first` ([CLS]) or `last` non-padding token.
+    Found by the mask, never by token id (pad may equal eos), whatever the padding side."""
+    if how == "first":
+        at = mask.argmax(dim=1)
+    else:
+        at = (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+
+
+def backbone_kind(config):
+    """'encoder' (BERT, DeBERTa, XLM-R), 'encoder-decoder' (T5: its encoder is used) or 'decoder' (Llama), from the model's config."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    name = config.model_type
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "decoder"
+    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    raise Stop(f"a model of type {name!r} is no text encoder, encoder-decoder or decoder: give --model a BERT-, DeBERTa-, T5- or Llama-like model")
+
+
+def load_config(model):
+    """The config of a model folder or hub id; Stop with one line when there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise Stop(f"{model}: no usable model config here ({first_line(e)}); give a folder written by save_pretrained, or a hub id") from e
+
+
+def fit_length(max_tokens, config):
+    """max_tokens if the model has as many positions, else Stop."""
+    limit = getattr(config, "max_position_embeddings", None) or max_tokens
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        limit -= config.pad_token_id + 1  # these count positions from there
+    if max_tokens > limit:
+        raise Stop(f"--max-tokens {max_tokens}: this model reads at most {limit}")
+    return max_tokens
+
+
+def load_backbone(model, dtype, quantise=False, device="cpu"):
+    """A pre-trained model without its language-model head. Safetensors only, no remote code.
+
+    quantise: NF4 with double quantisation and `dtype` as compute type (QLoRA, Dettmers et al., 2023), loaded straight into 4 bit."""
+    from transformers import AutoModel, AutoModelForTextEncoding, BitsAndBytesConfig
+
+    config = load_config(model)
+    cls = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
+    extra = {}
+    if quantise:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        extra["device_map"] = {"": str(device)}
+    try:
+        backbone = cls.from_pretrained(model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
+        if quantise:
+            raise Stop(f"{model} cannot be loaded in 4 bit here ({first_line(e)}); --no-qlora trains plain LoRA instead") from e
+        raise Stop(f"{model}: cannot be loaded ({first_line(e)}); it must hold safetensors weights (pickled ones are refused)") from e
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # an extra layer that some encoders carry; not read here, and unused weights stall data-parallel training
+    return backbone if quantise else backbone.to(device)
+
+
+def load_tokenizer(model, config):
+    """The tokenizer, with a pad token: its own, else the config's, else end-of-text (pooling goes by the mask, so that is safe)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise Stop(f"{model}: its tokenizer cannot be loaded ({first_line(e)})") from e
+    if tokenizer.pad_token_id is None:
+        known = getattr(config, "pad_token_id", None)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known) if known is not None else tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise Stop(f"{model}: its tokenizer has neither a pad nor an end-of-text token")
+    config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+class Teacher(nn.Module):
+    """Cross-encoder: backbone -> first or last token -> fully connected head -> logits of the five levels.
+
+    The head ("several fully connected layers", the paper; two hidden ones of at most 1,024, our choice) is built outside
+    the backbone, always fp32, never quantised, and saved in a file of its own: the classic ways to lose it are closed."""
+
+    def __init__(self, backbone, kind, dropout=0.1):
+        super().__init__()
+        self.backbone, self.kind = backbone, kind
+        self.how = "last" if kind == "decoder" else "first"
+        D = backbone.config.hidden_size
+        H = min(D, 1024)
+        self.head = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Dropout(dropout),
+                                  nn.Linear(H, H), nn.GELU(), nn.Dropout(dropout), nn.Linear(H, C)).float()
+
+    def forward(self, input_ids, attention_mask):
+        """Token ids and mask [B, T] -> logits [B, C], fp32."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self.head(pool(hidden, attention_mask, self.how).float())
+
+    def save(self, folder, about):
+        """Writes adapter/ or backbone/, head.safetensors and teacher.json (`about`: model, fields, max_tokens, lora, qlora, …)."""
+        folder = Path(folder)
+        self.backbone.save_pretrained(folder / ("adapter" if about["lora"] else "backbone"))
+        save_file({k: v.float().contiguous().cpu() for k, v in self.head.state_dict().items()}, folder / "head.safetensors")
+        write_json(folder / "teacher.json", about)
+
+    @classmethod
+    def load(cls, folder, dtype=torch.float32, device="cpu"):
+        """The teacher that 02 wrote, in evaluation mode, and its `about`. LoRA is left beside the backbone: merge_lora() adds it in."""
+        folder = Path(folder)
+        about = read_json(folder / "teacher.json")
+        if about["lora"]:
+            from peft import PeftModel
+
+            backbone = load_backbone(about["model"], dtype, quantise=about["qlora"], device=device)
+            backbone = PeftModel.from_pretrained(backbone, folder / "adapter")
+        else:
+            backbone = load_backbone(folder / "backbone", dtype, device=device)
+        teacher = cls(backbone, about["kind"])
+        teacher.head.load_state_dict(load_file(folder / "head.safetensors"))
+        teacher.head.to(device)
+        return teacher.eval(), about
+
+
+@torch.inference_mode()
+def soft_labels(teacher, rows, pad_id, token_budget, device, dtype=torch.float32, progress=None):
+    """softmax(logits) of every row of `rows` (PackedRows): float32 [B, C] in the rows' order.
+
+    Batches hold at most `token_budget` tokens, from rows sorted by length: almost no padding. `progress`: called with each batch's size."""
+    order = np.argsort(rows.lengths, kind="stable")[::-1]  # longest first: if a batch does not fit into memory, the first one fails
+    out = np.empty((len(rows), C), dtype=np.float32)
+    for batch in token_batches(rows.lengths[order], token_budget):
+        batch = order[batch]
+        ids, mask = (t.to(device, non_blocking=True) for t in rows.batch(batch, pad_id))
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = teacher(ids, mask)
+        out[batch] = logits.double().softmax(dim=1).float().cpu().numpy()
+        if progress:
+            progress(len(batch))
+    return out
+
+
+@torch.no_grad()
+def merge_lora(teacher, dtype):
+    """Replaces every LoRA-wrapped linear layer by a plain one with weight W + (alpha / r) B A (Hu et al., 2022), W dequantised
+    from NF4 where it is in 4 bit. peft's own merge would quantise the sum again, which moves the labels."""
+    from peft.tuners.lora import LoraLayer
+
+    base = teacher.backbone.get_base_model()
+    for name, layer in [(n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)]:
+        old = layer.get_base_layer()
+        weight = old.weight
+        if getattr(weight, "quant_state", None) is not None:
+            import bitsandbytes.functional as bnb
+
+            weight = bnb.dequantize_4bit(weight.data, weight.quant_state)
+        weight = weight.float() + layer.get_delta_weight("default").float()
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=old.bias is not None, device=weight.device, dtype=dtype)
+        new.weight.copy_(weight)
+        if old.bias is not None:
+            new.bias.copy_(old.bias)
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, new)
+    teacher.backbone = nn.Module.to(base, dtype)  # not base.to(): it refuses a model that was loaded in 4 bit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  The student  (paper: "Distill LLM into Servable Student Model")
+
+MATCH_FEATURES = ("bm25", "terms_matched", "text_cosine", "engagement")
+
+
+class Student(nn.Module):
+    """Feed-forward network over a query's and a pin's precomputed embeddings, embedding tables for categories, and match
+    features. spec: {"embeddings": {name: D}, "categories": {column: [values]}, "mean", "std": [F], "hidden": [widths], …}."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec = spec
+        self.sizes = list(spec["embeddings"].values())
+        # Row 0 of every table is "unknown": null, or a value not seen when the spec was made.
+        self.tables = nn.ModuleList(nn.Embedding(len(values) + 1, spec["category_dim"]) for values in spec["categories"].values())
+        self.register_buffer("mean", torch.tensor(spec["mean"], dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(spec["std"], dtype=torch.float32))
+        widths = [sum(self.sizes) + spec["category_dim"] * len(self.tables) + len(spec["mean"]), *spec["hidden"]]
+        layers = []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(spec["dropout"])]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], C))
+
+    def forward(self, embeddings, categories, match):
+        """embeddings [B, sum of D] side by side, categories [B, K] int64, match features [B, F] -> logits [B, C]."""
+        # Each embedding is brought to mean 0 and variance 1 a row, so that sources of different scale start out equal (our choice).
+        parts = [F.layer_norm(e, e.shape[-1:]) for e in embeddings.float().split(self.sizes, dim=1)] if self.sizes else []
+        parts += [table(categories[:, k]) for k, table in enumerate(self.tables)]
+        parts.append((match - self.mean) / self.std)
+        return self.mlp(torch.cat(parts, dim=1))
+
+    def save(self, folder):
+        """Writes model.safetensors and features.json (the feature spec with its normalisation)."""
+        save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
+        write_json(Path(folder) / "features.json", self.spec)
+
+    @classmethod
+    def load(cls, folder):
+        """The student that 04 wrote, in evaluation mode."""
+        student = cls(read_json(Path(folder) / "features.json"))
+        student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return student.eval()
+
+
+class StudentInputs:
+    """Gathers the student's inputs by query and pin index. Embeddings stay memory-mapped: pairs are never widened on disk."""
+
+    def __init__(self, features, spec=None, max_values=1000):
+        features = Path(features)
+        self.files = {p.name.removesuffix("_embedding.npy"): p for p in sorted(features.glob("*_embedding.npy"))}
+        if spec is not None and set(spec["embeddings"]) != set(self.files):
+            raise Stop(f"the student was trained on the embeddings {sorted(spec['embeddings'])}, {features} has {sorted(self.files)}: run 04 again with --overwrite")
+        self.embeddings = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in self.files.items()}
+        self.categories, self.codes = {}, {}
+        for side, file, known in (("query", "queries.parquet", {"query_id", "query", "language"}), ("pin", "pins.parquet", {"pin_id", "image", *FIELDS})):
+            for name in (n for n in pq.read_schema(features / file).names if n not in known):
+                key, column = f"{side}_{name}", pq.read_table(features / file, columns=[name])[name].cast(pa.string())
+                if spec is not None:
+                    values = spec["categories"].get(key, [])
+                else:  # the most frequent values, ties by name
+                    counts = sorted((-c.as_py(), v.as_py()) for v, c in ((x["values"], x["counts"]) for x in column.value_counts()) if v.is_valid)
+                    values = [v for _, v in counts[:max_values]]
+                self.categories[key] = values
+                index = pa.compute.index_in(column, pa.array(values, pa.string()))
+                self.codes[key] = (index.fill_null(-1).to_numpy() + 1).astype(np.int64)
+        if spec is not None and list(spec["categories"]) != list(self.categories):
+            raise Stop(f"the student was trained on the categories {list(spec['categories'])}, {features} has {list(self.categories)}: run 04 again with --overwrite")
+        self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
+        self.resident = None
+
+    def to(self, device, share=0.5):
+        """On a GPU: moves the embeddings there if they take at most `share` of its free memory; gathering is then done there."""
+        if device.type == "cuda" and sum(a.nbytes for a in self.embeddings.values()) < share * torch.cuda.mem_get_info(device)[0]:
+            self.resident = {name: torch.from_numpy(np.array(array)).to(device) for name, array in self.embeddings.items()}
+        return self
+
+    def gather(self, query_index, pin_index):
+        """Row numbers [B] of queries and pins -> embeddings [B, sum of D] and categories [B, K] int64."""
+        index = {"query": query_index, "pin": pin_index}
+        codes = [code[index[key.split("_")[0]]] for key, code in self.codes.items()]
+        codes = torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((len(query_index), 0), np.int64))
+        if self.resident is not None:
+            device = next(iter(self.resident.values())).device
+            index = {side: torch.from_numpy(rows).to(device) for side, rows in index.items()}
+            return torch.cat([array[index[name.split("_")[0]]].float() for name, array in self.resident.items()], 1), codes.to(device)
+        rows = np.empty((len(query_index), sum(self.dims.values())), dtype=np.float32)
+        at = 0
+        for name, array in self.embeddings.items():
+            rows[:, at:at + self.dims[name]] = array[index[name.split("_")[0]]]
+            at += self.dims[name]
+        return torch.from_numpy(rows), codes
+
+
+def in_validation(query_ids, share, salt):
+    """Boolean mask [B]: does the query belong to the held-out `share`? By a hash of its id, so that a query never stands on
+    both sides and the answer is the same on every machine."""
+    hashed = {q: int.from_bytes(hashlib.blake2b(f"{salt}:{q}".encode(), digest_size=8).digest(), "little") / 2**64 for q in set(query_ids)}
+    return np.array([hashed[q] < share for q in query_ids], dtype=bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Raw tables and their checks  (data/README.md is the contract)
+
+TABLES = {  # table -> required columns, and what each column is cast to (others are kept as they are)
+    "pins": (("pin_id",), {"pin_id": "VARCHAR", "title": "VARCHAR", "description": "VARCHAR", "image": "VARCHAR"}),
+    "queries": (("query_id", "query"), {"query_id": "VARCHAR", "query": "VARCHAR", "language": "VARCHAR", "interest": "VARCHAR", "shopping_interest": "VARCHAR"}),
+    "labels": (("query_id", "pin_id", "label"), {"query_id": "VARCHAR", "pin_id": "VARCHAR", "label": "DOUBLE", "split": "VARCHAR"}),
+    "impressions": (("query_id", "pin_id"), {"query_id": "VARCHAR", "pin_id": "VARCHAR"}),
+    "engagements": (("query", "pin_id", "date", "count"), {"query": "VARCHAR", "pin_id": "VARCHAR", "date": "DATE", "count": "BIGINT"}),
+    "boards": (("pin_id", "board_title"), {"pin_id": "VARCHAR", "board_title": "VARCHAR"}),
+    "link_visits": (("pin_id", "dwell_seconds"), {"pin_id": "VARCHAR", "link_title": "VARCHAR", "link_description": "VARCHAR", "dwell_seconds": "DOUBLE"}),
+}
+REQUIRED = ("pins", "queries", "labels", "impressions")
+
+
+class RawTables:
+    """The raw tables of a dataset folder as DuckDB views `raw_NAME`, every column of the contract cast to its type.
+
+    NAME.parquet, NAME.csv, NAME.jsonl, or a folder NAME/ of files of one of these kinds. Logs are never read into memory:
+    DuckDB scans them, and spills to `spill` beyond `memory`."""
+
+    def __init__(self, folder, spill, memory="4GB", threads=None):
+        self.folder, self.files = Path(folder), {}
+        if not self.folder.is_dir():
+            raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
+        self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": True,
+                                         **({"threads": threads} if threads else {})})
+        self.db.execute("SET enable_progress_bar = false")
+        for name in TABLES:
+            self._open(name)
+        self.name = {name: (files[0].name if files[0].parent == self.folder else f"{name}/") for name, files in self.files.items()}
+        for name in self.files:
+            self._check_types(name)
+
+    def has(self, name):
+        return name in self.files
+
+    def columns(self, name):
+        return [row[0] for row in self.db.execute(f"DESCRIBE raw_{name}").fetchall()]
+
+    def _open(self, name):
+        found = [p for p in (self.folder / f"{name}.{kind}" for kind in ("parquet", "csv", "jsonl")) if p.is_file()]
+        inside = self.folder / name
+        parts = sorted(p for p in inside.iterdir() if p.is_file() and p.suffix in (".parquet", ".csv", ".jsonl")) if inside.is_dir() else []
+        if len(found) + bool(parts) > 1:
+            raise Stop(f"{self.folder}: the table {name} is there more than once ({', '.join([p.name for p in found] + [name + '/'] * bool(parts))}): keep one")
+        files = found or parts
+        if not files:
+            if name in REQUIRED:
+                raise Stop(f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/): missing; data/README.md says what it holds")
+            return
+        if len({p.suffix for p in files}) > 1:
+            raise Stop(f"{inside}: files of different kinds; a table is of one kind")
+        paths = "[" + ", ".join("'" + str(p).replace("'", "''") + "'" for p in files) + "]"
+        reader = {".parquet": f"read_parquet({paths}, union_by_name=true)",
+                  ".csv": f"read_csv({paths}, header=true, all_varchar=true, union_by_name=true, delim=',', quote='\"', escape='\"', null_padding=false)",
+                  ".jsonl": f"read_json({paths}, format='newline_delimited', union_by_name=true, maximum_object_size=67108864)"}[files[0].suffix]
+        try:
+            self.db.execute(f"CREATE VIEW file_{name} AS SELECT * FROM {reader}")
+            present = {row[0] for row in self.db.execute(f"DESCRIBE file_{name}").fetchall()}
+        except duckdb.Error as e:
+            raise Stop(f"{files[0]}: cannot be read as {files[0].suffix[1:]} ({first_line(e)})") from e
+        required, types = TABLES[name]
+        for column in required:
+            if column not in present:
+                raise Stop(f"{files[0]}: column {column!r} is missing; it has {', '.join(sorted(present)) or 'none'}")
+        cast = [f'TRY_CAST("{c}" AS {t}) AS "{c}"' if c in present else f'CAST(NULL AS {t}) AS "{c}"' for c, t in types.items()]
+        extra = [f'CAST("{c}" AS VARCHAR) AS "{c}"' for c in sorted(present - set(types))] if name in ("pins", "queries") else []
+        self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(cast + extra)} FROM file_{name}")
+        self.files[name] = files
+
+    def _check_types(self, name):
+        """Required columns: no null, no value that is not of the column's type. Every table: at least one row."""
+        required, types = TABLES[name]
+        try:
+            if self.db.execute(f"SELECT count(*) FROM (SELECT 1 FROM file_{name} LIMIT 1)").fetchall()[0][0] == 0:
+                raise Stop(f"{self.name[name]}: the table is empty")
+            present = {row[0] for row in self.db.execute(f"DESCRIBE file_{name}").fetchall()}
+            for column, kind in types.items():
+                if column not in present:
+                    continue
+                what = {"DOUBLE": "a number", "BIGINT": "a whole number", "DATE": "a date"}.get(kind, "text")
+                bad = f'"{column}" IS NOT NULL AND TRY_CAST("{column}" AS {kind}) IS NULL'
+                if column in required:
+                    bad = f'TRY_CAST("{column}" AS {kind}) IS NULL OR trim(CAST("{column}" AS VARCHAR)) = \'\''
+                self.refuse(name, column, f'SELECT "{column}" FROM file_{name} WHERE {bad}', f"empty or not {what}" if column in required else f"not {what}")
+        except duckdb.Error as e:
+            raise Stop(f"{self.name[name]}: cannot be read ({first_line(e)})") from e
+
+    def refuse(self, name, column, bad_rows, problem):
+        """Stop if the query `bad_rows` (its first column is shown) returns any row: file, column, how many, the first of them."""
+        rows = self.db.execute(f"SELECT count(*), first(COLUMNS(*)) FROM ({bad_rows})").fetchall()[0]
+        if rows[0]:
+            first = ", ".join(repr(v)[:80] for v in rows[1:])
+            raise Stop(f"{self.name[name]}: column {column!r}: {rows[0]:,} {'row' if rows[0] == 1 else 'rows'} {problem}, the first: {first}")
+
+    def check(self):
+        """Everything data/README.md promises that types alone do not. Logs of unlabelled impressions are checked where they are joined."""
+        for name, key in (("pins", "pin_id"), ("queries", "query_id")):
+            self.refuse(name, key, f"SELECT {key} FROM raw_{name} GROUP BY {key} HAVING count(*) > 1", "with an id that stands more than once")
+        self.refuse("labels", "label", "SELECT label FROM raw_labels WHERE label NOT IN (1, 2, 3, 4, 5)", "outside 1, 2, 3, 4, 5")
+        self.refuse("labels", "split", "SELECT split FROM raw_labels WHERE split IS NOT NULL AND split NOT IN ('train', 'eval')", "neither 'train' nor 'eval'")
+        for name in ("labels", "impressions"):
+            for table, key in (("queries", "query_id"), ("pins", "pin_id")):
+                self.refuse(name, key, f"SELECT {key} FROM raw_{name} ANTI JOIN raw_{table} USING ({key})", f"with an id that {self.name[table]} does not have")
+        self.refuse("labels", "label", "SELECT query_id, pin_id FROM raw_labels GROUP BY ALL HAVING count(DISTINCT label) > 1", "(pairs of query and pin) labelled twice with different labels")
+        self.refuse("labels", "label", "SELECT query_id, pin_id FROM raw_labels GROUP BY ALL HAVING count(*) > 1", "(pairs of query and pin) labelled twice")
+        self.refuse("labels", "split", "SELECT query_id FROM raw_labels GROUP BY query_id HAVING count(DISTINCT coalesce(split, '')) > 1", "(queries) with labels in more than one split")
+        if self.has("engagements"):
+            self.refuse("engagements", "count", "SELECT count FROM raw_engagements WHERE count < 0", "below 0")
+        if self.has("link_visits"):
+            self.refuse("link_visits", "dwell_seconds", "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)", "not finite")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  Plumbing (may be skipped)
+
+
+def first_line(error):
+    """The first line of an exception's text, without control characters."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return "".join(c for c in text if c.isprintable())[:300]
+
+
+def parse(parser, presets, argv=None):
+    """Strict parsing; a flag not given takes its value from the preset. A default stands in one place: the preset's dict."""
+    parser.add_argument("--preset", choices=list(presets), default="toy", help="settings for flags not given (default: toy)")
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "toy", metavar="DIR", help="run directory (default: outputs/toy)")
+    parser.add_argument("--overwrite", action="store_true", help="throw away what this stage wrote before and begin anew")
+    args = parser.parse_args(argv)
+    for name, value in presets[args.preset].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
+
+
+def run(main):
+    """Runs a stage's main(); what went wrong becomes one line on stderr and exit status 1."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except Stop as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"error: the disk is full ({e.filename or 'while writing'}); earlier results are whole, the same command continues")
+        if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            sys.exit(f"error: {e.filename}: cannot be written ({e.strerror})")
+        raise
+    except (duckdb.OutOfMemoryException, duckdb.IOException) as e:
+        sys.exit(f"error: {first_line(e)}")
+
+
+def quiet():
+    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes|peft|torch.utils.checkpoint")
+
+
+def pick_device(name):
+    """'auto' -> cuda where there is one, else cpu."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def pick_dtype(name, device):
+    """'auto' -> bf16 on a GPU, fp32 on a CPU (bf16 pays on few CPUs)."""
+    return {"auto": torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def remove(path):
+    """Removes a folder of intermediate results: renamed first, so that a kill leaves it whole or gone."""
+    if Path(path).exists():
+        gone = Path(path).with_name(f".{Path(path).name}.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def lr_factor(progress, warmup):
+    """Learning rate as a share of its peak at `progress` in [0, 1): linear rise over `warmup`, then linear fall to 0."""
+    return (progress + 1e-3) / (warmup + 1e-3) if progress < warmup else (1 - progress) / (1 - warmup)
+
+
+def save_checkpoint(path, model, optimiser, position):
+    """Trainable weights, optimiser moments and `position` (a JSON value) in one safetensors file, written whole or not at all."""
+    tensors = {f"weight.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    if optimiser is not None:
+        for i, p in enumerate(p for g in optimiser.param_groups for p in g["params"]):
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in optimiser.state[p].items()}
+    with atomic(path) as tmp:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, tmp, metadata={"position": json.dumps(position)})
+
+
+def load_checkpoint(path, model, optimiser=None):
+    """Puts a checkpoint's weights (and moments) in place; returns its position."""
+    with safe_open(path, "pt") as f:
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(f.get_tensor(f"weight.{n}"))
+        if optimiser is not None:
+            names = set(f.keys())
+            for i, p in enumerate(p for g in optimiser.param_groups for p in g["params"]):
+                state = {k: f.get_tensor(f"optimiser.{i}.{k}") for k in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{i}.{k}" in names}
+                optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        return json.loads(f.metadata()["position"])
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary name beside `path`; renamed when the block ends well, so that `path` is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    yield tmp
+    if tmp.is_file():
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+    elif path.is_dir():
+        shutil.rmtree(path)
+    os.replace(tmp, path)
+
+
+def write_json(path, value):
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_parquet(path, columns, **options):
+    """A dict of columns, or an Arrow table -> a Parquet file, written whole or not at all."""
+    with atomic(path) as tmp:
+        pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), tmp, compression="zstd", **options)
+
+
+def fingerprint(path):
+    """Hash of a file's content, or of a folder's files with their names. Of a file over 256 MiB: its size and 256 evenly spaced MiB."""
+    path, digest, sample, block = Path(path), hashlib.blake2b(digest_size=16), 256, 1 << 20
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}:{size};".encode())
+        with open(file, "rb") as f:
+            for i in range(sample if size > sample * block else -(-size // block)):
+                if size > sample * block:
+                    f.seek(i * (size - block) // (sample - 1))
+                digest.update(f.read(block))
+    return digest.hexdigest()
+
+
+def fingerprint_model(model):
+    """Of a model folder: its files. Of a hub id: the name and the commit the hub cache resolved it to."""
+    if Path(model).is_dir():
+        return fingerprint(model)
+    commit = getattr(load_config(str(model)), "_commit_hash", None)
+    return f"{model}@{commit}"
+
+
+def hashed(value):
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Stage:
+    """A stage's output folder: its lock, its stage.json, and whether there is anything left to do.
+
+    stage.json holds `arguments` and `inputs` (fingerprints); together they are the folder's identity. Started again, a
+    finished stage with the same identity is `done`; an unfinished one continues; another identity is refused, naming what
+    changed, unless --overwrite. `keep`: names that --overwrite leaves (caches keyed by their own content)."""
+
+    FREE = {"run", "overwrite", "device", "workers", "memory", "batch_tokens", "checkpoint_steps", "dry_run"}  # cannot change a result
+
+    def __init__(self, folder, args, inputs, main=True, keep=()):
+        self.folder, self.main, self.start = Path(folder), main, time.time()
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in self.FREE}
+        self.about = {"stage": Path(sys.argv[0]).name if sys.argv[0].endswith(".py") else self.folder.name, "finished": False,
+                      "arguments": arguments, "inputs": inputs, "identity": hashed([arguments, inputs]), "seed": getattr(args, "seed", None),
+                      "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "duckdb")}}
+        self.done = False
+        if not main:  # another process of the same launch holds the lock and has checked
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop(f"{self.folder}: another process is at work here; wait for it, or use another --run") from None
+        path = self.folder / "stage.json"
+        if args.overwrite:
+            for p in self.folder.iterdir():
+                if p.name not in {".lock", *keep}:
+                    shutil.rmtree(p) if p.is_dir() else p.unlink()
+        if path.exists():
+            before = read_json(path)
+            if before["identity"] != self.about["identity"]:
+                changes = [f"{'--' + k.replace('_', '-') if group == 'arguments' else k} was {before[group].get(k)!r}, is {self.about[group].get(k)!r}"
+                           for group in ("arguments", "inputs") for k in sorted({*before[group], *self.about[group]})
+                           if before[group].get(k) != self.about[group].get(k)]
+                raise Stop(f"{self.folder} was made with other settings or inputs ({'; '.join(changes)}); --overwrite makes it anew, another --run keeps both")
+            if before["finished"]:
+                self.done = True
+                print(f"{self.folder}: finished before with the same arguments and inputs, nothing to do (--overwrite makes it anew)")
+                return
+        for p in self.folder.rglob(".*.tmp"):  # half-written by a killed process
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
+        write_json(path, self.about)
+
+    def finish(self, **facts):
+        """Writes the final stage.json: `facts` are row counts and the like."""
+        if self.main:
+            write_json(self.folder / "stage.json", {**self.about, **facts, "finished": True, "seconds": round(time.time() - self.start, 1)})
+            print(f"wrote {self.folder}  ({time.time() - self.start:.0f} s)")
+
+
+def start(accelerator, folder, args, inputs):
+    """Stage for a stage that may run as several processes: the main one takes the lock and decides for all. None: nothing to do."""
+    from accelerate.utils import broadcast_object_list
+
+    stage, verdict = None, ["go"]
+    if accelerator.is_main_process:
+        try:
+            stage = Stage(folder, args, inputs)
+            verdict = ["done" if stage.done else "go"]
+        except (Stop, OSError) as e:
+            stage, verdict = e, ["stopped"]
+    broadcast_object_list(verdict)
+    if isinstance(stage, Exception):
+        raise stage
+    if verdict[0] == "stopped":
+        sys.exit(1)  # the main process says why
+    return None if verdict[0] == "done" else stage or Stage(folder, args, inputs, main=False)
+
+
+def need(folder, command):
+    """stage.json of an earlier stage that must be finished; Stop names the command that makes it."""
+    path = Path(folder) / "stage.json"
+    if not path.exists() or not (about := read_json(path))["finished"]:
+        raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
+    return about
