@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import multiprocessing
+import os
 import unicodedata
 import warnings
 from collections import Counter
@@ -36,12 +37,12 @@ from common import FIELDS, MATCH_FEATURES, ROOT, RawTables, Stage, Stop, write_p
 
 PRESETS = {
     "toy": dict(data=ROOT / "data/toy", caption_model=str(ROOT / "data/toy_models/blip"), text_encoder=str(ROOT / "data/toy_models/bert"),
-                caption_tokens=12, text_tokens=64, top_tokens=6, graph_dim=32, shard_rows=8_192, image_batch=64, token_batch=4_096),
+                precision="fp32", caption_tokens=12, text_tokens=64, top_tokens=6, graph_dim=32, shard_rows=8_192, image_batch=64, token_batch=4_096),
     "paper": dict(
         data=ROOT / "data/search",
         caption_model="Salesforce/blip-image-captioning-large",  # BLIP: stated in the paper; this size: our choice
         text_encoder="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",  # our choice; the paper has SearchSage
-        caption_tokens=30,  # not stated in the paper; our choice
+        precision="auto", caption_tokens=30,  # not stated in the paper; our choice
         text_tokens=128,  # not stated in the paper; our choice
         top_tokens=20,  # "top tokens": stated; how many: our choice
         graph_dim=256,  # the size of PinSage-like embeddings in Pinterest's public code
@@ -63,6 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--as-of", type=date.fromisoformat, metavar="YYYY-MM-DD", help="end of the two-year engagement window (default: the newest date in the log)")
     p.add_argument("--top-tokens", type=int, metavar="N", help="tokens kept a pin from engaged queries, and as many from board titles")
     p.add_argument("--graph-dim", type=int, metavar="D", help="size of the pin-board graph embedding")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of captioner and text encoder (auto: bf16 where the hardware has it)")
     p.add_argument("--caption-tokens", type=int, metavar="N", help="longest caption, in tokens")
     p.add_argument("--text-tokens", type=int, metavar="N", help="longest text the text encoder sees, in tokens")
     p.add_argument("--image-batch", type=int, metavar="N", help="images a captioning batch")
@@ -108,23 +110,21 @@ def pin_text(columns, i):
 
 def load_image(root, path):
     """An image of the dataset as RGB. Raises ValueError with the reason: outside the dataset, missing, broken, or too large."""
-    full = (root / path).resolve()
-    if not full.is_relative_to(root.resolve()):
-        raise ValueError("path leaves the dataset folder")
+    full = common.inside(root, path)
     try:
         raw = full.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(raw))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bit and more: scale to 8, convert() would clip
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return hashlib.blake2b(raw, digest_size=16).digest(), image.convert("RGB")
+        image = Image.open(io.BytesIO(raw))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns up to twice that
+            raise OverflowError(f"{image.width * image.height} pixels, at most {Image.MAX_IMAGE_PIXELS}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bit and more: scale to 8, convert() would clip
+            values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
+            image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return hashlib.blake2b(raw, digest_size=16).digest(), image.convert("RGB")
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except Exception as e:  # Pillow's decoders raise many kinds for broken data
@@ -134,7 +134,7 @@ def load_image(root, path):
 class Captioner:
     """BLIP (Li et al., 2022), called directly."""
 
-    def __init__(self, model, tokens, device):
+    def __init__(self, model, tokens, device, dtype):
         from transformers import AutoProcessor, BlipForConditionalGeneration
 
         if common.load_config(model).model_type != "blip":
@@ -142,7 +142,7 @@ class Captioner:
         try:
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(
-                model, dtype=common.pick_dtype("auto", device), use_safetensors=True, trust_remote_code=False).to(device).eval()
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError, RuntimeError) as e:
             raise Stop(f"{model}: cannot be loaded as a BLIP captioner ({common.first_line(e)})") from e
         self.tokens, self.device = tokens, device
@@ -177,7 +177,7 @@ def caption_pins(raw, args, folder, device, model_id):
         known.update({h: (part, row) for row, h in enumerate(pq.read_table(path, columns=["hash"])["hash"].to_pylist())})
     next_part = 1 + max((part for part, _ in known.values()), default=-1)
 
-    captioner, skipped, places = None, [], []
+    captioner, skipped, places = None, [], np.full((total, 2), -1, dtype=np.int64)  # places: each pin's (part, row) in the cache
     with concurrent.futures.ThreadPoolExecutor(8) as pool, tqdm(total=total, desc="captions", unit=" pins") as bar:
         for start in range(0, total, CHUNK):
             rows = images.slice(start, CHUNK).to_pylist()
@@ -192,19 +192,18 @@ def caption_pins(raw, args, folder, device, model_id):
             for at in range(0, len(rows), args.image_batch):
                 batch = rows[at:at + args.image_batch]
                 todo = {}
-                for row, got in zip(batch, pool.map(load, batch)):
+                for pin, (row, got) in enumerate(zip(batch, pool.map(load, batch)), start + at):
                     if isinstance(got, str):
                         skipped.append((row["pin_id"], row["image"], got))
                     if not isinstance(got, tuple):
-                        places.append((-1, -1))
                         continue
                     digest, image = got
                     if digest not in known:
                         known[digest] = (next_part, len(new["hash"]) + len(todo))
                         todo[digest] = image
-                    places.append(known[digest])
+                    places[pin] = known[digest]
                 if todo:
-                    captioner = captioner or Captioner(args.caption_model, args.caption_tokens, device)
+                    captioner = captioner or Captioner(args.caption_model, args.caption_tokens, device, common.pick_dtype(args.precision, device))
                     captions, visual = captioner(list(todo.values()))
                     new["hash"] += todo
                     new["caption"] += captions
@@ -217,10 +216,10 @@ def caption_pins(raw, args, folder, device, model_id):
                     "visual": pa.FixedSizeListArray.from_arrays(pa.array(visual.ravel()), visual.shape[1])})
                 next_part += 1
 
-    write_captions(cache, np.array(places, dtype=np.int64), folder)
+    write_captions(cache, places, folder)
     with common.atomic(folder / "skipped_images.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([("pin_id", "image", "reason"), *skipped])
-    return int((np.array(places)[:, 0] >= 0).sum()), len(skipped)
+    return int((places[:, 0] >= 0).sum()), len(skipped)
 
 
 def write_captions(cache, places, folder):
@@ -315,15 +314,15 @@ def text_from_logs(raw, args):
 
 def write_pins_and_queries(raw, folder):
     """queries.parquet and pins.parquet, rows in index order."""
-    extra = [f'"{c}"' for c in raw.columns("pins") if c not in ("pin_id", "title", "description", "image")]
+    extra = [f"pin_rows.{common.quoted(c)}" for c in raw.columns("pins") if c not in ("pin_id", "title", "description", "image")]
     captions = folder / "work" / "captions.parquet"
     caption = f"read_parquet('{str(captions).replace(chr(39), chr(39) * 2)}')" if captions.exists() else "(SELECT 0 AS pin_index, '' AS caption LIMIT 0)"
     pins = f"""
         SELECT pin_id, {", ".join(f"coalesce({source}, '') AS {name}" for name, source in
-                                  zip(FIELDS, ("title", "description", "caption", "q.text", "b.text", "l.text")))}, {', '.join(['image', *extra])}
-        FROM pin_rows LEFT JOIN {caption} USING (pin_index) LEFT JOIN pin_queries q USING (pin_id)
+                                  zip(FIELDS, ("title", "description", "c.caption", "q.text", "b.text", "l.text")))}, {', '.join(['image', *extra])}
+        FROM pin_rows LEFT JOIN {caption} c USING (pin_index) LEFT JOIN pin_queries q USING (pin_id)
         LEFT JOIN pin_boards b USING (pin_id) LEFT JOIN pin_links l USING (pin_id) ORDER BY pin_index"""
-    columns = ", ".join("coalesce(language, 'en') AS language" if c == "language" else f'"{c}"' for c in raw.columns("queries"))
+    columns = ", ".join("coalesce(language, 'en') AS language" if c == "language" else common.quoted(c) for c in raw.columns("queries"))
     for name, sql in (("pins", pins), ("queries", f"SELECT {columns} FROM query_rows ORDER BY query_index")):
         reader = raw.db.sql(sql).to_arrow_reader(50_000)
         with common.atomic(folder / f"{name}.parquet") as tmp, pq.ParquetWriter(tmp, reader.schema, compression="zstd") as writer:
@@ -345,9 +344,12 @@ def users_embedding(raw, name, rows, folder):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         raise Stop(f"{path}: no NumPy array ({common.first_line(e)})") from e
-    if array.ndim != 2 or array.dtype not in (np.float16, np.float32):
+    if array.ndim != 2 or array.shape[1] == 0 or array.dtype not in (np.float16, np.float32):
         raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {array.dtype} {list(array.shape)}")
-    ids = ids_path.read_text(encoding="utf-8").splitlines()
+    try:
+        ids = [line.rstrip("\n") for line in open(ids_path, encoding="utf-8")]
+    except UnicodeDecodeError as e:
+        raise Stop(f"{ids_path}: not UTF-8 ({e})") from e
     if len(ids) != len(array):
         raise Stop(f"{ids_path}: {len(ids):,} ids for {len(array):,} rows of {path.name}")
     row_of = {key: row for row, key in enumerate(ids)}
@@ -370,12 +372,12 @@ def users_embedding(raw, name, rows, folder):
 class TextEncoder:
     """Mean-pooled, L2-normalised sentence embeddings of an off-the-shelf encoder."""
 
-    def __init__(self, model, max_tokens, token_batch, device):
+    def __init__(self, model, max_tokens, token_batch, device, dtype):
         config = common.load_config(model)
         if common.backbone_kind(config) == "decoder":
             raise Stop(f"{model}: --text-encoder must be an encoder")
         self.tokenizer = common.load_tokenizer(model, config)
-        self.model = common.load_backbone(model, common.pick_dtype("auto", device), device=device).eval()
+        self.model = common.load_backbone(model, dtype, device=device).eval()
         self.max_tokens, self.token_batch, self.device = max_tokens, token_batch, device
         self.dim = config.hidden_size
 
@@ -428,7 +430,7 @@ def graph_embedding(raw, rows, dim, seed, folder, fit_rows=200_000, max_boards=2
 
     pairs = raw.db.execute(f"""
         WITH board AS (SELECT text, row_number() OVER (ORDER BY sum(n) DESC, text) - 1 AS board FROM saves GROUP BY text)
-        SELECT pin_index, board::INTEGER AS board, n::FLOAT AS n FROM saves JOIN board USING (text) JOIN pin_rows USING (pin_id)
+        SELECT pin_index, board::INTEGER AS board, n::FLOAT AS n FROM saves JOIN board USING (text) JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
         WHERE board < {max_boards} ORDER BY pin_index, board""").fetchnumpy()
     if len(pairs["n"]) == 0:
         return False
@@ -459,7 +461,7 @@ def make_embeddings(raw, args, folder, device):
     encoder = None
     for side, file in (("query", "queries.parquet"), ("pin", "pins.parquet")):
         if f"{side}_text" not in own and not (folder / f"{side}_text_embedding.npy").exists():
-            encoder = encoder or TextEncoder(args.text_encoder, args.text_tokens, args.token_batch, device)
+            encoder = encoder or TextEncoder(args.text_encoder, args.text_tokens, args.token_batch, device, common.pick_dtype(args.precision, device))
             embed_texts(encoder, folder / file, side, folder)
     if "pin_graph" not in own and not graph_embedding(raw, len(ids["pin"]), args.graph_dim, args.seed, folder):
         print("no boards: no graph embedding")
@@ -560,11 +562,13 @@ def index_pairs(raw, table, path):
     """A raw table of pairs -> Parquet with query_index, pin_index, engaged (events in the window) and its other columns, in its order."""
     extra = ", label::TINYINT AS label, split" if table == "labels" else ""
     raw.db.execute("""CREATE TABLE IF NOT EXISTS engaged_pairs AS
-        SELECT query_index, pin_index, n FROM engaged JOIN query_rows ON text = lower(trim(query)) JOIN pin_rows USING (pin_id)""")
+        SELECT query_index, pin_index, n FROM engaged JOIN (SELECT query, query_index FROM query_rows) ON text = lower(trim(query))
+        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)""")
     with common.atomic(path) as tmp:
         raw.db.execute(f"""
             COPY (SELECT query_index, pin_index, coalesce(n, 0) AS engaged{extra}
-                  FROM (SELECT row_number() OVER () AS row, * FROM raw_{table}) JOIN query_rows USING (query_id) JOIN pin_rows USING (pin_id)
+                  FROM (SELECT row_number() OVER () AS row, * FROM raw_{table})
+                  JOIN (SELECT query_id, query_index FROM query_rows) USING (query_id) JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
                   LEFT JOIN engaged_pairs USING (query_index, pin_index) ORDER BY row)
             TO '{str(tmp).replace("'", "''")}' (FORMAT parquet)""")
 
@@ -619,7 +623,7 @@ def inputs_of(args, raw):
     found |= {f"embeddings/{p.name}": common.fingerprint(p) for p in sorted((raw.folder / "embeddings").glob("*.*"))}
     images = [r[0] for r in raw.db.execute("SELECT DISTINCT image FROM raw_pins WHERE image IS NOT NULL ORDER BY image").fetchall()]
     if images:
-        size = lambda path: path.stat().st_size if path.is_file() else -1
+        size = lambda path: os.path.getsize(path) if os.path.isfile(path) else -1
         found["image files"] = common.hashed([(i, size(raw.folder / i)) for i in images])
         found["caption model"] = common.fingerprint_model(args.caption_model)
     own = {p.stem for p in (raw.folder / "embeddings").glob("*.npy")}
@@ -631,6 +635,7 @@ def inputs_of(args, raw):
 def main(argv=None):
     args = parse_args(argv)
     common.quiet()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image checks the size
     torch.manual_seed(args.seed)
     device, folder = common.pick_device(args.device), args.run / "features"
 

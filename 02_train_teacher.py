@@ -27,12 +27,13 @@ import common
 from common import C, FIELDS, LEVELS, ROOT, PackedRows, PairText, Stop, Teacher
 
 PRESETS = {
-    "toy": dict(model=str(ROOT / "data/toy_models/llama"), fields=",".join(FIELDS), max_tokens=96, epochs=6, batch_rows=32, batch_tokens=4_096,
+    "toy": dict(model=str(ROOT / "data/toy_models/llama"), fields=",".join(FIELDS), precision="fp32", max_tokens=96, epochs=6, batch_rows=32, batch_tokens=4_096,
                 lr=2e-3, encoder_lr=3e-4, head_lr=2e-3, warmup=0.1, weight_decay=0.01, lora_rank=16, lora_alpha=32, lora_dropout=0.0, checkpoint_steps=100),
     "paper": dict(
         model="meta-llama/Meta-Llama-3-8B",  # stated; the others by --model: google-bert/bert-base-multilingual-cased, google-t5/t5-base, microsoft/deberta-v3-base
         fields=",".join(FIELDS),  # stated
         max_tokens=256,  # not stated in the paper; our choice
+        precision="auto",  # bf16 on a GPU; our choice
         epochs=2, batch_rows=128, batch_tokens=8_192,  # not stated in the paper; our choice
         lr=2e-4,  # LoRA; not stated in the paper; the QLoRA paper's value for 7B-13B (Dettmers et al., 2023, table 9)
         encoder_lr=2e-5,  # full fine-tuning; not stated in the paper; within the range of Devlin et al., 2019, appendix A.3
@@ -41,6 +42,11 @@ PRESETS = {
         lora_rank=64, lora_alpha=16, lora_dropout=0.1,  # not stated in the paper; the QLoRA paper's (section 4 and appendix B)
         checkpoint_steps=200,  # our choice
     ),
+}
+
+PLAN = {  # what --dry-run reckons with
+    "toy": dict(rows=6_000, tokens=45, tokens_per_second=7_000, source="measured on two CPU cores with other work on them"),
+    "paper": dict(rows=280_000, tokens=200, tokens_per_second=2_413, source="QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README"),  # rows: stated; tokens: an assumption
 }
 
 
@@ -64,10 +70,11 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=float, metavar="SHARE", help="share of the steps with rising learning rate; then it falls linearly to 0")
     p.add_argument("--weight-decay", type=float)
     p.add_argument("--rows", type=int, metavar="N", help="train on a random N of the training rows (default: all)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="compute precision (auto: bf16 on a GPU)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of the computation (auto: bf16 where the hardware has it)")
     p.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between two checkpoints to resume from")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--seed", type=int, default=0)
+    common.plan_flags(p)
     args = common.parse(p, PRESETS, argv)
     args.fields = [f for f in args.fields.split(",") if f]
     if not args.fields or set(args.fields) - set(FIELDS):
@@ -130,13 +137,13 @@ def micro_batches(rows, lengths, budget, rank, world):
 # Model
 
 
-def build_teacher(args, config, device, dtype):
-    """The backbone (QLoRA, LoRA or in full) with a fresh head."""
+def build_teacher(args, config, device, dtype, backbone=None):
+    """The backbone (QLoRA, LoRA or in full) with a fresh head. backbone: one that is loaded already."""
     kind = common.backbone_kind(config)
     qlora = args.qlora if args.qlora is not None else kind == "decoder" and args.lora is None
     lora = qlora or (args.lora if args.lora is not None else kind == "decoder")
     # Weights that are trained stay fp32 (bf16 only by autocast); a frozen backbone is held in the compute precision.
-    backbone = common.load_backbone(args.model, dtype if lora else torch.float32, quantise=qlora, device=device)
+    backbone = backbone or common.load_backbone(args.model, dtype if lora else torch.float32, quantise=qlora, device=device, config=config)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -147,6 +154,20 @@ def build_teacher(args, config, device, dtype):
         backbone.enable_input_require_grads()
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Teacher(backbone, kind).to(device), lora, qlora
+
+
+def dry_run(args):
+    """Prints the plan: parameters, memory, steps, hours."""
+    device, dtype = common.plan_device(args)
+    config, source = common.plan_config(args.model)
+    common.fit_length(args.max_tokens, config)
+    with torch.device("meta"):
+        teacher, lora, qlora = build_teacher(args, config, torch.device("meta"), dtype)
+    path = args.run / "features" / "labelled.parquet"
+    rows = pq.read_table(path, columns=["split"])["split"].to_pylist().count("train") if path.exists() else None
+    rows = common.plan_print(args, PLAN[args.preset], (args.model, source), teacher,
+                             common.plan_memory(teacher, device, dtype, qlora, args.batch_tokens, train=True), rows, path, args.epochs)
+    print(f"steps:   {args.epochs * math.ceil(rows / args.batch_rows):,} of {args.batch_rows} rows, in passes of at most {args.batch_tokens:,} tokens; at most, since a tenth of the queries is held out")
 
 
 def optimiser_of(teacher, args, lora):
@@ -195,10 +216,12 @@ def train(teacher, rows, labels, ids, held_out, args, accelerator, dtype, pad_id
             for i, part in enumerate(parts):
                 weight = 1.0 if len(part) else 0.0  # an empty pass still takes part in the exchange of gradients
                 part = rows[part] if len(part) else rows[batch[:1]]
-                x, mask = (t.to(device, non_blocking=True) for t in ids.batch(part, pad_id))
+                x, mask = ids.batch(part, pad_id)
+                mask_matters = teacher.mask_matters(mask)
+                x, mask = x.to(device, non_blocking=True), mask.to(device, non_blocking=True)
                 with contextlib.nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model):
                     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                        logits = model(x, mask)
+                        logits = model(x, mask, mask_matters)
                     # Point-wise multi-class cross-entropy (paper), mean over the step's rows.
                     loss = weight * F.cross_entropy(logits, targets[part].to(device), reduction="sum") / len(batch)
                     accelerator.backward(loss * world)  # data-parallel training averages over processes
@@ -253,9 +276,11 @@ def evaluate(teacher, ids, held_out, targets, args, accelerator, dtype, pad_id):
         order = mine[np.argsort(ids.lengths[mine], kind="stable")]
         for part in common.token_batches(ids.lengths[order], args.batch_tokens):
             part = order[part]
-            x, mask = (t.to(accelerator.device) for t in ids.batch(part, pad_id))
+            x, mask = ids.batch(part, pad_id)
+            mask_matters = teacher.mask_matters(mask)
+            x, mask = x.to(accelerator.device), mask.to(accelerator.device)
             with torch.inference_mode(), torch.autocast(accelerator.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = teacher(x, mask)
+                logits = teacher(x, mask, mask_matters)
                 y = targets[part].to(accelerator.device)
                 sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum(), torch.tensor(len(part), device=y.device)]).double()
     loss, right, n = accelerator.reduce(sums, "sum").tolist()
@@ -265,6 +290,8 @@ def evaluate(teacher, ids, held_out, targets, args, accelerator, dtype, pad_id):
 def main(argv=None):
     args = parse_args(argv)
     common.quiet()
+    if args.dry_run:
+        return dry_run(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
     device, main_process = accelerator.device, accelerator.is_main_process
     dtype = common.pick_dtype(args.precision, device)

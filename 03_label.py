@@ -26,8 +26,13 @@ import common
 from common import C, PackedRows, PairText, Stop, Teacher, write_parquet
 
 PRESETS = {
-    "toy": dict(batch_tokens=8_192, workers=0),
-    "paper": dict(batch_tokens=32_768, workers=4),  # our choice; the labels do not depend on them
+    "toy": dict(precision="fp32", batch_tokens=8_192, workers=0),
+    "paper": dict(precision="auto", batch_tokens=32_768, workers=4),  # our choice; the labels do not depend on them
+}
+PLAN = {  # what --dry-run reckons with
+    "toy": dict(model=str(common.ROOT / "data/toy_models/llama"), rows=40_000, tokens=45, tokens_per_second=40_000, source="measured on two CPU cores with other work on them"),
+    "paper": dict(model="meta-llama/Meta-Llama-3-8B", rows=30_000_000, tokens=200,  # model and rows: stated; tokens: an assumption
+                  tokens_per_second=10_000, source="50 rows/s of 200 tokens, Llama-3-8B in 8 bit, A100, Faire's engineering blog"),
 }
 CHECKED_ROWS = 256  # rows labelled with and without merged LoRA, to report how far labels move
 
@@ -35,10 +40,14 @@ CHECKED_ROWS = 256  # rows labelled with and without merged LoRA, to report how 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass, padding included")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="weights and compute (auto: bf16 on a GPU)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of weights and computation (auto: bf16 where the hardware has it)")
     p.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="add LoRA into plain weights (default); --no-merge keeps NF4, for small memory")
+    p.add_argument("--only-labelled", action="store_true", help="label the human-labelled rows alone, to measure a teacher: no student can be trained on that")
+    p.add_argument("--compile", action="store_true", help="compile the teacher (minutes at first; pays for long runs; moves labels by rounding; needs a C++ compiler on a CPU)")
     p.add_argument("--workers", type=int, metavar="N", help="processes that tokenise ahead of the model; 0: in this one")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--expect-model", metavar="PATH_OR_HUB_ID", help="model that --dry-run reckons with before there is a teacher")
+    common.plan_flags(p)
     return common.parse(p, PRESETS, argv)
 
 
@@ -110,22 +119,46 @@ def write_labels(path, probabilities):
     write_parquet(path, {f"p{level}": probabilities[:, level - 1] for level in range(1, C + 1)})
 
 
+def ready(teacher, args, device, dtype):
+    teacher = common.for_inference(teacher, device, dtype)
+    if args.compile:
+        teacher.backbone = torch.compile(teacher.backbone, dynamic=True)
+    return teacher
+
+
 def load_teacher(args, folder, shards, sample, device, dtype):
     """The teacher ready to label, LoRA merged unless --no-merge, and how far merging moved the labels of `sample` rows."""
     teacher, about = Teacher.load(folder, dtype, device)
     if not about["lora"] or not args.merge:
-        return teacher, None
+        return ready(teacher, args, device, dtype), None
     label = lambda: common.soft_labels(teacher, sample, shards.tokenizer.pad_token_id, args.batch_tokens, device, dtype)
     before = label()
     common.merge_lora(teacher, dtype)
+    teacher = ready(teacher, args, device, dtype)
     after = label()
     return teacher, {"rows": len(before), "max_difference": float(np.abs(after - before).max()),
                      "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
 
 
+def dry_run(args):
+    """Prints the plan: parameters, memory, hours."""
+    device, dtype = common.plan_device(args)
+    path, features = args.run / "teacher" / "teacher.json", args.run / "features"
+    about = common.read_json(path) if path.exists() else {"model": args.expect_model or PLAN[args.preset]["model"], "lora": True, "qlora": True}
+    config, source = common.plan_config(about["model"])
+    with torch.device("meta"):
+        teacher = Teacher(common.load_backbone(about["model"], dtype, device="meta", config=config), common.backbone_kind(config)).requires_grad_(False)
+    parts = [p for p in [features / "labelled.parquet", *features.glob("impressions/part-*.parquet")] if p.exists()]
+    rows = sum(pq.read_metadata(p).num_rows for p in parts) if parts else None
+    common.plan_print(args, PLAN[args.preset], (about["model"], source), teacher,
+                      common.plan_memory(teacher, device, dtype, about["lora"] and about["qlora"] and not args.merge, args.batch_tokens, train=False), rows, features)
+
+
 def main(argv=None):
     args = parse_args(argv)
     common.quiet()
+    if args.dry_run:
+        return dry_run(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     dtype = common.pick_dtype(args.precision, device)
@@ -149,7 +182,7 @@ def main(argv=None):
     labelled = shards.token_ids(features / "labelled.parquet")
     sample = PackedRows(labelled.flat[labelled.start[i]:labelled.start[i] + labelled.lengths[i]] for i in range(min(CHECKED_ROWS, len(labelled))))
     teacher, moved = load_teacher(args, args.run / "teacher", shards, sample, device, dtype)
-    parts = sorted((features / "impressions").glob("part-*.parquet"))
+    parts = [] if args.only_labelled else sorted((features / "impressions").glob("part-*.parquet"))
     todo = [p for p in [features / "labelled.parquet", *parts] if not target(folder, features, p).exists()]
     if accelerator.is_main_process:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}, at most {about['max_tokens']} tokens; "
@@ -176,7 +209,7 @@ def main(argv=None):
         if rows_done:
             print(f"this process: {rows_done / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s, padding {100 * (padded / tokens - 1):.1f} % of tokens")
         means = np.mean([np.stack([pq.read_table(target(folder, features, p))[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1).mean(0)
-                         for p in parts[:100]], axis=0)
+                         for p in parts[:100] or [features / "labelled.parquet"]], axis=0)
         print("mean soft label: " + ", ".join(f"{level}: {100 * m:.0f} %" for level, m in enumerate(means, 1)))
         stage.finish(rows={"impressions": sum(pq.read_metadata(p).num_rows for p in parts), "labelled": len(labelled)}, merge=moved)
     accelerator.wait_for_everyone()

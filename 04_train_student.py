@@ -73,12 +73,17 @@ def parse_args(argv=None):
 # The loss
 
 
+def soften(p, temperature):
+    """Probabilities [B, C] at temperature T: p^(1/T), normalised. It is what a softmax over the logits divided by T gives."""
+    return (p.log() / temperature).softmax(dim=1)
+
+
 def distillation_loss(logits, soft_labels, temperature=1.0):
     """KL(teacher || student), mean over rows: student logits [B, C], teacher probabilities [B, C] -> scalar.
 
     Both are softened by the temperature T, and the loss is multiplied by T^2 so that its gradient keeps its size (Hinton et al., 2015,
-    section 2). A teacher's softened probability is p^(1/T), normalised. With one-hot labels and T = 1 this is cross-entropy."""
-    target = soft_labels if temperature == 1 else (soft_labels.log() / temperature).softmax(dim=1)
+    section 2). With one-hot labels and T = 1 this is cross-entropy."""
+    target = soft_labels if temperature == 1 else soften(soft_labels, temperature)
     log_student = (logits / temperature).log_softmax(dim=1)
     return temperature**2 * (torch.special.xlogy(target, target) - target * log_student).sum(dim=1).mean()
 
@@ -260,6 +265,8 @@ def train(student, rows, inputs, held, args, device, folder):
             if position["step"] % args.checkpoint_steps == 0:
                 common.save_checkpoint(folder / "checkpoint.safetensors", student, optimiser, position)
         kl, agreement = held_out_scores(student, inputs, held, device)
+        if not math.isfinite(kl):
+            raise Stop(f"the held-out loss is not finite after epoch {epoch + 1}: lower --lr")
         position["log"].append({"epoch": epoch + 1, "rows": position["rows"], "held_out_kl": round(kl, 6), "held_out_agreement": round(agreement, 6)})
         if position["best"] is None or kl < position["best"]["kl"]:
             position["best"] = {"epoch": epoch + 1, "kl": kl, "agreement": agreement}
@@ -283,6 +290,8 @@ def main(argv=None):
         labelled = common.need(labels, f"03_label.py --run {args.run}")
         if labelled["inputs"]["features"] != made["identity"]:
             raise Stop(f"{labels} was made from other features than {features} holds now: run 03_label.py --overwrite")
+        if labelled["arguments"].get("only_labelled"):
+            raise Stop(f"{labels} has no impressions (made with --only-labelled): make them with: python 03_label.py --run {args.run} --overwrite")
         inherited["labels"] = labelled["identity"]
     stage = Stage(folder, args, inherited)
     if stage.done:

@@ -8,10 +8,17 @@ Writes  RUN/report/     metrics.json, report.md, plots as PNG, stage.json
 
 Toy     python 05_evaluate.py
 Paper   python 05_evaluate.py --preset paper --run /runs/search
+
+With --compare it sets arms of an experiment side by side instead, several seeds an arm (runs/findings.sh does so for the paper's four findings):
+
+        python 05_evaluate.py --compare "six fields=outputs/toy,outputs/seed1" "title=outputs/title0,outputs/title1" --into outputs/findings --finding d
+        python 05_evaluate.py --compare "all=outputs/toy:student" "6,000=outputs/toy:student_6000" --into outputs/findings --finding b
+Writes  DIR/findings.json, findings.md, finding_KEY.png
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +41,42 @@ COLOURS = {"majority": "#999999", "bm25": "#E69F00", "student_human_labels": "#5
 LEVEL_COLOURS = {1: "#B2182B", 2: "#EF8A62", 3: "#CCCCCC", 4: "#67A9CF", 5: "#2166AC"}
 METRICS = ("accuracy", "within_one", "auroc_3", "auroc_4", "auroc_5", "ndcg_20", "ece", "kl_to_teacher")
 
+# The paper's findings, by the key that --finding takes: what it says, and the figures that it gives (accuracy of a teacher).
+FINDINGS = {
+    "a": ("A larger language model is a better teacher", "Accuracy on the paper's human evaluation set stands in the last column."),
+    "b": ("More teacher-labelled impressions make a better student", "The paper says so, at about 10, 50 and 100 times the human set; its figures could not be read. One summary gives its student 54.8 %."),
+    "c": ("A teacher trained on English labels carries over to other languages, and so does its student", "The paper says so; its figures by language could not be read."),
+    "d": ("Richer pin text makes a better teacher", "The paper says so, and calls it significant; its figures by text source could not be read."),
+}
+PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}  # base sizes, and Llama-3-8B with QLoRA
+COMPARED = {"accuracy": "accuracy %", "auroc_4": "AUROC ≥4", "ndcg_20": "nDCG@20"}
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--resamples", type=int, metavar="N", help="bootstrap resamples of the queries")
     p.add_argument("--search-pages", type=int, metavar="N", help="queries shown as pictures: pins ranked by BM25, student, teacher")
     p.add_argument("--seed", type=int, default=0)
-    return common.parse(p, PRESETS, argv)
+    g = p.add_argument_group("comparison of runs (--run is not used then)")
+    g.add_argument("--compare", nargs="+", type=arm_of, metavar="ARM", help="LABEL=RUN[:SYSTEM][,RUN[:SYSTEM]…]: the runs are the arm's seeds; SYSTEM: teacher (default), or the name of a student's folder")
+    g.add_argument("--into", type=Path, metavar="DIR", help="folder of findings.json, findings.md and the plot")
+    g.add_argument("--finding", choices=list(FINDINGS), metavar="KEY", help="which of the paper's findings the comparison tests: " + ", ".join(FINDINGS))
+    g.add_argument("--title", metavar="TEXT", help="what the comparison shows (default: the paper's finding)")
+    args = common.parse(p, PRESETS, argv)
+    if args.compare and not (args.into and args.finding):
+        p.error("--compare needs --into and --finding")
+    if not args.compare and (args.into or args.finding or args.title):
+        p.error("--into, --finding and --title go with --compare")
+    return args
+
+
+def arm_of(text):
+    """LABEL=RUN[:SYSTEM][,…] -> (label, [(run, system), …])."""
+    label, _, runs = text.partition("=")
+    seeds = [(Path(run), system or "teacher") for run, _, system in (r.partition(":") for r in runs.split(",") if r)]
+    if not label or not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=RUN[:SYSTEM][,RUN[:SYSTEM]…]")
+    return label, seeds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,8 +148,8 @@ def all_metrics(y, p, ranks, w, query_ndcg, query_weight, teacher=None):
     return out
 
 
-def with_intervals(y, p, score, query, resamples, seed, teacher=None):
-    """{metric: {value, low, high}} with 95 % percentile bootstrap intervals over queries (Efron and Tibshirani, 1993, section 13.3).
+def bootstrap(y, p, score, query, resamples, seed, teacher=None):
+    """Every metric's value, and its value on each of the resamples [R] of the queries: two dicts.
     The resamples depend on the seed and the number of queries alone: systems are compared on the same ones."""
     queries, query = np.unique(query, return_inverse=True)
     n = len(queries)
@@ -126,13 +162,20 @@ def with_intervals(y, p, score, query, resamples, seed, teacher=None):
     value = metrics(np.ones(n))
     rng = np.random.default_rng(seed)
     drawn = [metrics(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(resamples)]
-    out = {}
-    for name in value:
-        sample = np.array([d[name] for d in drawn])
-        sample = sample[np.isfinite(sample)]
-        low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
-        out[name] = {k: (round(float(v), 6) if np.isfinite(v) else None) for k, v in (("value", value[name]), ("low", low), ("high", high))}
-    return out
+    return value, {name: np.array([d[name] for d in drawn]) for name in value}
+
+
+def interval(value, sample):
+    """{value, low, high}: 95 % percentile bootstrap interval (Efron and Tibshirani, 1993, section 13.3). sample: the values on the resamples [R]."""
+    sample = sample[np.isfinite(sample)]
+    low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
+    return {k: (round(float(v), 6) if np.isfinite(v) else None) for k, v in (("value", value), ("low", low), ("high", high))}
+
+
+def with_intervals(y, p, score, query, resamples, seed, teacher=None):
+    """{metric: {value, low, high}}."""
+    value, drawn = bootstrap(y, p, score, query, resamples, seed, teacher)
+    return {name: interval(value[name], drawn[name]) for name in value}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,13 +219,14 @@ def student_system(folder, features, rows, chunk=16_384):
     return p, expected_level(p)
 
 
-def read_rows(run):
-    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the teacher's p1 … p5 as `teacher` [B, C] and `language`."""
+def read_rows(run, teacher=True):
+    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with `language` and the teacher's p1 … p5 as `teacher` [B, C]."""
     table = pq.read_table(run / "features" / "labelled.parquet")
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
-    labels = pq.read_table(run / "labels" / "labelled.parquet")
-    rows["teacher"] = np.stack([labels[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1).astype(np.float64)
+    if teacher:
+        labels = pq.read_table(run / "labels" / "labelled.parquet")
+        rows["teacher"] = np.stack([labels[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1).astype(np.float64)
     queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
     rows["language"] = np.array(queries["language"].to_pylist(), dtype=object)[rows["query_index"]]
     return tuple({k: v[rows["split"] == split] for k, v in rows.items()} for split in ("train", "eval"))
@@ -324,11 +368,8 @@ def picture(dataset, path, size=160):
     """A pin's image as RGB, or None; never from outside the dataset."""
     if not path:
         return None
-    full = (Path(dataset) / path).resolve()
-    if not full.is_relative_to(Path(dataset).resolve()):
-        return None
     try:
-        with Image.open(full) as image:
+        with Image.open(common.inside(dataset, path)) as image:
             return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
     except Exception:  # a broken image; stage 01 has listed it
         return None
@@ -380,11 +421,203 @@ def report(metrics, counts, pages):
     return "\n".join(lines) + "\n"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison of runs: arms of an experiment, several seeds each
+
+
+def read_arm(run, system):
+    """One seed of an arm: its evaluation rows in the order of their ids, probabilities and ranking score on them, and facts about its make.
+    Asks for nothing that it does not use: a teacher needs labels/labelled.parquet, a student its own folder."""
+    features, folder = run / "features", run / ("labels" if system == "teacher" else system)
+    made = common.need(features, f"01_build_features.py --run {run}")
+    about = common.need(folder, f"03_label.py --run {run} --only-labelled" if system == "teacher" else f"04_train_student.py --run {run} --name {system}")
+    if about["inputs"]["features"] != made["identity"]:
+        raise common.Stop(f"{folder} was made from other features than {features} holds now: make it again with --overwrite")
+    train, rows = read_rows(run, teacher=system == "teacher")
+    p, score = (rows["teacher"], expected_level(rows["teacher"])) if system == "teacher" else student_system(folder, features, rows)
+    ids = [pq.read_table(features / file, columns=[name])[name].take(rows[name.replace("_id", "_index")]).to_numpy(zero_copy_only=False)
+           for name, file in (("pin_id", "pins.parquet"), ("query_id", "queries.parquet"))]
+    order = np.lexsort(ids)
+    rows = {"ids": [i[order].tolist() for i in ids], **{k: rows[k][order] for k in ("label", "query_index", "language")}}
+    languages, count = np.unique(train["language"], return_counts=True)
+    facts = {"made": common.fingerprint(folder / ("labelled.parquet" if system == "teacher" else "model.safetensors")),
+             "home": str(languages[count.argmax()]),  # the language of the human training labels
+             "learnt_from": "human labels" if system == "teacher" else f"{about['arguments']['labels']} labels",
+             "training_rows": None if system == "teacher" else about["rows"]["train"]}
+    return rows, p[order], score[order], facts
+
+
+def arm_metrics(y, query, seeds, resamples, seed, number):
+    """{metric: {value, low, high, seeds}} of an arm, the mean over its seeds, and the resampled means {metric: [R]}. seeds: [(p, score)].
+
+    The interval covers the choice of queries and of seeds: a resample draws queries with replacement (the same ones for every seed and arm) and,
+    with replacement, as many of the arm's seeds as it has, and averages those (the pigeonhole bootstrap, Owen, 2007). Few seeds
+    understate how far seeds differ, so their values stand beside the interval."""
+    runs = [bootstrap(y, p, score, query, resamples, seed) for p, score in seeds]
+    drawn_seeds = np.random.default_rng([seed, number]).integers(0, len(seeds), (resamples, len(seeds)))
+    out, means = {}, {}
+    for name in COMPARED:
+        values = [value[name] for value, _ in runs]
+        means[name] = np.take_along_axis(np.stack([drawn[name] for _, drawn in runs], 1), drawn_seeds, 1).mean(1)
+        out[name] = {**interval(np.mean(values), means[name]), "seeds": [round(float(v), 6) if np.isfinite(v) else None for v in values]}
+    return out, means
+
+
+def compare_arms(arms, args):
+    """[(label, seeds as read_arm gives them)] -> the finding's entry in findings.json: metrics of every arm, overall and by language, the accuracy an arm keeps
+    outside the language of the human labels, and the differences between any two arms (on the same resamples, hence tighter than two intervals)."""
+    rows, _, _, facts = arms[0][1][0]
+    y, query, home = rows["label"], rows["query_index"], facts["home"]
+    parts = {"overall": np.ones(len(y), dtype=bool), **{lang: rows["language"] == lang for lang in sorted(set(rows["language"]), key=lambda lang: (lang != home, lang))}}
+    out, drawn = [], []
+    for number, (label, seeds) in enumerate(arms):
+        found = {part: arm_metrics(y[at], query[at], [(p[at], score[at]) for _, p, score, _ in seeds], args.resamples, args.seed, number) for part, at in parts.items()}
+        metrics, means = ({part: pair[i] for part, pair in found.items()} for i in (0, 1))
+        known = [f["training_rows"] for *_, f in seeds if f["training_rows"] is not None]
+        out.append({"label": label, "learnt_from": seeds[0][3]["learnt_from"], "training_rows": round(np.mean(known)) if known else None,
+                    "overall": metrics.pop("overall"), "by_language": metrics})
+        if home in metrics and out[-1]["by_language"][home]["accuracy"]["value"]:
+            out[-1]["accuracy_kept"] = {lang: interval(m["accuracy"]["value"] / metrics[home]["accuracy"]["value"], means[lang]["accuracy"] / means[home]["accuracy"])
+                                        for lang, m in metrics.items() if lang != home}
+        drawn.append(means)
+    part_of = lambda arm, part: arm["overall"] if part == "overall" else arm["by_language"][part]
+    minus = lambda i, j, part: {name: interval((part_of(out[i], part)[name]["value"] or np.nan) - (part_of(out[j], part)[name]["value"] or np.nan),
+                                               drawn[i][part][name] - drawn[j][part][name]) for name in COMPARED}
+    differences = [{"arm": out[i]["label"], "minus": out[j]["label"], "overall": minus(i, j, "overall"),
+                    "by_language": {lang: minus(i, j, lang) for lang in parts if lang != "overall"}} for i in range(len(out)) for j in range(i)]
+    return {"rows": len(y), "queries": len(np.unique(query)), "language_of_human_labels": home, "resamples": args.resamples, "arms": out, "differences": differences}
+
+
+def difference(entry, arm, minus):
+    return next(d for d in entry["differences"] if (d["arm"], d["minus"]) == (arm, minus))
+
+
+def points(m):
+    """A difference of two shares, in points: +3.1 [+1.0, +5.2]."""
+    return "–" if m["value"] is None else f"{100 * m['value']:+.1f} [{100 * m['low']:+.1f}, {100 * m['high']:+.1f}]"
+
+
+def findings_report(findings):
+    """findings.md."""
+    table = lambda head, lines: ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in lines)]
+    lines = ["# The paper's findings, measured", "",
+             "Mean over an arm's seeds; in brackets a 95 % interval that covers the choice of evaluation queries and of seeds (05_evaluate.py, arm_metrics). Differences are taken on the same resamples."]
+    for key, entry in sorted(findings.items()):
+        arms, paper = entry["arms"], [PAPER_TEACHERS.get(arm["label"]) for arm in entry["arms"]]
+        paper = paper if key == "a" else []
+        lines += ["", f"## ({key}) {entry['title']}", "", f"{FINDINGS[key][1]} {entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.", "", "!" + f"[finding {key}](finding_{key}.png)"]
+        lines += table(["arm", "accuracy %", "each seed %", "points above the arm before", *list(COMPARED.values())[1:], *["the paper, accuracy %"] * bool(paper)], [
+            [arm["label"], cell(arm["overall"]["accuracy"]), ", ".join(f"{100 * v:.1f}" for v in arm["overall"]["accuracy"]["seeds"]),
+             points(difference(entry, arm["label"], arms[i - 1]["label"])["overall"]["accuracy"]) if i else "",
+             cell(arm["overall"]["auroc_4"], False), cell(arm["overall"]["ndcg_20"], False), *[f"{100 * v:.1f}" if v else "–" for v in paper[i:i + 1]]]
+            for i, arm in enumerate(arms)])
+        languages, home = list(arms[0]["by_language"]), entry["language_of_human_labels"]
+        for name, title in COMPARED.items() if key == "c" else [("accuracy", COMPARED["accuracy"])]:
+            lines += table([f"{title} by language", *languages], [[arm["label"], *(cell(m[name], name == "accuracy") for m in arm["by_language"].values())] for arm in arms])
+        if key == "c" and all("accuracy_kept" in arm for arm in arms):
+            lines += table([f"accuracy kept, % of that in {home}", *languages[1:]], [[arm["label"], *map(cell, arm["accuracy_kept"].values())] for arm in arms])
+    return "\n".join(lines) + "\n"
+
+
+def dots(ax, x, arms, part, colour, fmt="o", **label):
+    """Mean accuracy with its interval, and each seed as a small ring, at x [arms]."""
+    m = [part(arm)["accuracy"] for arm in arms]
+    value, low, high = (np.array([100 * v[k] for v in m]) for k in ("value", "low", "high"))
+    ax.errorbar(x, value, yerr=[value - low, high - value], fmt=fmt, color=colour, capsize=3, ms=6, lw=1.4, **label)
+    for at, v in zip(x, m):
+        ax.plot([at] * len(v["seeds"]), [100 * s for s in v["seeds"]], "o", mfc="white", mec=colour, ms=3.5, mew=0.9, zorder=3)
+
+
+def plot_finding(key, entry, path):
+    """The finding's picture: (b) a curve over training rows, (c) arms by language, else arms beside each other."""
+    import matplotlib.pyplot as plt
+
+    arms, palette = entry["arms"], ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    overall = lambda arm: arm["overall"]
+    if key == "b":
+        curve = [arm for arm in arms if arm["learnt_from"] == "teacher labels"]
+        for arm, colour, style in zip([arm for arm in arms if arm not in curve], palette[1:], ("--", ":", "-.", "--", ":")):
+            m = {k: 100 * arm["overall"]["accuracy"][k] for k in ("value", "low", "high")}
+            ax.axhline(m["value"], color=colour, ls=style, lw=1.4, label=arm["label"])
+            ax.axhspan(m["low"], m["high"], color=colour, alpha=0.13, lw=0)
+        x = [arm["training_rows"] for arm in curve]
+        ax.plot(x, [100 * arm["overall"]["accuracy"]["value"] for arm in curve], color=palette[0], lw=1.2)
+        dots(ax, x, curve, overall, palette[0], label="student on the teacher's labels")
+        ax.set(xscale="log", xlabel="teacher-labelled impressions trained on, rows (logarithmic)")
+        ax.set_xticks(x, [f"{n:,}" for n in x])
+        ax.minorticks_off()
+    elif key == "c":
+        languages = list(arms[0]["by_language"])
+        for i, (arm, colour, marker) in enumerate(zip(arms, palette * len(arms), "osD^vP" * len(arms))):
+            for j, lang in enumerate(languages):
+                dots(ax, [j + 0.7 * (i - (len(arms) - 1) / 2) / len(arms)], [arm], lambda a: a["by_language"][lang], colour, marker, **({} if j else {"label": arm["label"]}))
+        ax.set_xticks(range(len(languages)), languages)
+        ax.set_xlabel(f"language of the query (human training labels: {entry['language_of_human_labels']})")
+    else:
+        dots(ax, range(len(arms)), arms, overall, palette[0], label="here")
+        paper = [(i, 100 * PAPER_TEACHERS[arm["label"]]) for i, arm in enumerate(arms) if key == "a" and arm["label"] in PAPER_TEACHERS]
+        if paper:
+            ax.plot(*zip(*paper), "D", color=palette[1], ms=6, label="the paper (other data and models)")
+        ax.set_xticks(range(len(arms)), [arm["label"] for arm in arms])
+        ax.set(xlabel="teacher" if key == "a" else "text the teacher reads of a pin", xlim=(-0.5, len(arms) - 0.5))
+    ax.set_ylabel("accuracy, %\n(95 % interval; rings: seeds)")
+    ax.grid(axis="y", color="#DDDDDD", lw=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.get_legend_handles_labels()[0]:
+        fig.legend(loc="outside upper center", ncols=2, frameon=False)
+    with common.atomic(path) as tmp:
+        fig.savefig(tmp, dpi=150, format="png")
+    plt.close(fig)
+
+
+def compare(args):
+    """--compare: reads every seed of every arm, measures, and puts the result into DIR/findings.json."""
+    # 1. Arms; all on the same evaluation rows
+    labels = [label for label, _ in args.compare]
+    if len(set(labels)) < len(labels):
+        raise common.Stop(f"--compare: a label stands twice in {', '.join(labels)}")
+    arms = [(label, [read_arm(run, system) for run, system in seeds]) for label, seeds in args.compare]
+    first = arms[0][1][0][0]
+    for (_, seeds), (_, where) in zip(arms, args.compare):
+        for (rows, *_), (run, _) in zip(seeds, where):
+            if rows["ids"] != first["ids"] or (rows["label"] != first["label"]).any():
+                raise common.Stop(f"{run} has other evaluation rows than {args.compare[0][1][0][0]} ({len(rows['label']):,} and {len(first['label']):,} rows): compare runs on the same labels")
+
+    # 2. What is known already
+    path, plot = args.into / "findings.json", args.into / f"finding_{args.finding}.png"
+    findings = common.read_json(path) if path.exists() else {}
+    title = args.title or FINDINGS[args.finding][0]
+    about = {"title": title, "made_from": [[label, [facts["made"] for *_, facts in seeds]] for label, seeds in arms], "resamples": args.resamples, "seed": args.seed}
+    identity = common.hashed(about)
+    if findings.get(args.finding, {}).get("identity") == identity and plot.exists() and not args.overwrite:
+        print(f"{args.into}: finding {args.finding} was measured before on the same arms, nothing to do")
+        return
+
+    # 3. Metrics, plot, tables
+    entry = {"title": title, "identity": identity, **compare_arms(arms, args)}
+    for arm, (_, seeds) in zip(entry["arms"], args.compare):
+        arm["runs"] = [os.path.relpath(run, args.into) + f":{system}" for run, system in seeds]
+        print(f"  {arm['label']:<32} accuracy {cell(arm['overall']['accuracy']):<20}  nDCG@20 {cell(arm['overall']['ndcg_20'], False)}  ({len(seeds)} seeds)")
+    plot_finding(args.finding, entry, plot)
+    findings = {**findings, args.finding: entry}
+    common.write_json(path, {key: findings[key] for key in sorted(findings)})
+    with common.atomic(args.into / "findings.md") as tmp:
+        tmp.write_text(findings_report(findings), encoding="utf-8")
+    print(f"wrote {args.into / 'findings.md'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     args = parse_args(argv)
     import matplotlib
 
     matplotlib.use("Agg")
+    if args.compare:
+        return compare(args)
     run, folder = args.run, args.run / "report"
 
     # 1. What is inherited

@@ -59,10 +59,6 @@ def share_budget(lengths, budget):
     for rank, i in enumerate(order):
         allowed[i] = min(lengths[i], left // (len(order) - rank))
         left -= allowed[i]
-    for i in range(len(lengths)):  # what integer division left over goes to the first field that was cut
-        extra = min(left, lengths[i] - allowed[i])
-        allowed[i] += extra
-        left -= extra
     return allowed
 
 
@@ -78,7 +74,7 @@ class PairText:
         self.tokenizer, self.fields, self.max_tokens = tokenizer, tuple(fields), max_tokens
         ids = lambda token: [] if token is None else [token]
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-        self.open = ids(first) if kind != "encoder-decoder" else []
+        self.open = ids(first)
         if tokenizer.sep_token_id is not None:
             self.separator = self.close = [tokenizer.sep_token_id]
         elif kind == "encoder-decoder":
@@ -150,11 +146,12 @@ class PackedRows:
 
 
 def token_batches(lengths, budget):
-    """Row numbers in batches of at most `budget` padded tokens (at least one row each). `lengths` should be sorted."""
+    """Row numbers in batches of at most `budget` padded tokens (at least one row each). `lengths` should be sorted: a batch that
+    is half full ends where the length changes, so that with enough rows no batch has padding."""
     batch, longest = [], 0
     for row, n in enumerate(lengths):
-        longest = max(longest, n)
-        if batch and longest * (len(batch) + 1) > budget:
+        longest, before = max(longest, n), longest
+        if batch and (longest * (len(batch) + 1) > budget or n != lengths[row - 1] and 2 * before * len(batch) >= budget):
             yield batch
             batch, longest = [], n
         batch.append(row)
@@ -180,9 +177,9 @@ def backbone_kind(config):
     """'encoder' (BERT, DeBERTa, XLM-R), 'encoder-decoder' (T5: its encoder is used) or 'decoder' (Llama), from the model's config."""
     from transformers.models.auto import modeling_auto as auto
 
-    if config.is_encoder_decoder:
-        return "encoder-decoder"
     name = config.model_type
+    if config.is_encoder_decoder or name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:  # a T5 encoder saved alone says it is none
+        return "encoder-decoder"
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "decoder"
     if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -210,13 +207,13 @@ def fit_length(max_tokens, config):
     return max_tokens
 
 
-def load_backbone(model, dtype, quantise=False, device="cpu"):
-    """A pre-trained model without its language-model head. Safetensors only, no remote code.
+def load_backbone(model, dtype, quantise=False, device="cpu", config=None):
+    """A pre-trained model without its language-model head. Safetensors only, no remote code. On the device "meta": its shapes alone.
 
     quantise: NF4 with double quantisation and `dtype` as compute type (QLoRA, Dettmers et al., 2023), loaded straight into 4 bit."""
     from transformers import AutoModel, AutoModelForTextEncoding, BitsAndBytesConfig
 
-    config = load_config(model)
+    config = config or load_config(model)
     cls = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
     extra = {}
     if quantise:
@@ -224,14 +221,29 @@ def load_backbone(model, dtype, quantise=False, device="cpu"):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         extra["device_map"] = {"": str(device)}
     try:
-        backbone = cls.from_pretrained(model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
+        if str(device) == "meta":
+            return without_pooler(cls.from_config(config, dtype=dtype))
+        backbone, found = cls.from_pretrained(model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra)
+    except Exception as e:  # transformers, safetensors and bitsandbytes raise many kinds for a folder or machine that will not do
         if quantise:
             raise Stop(f"{model} cannot be loaded in 4 bit here ({first_line(e)}); --no-qlora trains plain LoRA instead") from e
         raise Stop(f"{model}: cannot be loaded ({first_line(e)}); it must hold safetensors weights (pickled ones are refused)") from e
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # an extra layer that some encoders carry; not read here, and unused weights stall data-parallel training
+    missing = sorted(k for k in found["missing_keys"] if not k.startswith("pooler."))
+    if missing:  # transformers would begin with random ones
+        raise Stop(f"{model}: {len(missing)} weights of a {config.model_type} model are missing, the first: {missing[0]}; are these the weights of another model?")
+    without_pooler(backbone)
+    for module in backbone.modules() if quantise else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights at the first evaluation on such a CPU: training after it has no gradients, merge_lora no weights
+            module.support_avx512bf16_for_cpu = False
     return backbone if quantise else backbone.to(device)
+
+
+def without_pooler(backbone):
+    """Drops an extra layer that some encoders carry: not read here, and unused weights stall data-parallel training."""
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
+    return backbone
 
 
 def load_tokenizer(model, config):
@@ -266,9 +278,15 @@ class Teacher(nn.Module):
         self.head = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Dropout(dropout),
                                   nn.Linear(H, H), nn.GELU(), nn.Dropout(dropout), nn.Linear(H, C)).float()
 
-    def forward(self, input_ids, attention_mask):
-        """Token ids and mask [B, T] -> logits [B, C], fp32."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def mask_matters(self, attention_mask):
+        """Does attention need to be told where the padding is? Not without padding, and not if it stands right of the text in a
+        decoder: no token looks to its right. Asked of the mask before it goes to the device; without a mask, attention runs on its fastest kernels."""
+        return not bool((attention_mask[:, 0] if self.kind == "decoder" else attention_mask).all())
+
+    def forward(self, input_ids, attention_mask, mask_matters=True):
+        """Token ids and mask [B, T] -> logits [B, C], fp32. mask_matters=False: attention goes without, pooling still reads it."""
+        cache = {"use_cache": False} if self.kind == "decoder" else {}  # keys and values are of no use after one pass
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask if mask_matters else None, **cache).last_hidden_state
         with torch.autocast(input_ids.device.type, enabled=False):
             return self.head(pool(hidden, attention_mask, self.how).float())
 
@@ -297,6 +315,22 @@ class Teacher(nn.Module):
         return teacher.eval(), about
 
 
+class OneDnnLinear(nn.Linear):
+    """A linear layer for inference in fp32 on a CPU. PyTorch gives fp32 products to MKL, which on AMD's CPUs takes two to three times as long as oneDNN."""
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def for_inference(teacher, device, dtype):
+    """The teacher with the fastest linear layers that compute the same."""
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        for module in teacher.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDnnLinear
+    return teacher.eval()
+
+
 @torch.inference_mode()
 def soft_labels(teacher, rows, pad_id, token_budget, device, dtype=torch.float32, progress=None):
     """softmax(logits) of every row of `rows` (PackedRows): float32 [B, C] in the rows' order.
@@ -306,9 +340,10 @@ def soft_labels(teacher, rows, pad_id, token_budget, device, dtype=torch.float32
     out = np.empty((len(rows), C), dtype=np.float32)
     for batch in token_batches(rows.lengths[order], token_budget):
         batch = order[batch]
-        ids, mask = (t.to(device, non_blocking=True) for t in rows.batch(batch, pad_id))
+        ids, mask = rows.batch(batch, pad_id)
+        mask_matters = teacher.mask_matters(mask)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = teacher(ids, mask)
+            logits = teacher(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True), mask_matters)
         out[batch] = logits.double().softmax(dim=1).float().cpu().numpy()
         if progress:
             progress(len(batch))
@@ -336,7 +371,9 @@ def merge_lora(teacher, dtype):
             new.bias.copy_(old.bias)
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, new)
-    teacher.backbone = nn.Module.to(base, dtype)  # not base.to(): it refuses a model that was loaded in 4 bit
+    for p in base.parameters():  # embeddings and norms; not base.to(): it refuses a 4-bit model, and would round the rotary frequencies, which stay fp32
+        p.data = p.data.to(dtype) if p.is_floating_point() else p.data
+    teacher.backbone = base
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,7 +504,8 @@ class RawTables:
             raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
         self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill), "preserve_insertion_order": True,
                                          **({"threads": threads} if threads else {})})
-        self.db.execute("SET enable_progress_bar = false")
+        with contextlib.suppress(duckdb.InvalidInputException):  # a notebook without ipywidgets: no bar there, and setting it is an error
+            self.db.execute("SET enable_progress_bar = false")
         for name in TABLES:
             self._open(name)
         self.name = {name: (files[0].name if files[0].parent == self.folder else f"{name}/") for name, files in self.files.items()}
@@ -496,18 +534,25 @@ class RawTables:
         paths = "[" + ", ".join("'" + str(p).replace("'", "''") + "'" for p in files) + "]"
         reader = {".parquet": f"read_parquet({paths}, union_by_name=true)",
                   ".csv": f"read_csv({paths}, header=true, all_varchar=true, union_by_name=true, delim=',', quote='\"', escape='\"', null_padding=false)",
-                  ".jsonl": f"read_json({paths}, format='newline_delimited', union_by_name=true, maximum_object_size=67108864)"}[files[0].suffix]
+                  ".jsonl": f"{paths}, format='newline_delimited', maximum_object_size=67108864"}[files[0].suffix]
+        required, types = TABLES[name]
         try:
+            if files[0].suffix == ".jsonl":  # every value as text: DuckDB's own guesses would rewrite a title that looks like a date
+                some = "" if name in ("pins", "queries") else "LIMIT 20_000"
+                keys = self.db.execute(f"SELECT DISTINCT unnest(json_keys(json)) FROM (SELECT json FROM read_json_objects({reader}) {some})").fetchall()
+                present = {row[0] for row in keys}
+                columns = ", ".join(f"{quoted(c)}: 'VARCHAR'" for c in sorted(present | set(types)))
+                reader = f"read_json({reader}, columns={{{columns}}})"
             self.db.execute(f"CREATE VIEW file_{name} AS SELECT * FROM {reader}")
-            present = {row[0] for row in self.db.execute(f"DESCRIBE file_{name}").fetchall()}
+            if files[0].suffix != ".jsonl":
+                present = {row[0] for row in self.db.execute(f"DESCRIBE file_{name}").fetchall()}
         except duckdb.Error as e:
             raise Stop(f"{files[0]}: cannot be read as {files[0].suffix[1:]} ({first_line(e)})") from e
-        required, types = TABLES[name]
         for column in required:
             if column not in present:
                 raise Stop(f"{files[0]}: column {column!r} is missing; it has {', '.join(sorted(present)) or 'none'}")
         cast = [f'TRY_CAST("{c}" AS {t}) AS "{c}"' if c in present else f'CAST(NULL AS {t}) AS "{c}"' for c, t in types.items()]
-        extra = [f'CAST("{c}" AS VARCHAR) AS "{c}"' for c in sorted(present - set(types))] if name in ("pins", "queries") else []
+        extra = [f'CAST({quoted(c)} AS VARCHAR) AS {quoted(c)}' for c in sorted(present - set(types))] if name in ("pins", "queries") else []
         self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(cast + extra)} FROM file_{name}")
         self.files[name] = files
 
@@ -554,8 +599,24 @@ class RawTables:
             self.refuse("link_visits", "dwell_seconds", "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)", "not finite")
 
 
+def inside(folder, path):
+    """Full path of a file of the dataset, links followed. ValueError if it leads out of the folder, or nowhere."""
+    try:
+        full = (Path(folder) / path).resolve()
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ValueError(f"no usable path ({first_line(e)})") from None
+    if not full.is_relative_to(Path(folder).resolve()):
+        raise ValueError("path leaves the dataset folder")
+    return full
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Plumbing (may be skipped)
+
+
+def quoted(name):
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def first_line(error):
@@ -613,8 +674,11 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'auto' -> bf16 on a GPU, fp32 on a CPU (bf16 pays on few CPUs)."""
-    return {"auto": torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    """'auto' -> bf16 on a GPU and on a CPU with bf16 matrix products in hardware (AVX512-BF16, AMX), else fp32."""
+    if name == "auto":
+        fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def remove(path):
@@ -719,7 +783,8 @@ class Stage:
     finished stage with the same identity is `done`; an unfinished one continues; another identity is refused, naming what
     changed, unless --overwrite. `keep`: names that --overwrite leaves (caches keyed by their own content)."""
 
-    FREE = {"run", "overwrite", "device", "workers", "memory", "batch_tokens", "checkpoint_steps", "dry_run"}  # cannot change a result
+    FREE = {"run", "overwrite", "device", "workers", "memory", "batch_tokens", "checkpoint_steps",
+            "dry_run", "tokens_per_second", "expect_rows", "expect_tokens", "expect_model"}  # cannot change a result
 
     def __init__(self, folder, args, inputs, main=True, keep=()):
         self.folder, self.main, self.start = Path(folder), main, time.time()
@@ -761,6 +826,89 @@ class Stage:
         if self.main:
             write_json(self.folder / "stage.json", {**self.about, **facts, "finished": True, "seconds": round(time.time() - self.start, 1)})
             print(f"wrote {self.folder}  ({time.time() - self.start:.0f} s)")
+
+
+# The shapes of the paper's teachers as published with their weights, for a plan made where the hub cannot be reached.
+PUBLISHED = {
+    "meta-llama/Meta-Llama-3-8B": ("llama", dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                                                 intermediate_size=14336, vocab_size=128256, max_position_embeddings=8192)),
+    "google-bert/bert-base-multilingual-cased": ("bert", dict(vocab_size=119547)),  # the rest: BertConfig's defaults
+    "google-t5/t5-base": ("t5", dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)),
+    "microsoft/deberta-v3-base": ("deberta-v2", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=128100, type_vocab_size=0,
+                                                     relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+                                                     pos_att_type=["p2c", "c2p"], position_biased_input=False)),
+}
+
+
+def plan_flags(parser):
+    """The flags of --dry-run. `plan_defaults` of a preset stand in for those not given."""
+    group = parser.add_argument_group("plan")
+    group.add_argument("--dry-run", action="store_true", help="print parameters, memory, steps and hours, and end: no weights are loaded, nothing is written")
+    group.add_argument("--tokens-per-second", type=float, metavar="N", help="speed of one process that the plan reckons with")
+    group.add_argument("--expect-rows", type=int, metavar="N", help="rows that the plan reckons with (default: those of RUN/features, or the preset's)")
+    group.add_argument("--expect-tokens", type=float, metavar="T", help="mean tokens a row that the plan reckons with")
+
+
+def plan_config(model):
+    """A model's config, and where it is from; of the paper's teachers it is known without the hub."""
+    try:
+        return load_config(model), "its config"
+    except Stop:
+        if model not in PUBLISHED:
+            raise
+        from transformers import AutoConfig
+
+        kind, shape = PUBLISHED[model]
+        return AutoConfig.for_model(kind, **shape), "its config cannot be reached: published shape"
+
+
+def plan_device(args):
+    """Device and dtype that the plan is for: with --preset paper a GPU, whether this machine has one or not."""
+    device = torch.device("cuda") if args.preset == "paper" and args.device == "auto" else pick_device(args.device)
+    return device, pick_dtype(args.precision, device)
+
+
+def plan_memory(teacher, device, dtype, quantised, tokens, train):
+    """[(bytes, what for)] of a process. `teacher`: on the meta device; `tokens`: of a forward pass. Weights are counted, activations estimated."""
+    linear = [m for name, m in teacher.backbone.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    packed = sum(m.weight.numel() for m in linear) if quantised else 0
+    frozen = sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+    size, gpu, config = dtype.itemsize, device.type == "cuda", teacher.backbone.config
+    terms = [(packed * (0.5 + 1 / 64 + 4 / 64 / 256), "linear layers, NF4: 4 bit, and scales in 8 bit"),
+             (size * max(m.weight.numel() for m in linear) if quantised else 0, f"one linear layer, unpacked to {dtype_name(dtype)}"),
+             (size * (frozen - packed), f"{'other ' if quantised else ''}frozen weights, {dtype_name(dtype)}"),
+             (16 * trained, "trained weights, gradients and both AdamW moments, fp32")]
+    if train:
+        # 4.7 bytes an input and output element of the linear layers are saved for backward in a Llama with LoRA dropout (counted on a small one); the rest: gradients
+        activations = 6 * tokens * sum(m.in_features + m.out_features for m in linear)
+        terms += [(size * tokens * config.hidden_size * config.num_hidden_layers, "layer inputs that activation checkpointing keeps"),
+                  (activations / config.num_hidden_layers, "one layer, computed again, and its gradients")] if gpu else [(activations, "activations and their gradients")]
+    else:
+        terms.append((2 * size * tokens * max(m.in_features + m.out_features for m in linear), "activations of one layer"))
+    return terms + [(1e9 if gpu else 0, "device context and fragmentation (allowance)")]
+
+
+def plan_print(args, defaults, model, teacher, memory, rows, rows_from, epochs=None):
+    """Prints the plan of 02 or 03. rows: those of the run's features, or None. epochs: None if nothing is trained. Returns the number of rows."""
+    if args.expect_rows or rows is None:
+        rows, rows_from = (args.expect_rows, "--expect-rows") if args.expect_rows else (defaults["rows"], "this preset's")
+    mean, mean_from = (args.expect_tokens, "--expect-tokens") if args.expect_tokens else (defaults["tokens"], "an assumption")
+    speed, speed_from = (args.tokens_per_second, "--tokens-per-second") if args.tokens_per_second else (defaults["tokens_per_second"], defaults["source"])
+    trainable, every = sum(p.numel() for p in teacher.parameters() if p.requires_grad), sum(p.numel() for p in teacher.parameters())
+    tokens = rows * mean * (epochs or 1)
+    hours = tokens / speed / 3600
+    print("plan; no weights are loaded, nothing is written")
+    print(f"model:   {model[0]} ({model[1]}): {every / 1e6:,.1f} M parameters" + (f", {trainable / 1e6:,.1f} M trainable ({100 * trainable / every:.1f} %)" if epochs else ""))
+    print(f"memory:  {sum(n for n, _ in memory) / 1e9:.1f} GB a process at its peak (estimate):")
+    print("\n".join(f"         {n / 1e9:6.2f} GB  {what}" for n, what in memory if n))
+    print(f"rows:    {rows:,} ({rows_from}), {mean:g} tokens a row ({mean_from})" + (f", {epochs} epochs" if epochs else "") + f": {tokens / 1e6:,.1f} M tokens")
+    print(f"time:    {hours:,.2f} hours in one process, {hours / 8:,.2f} in eight if that scales evenly, at {speed:,.0f} tokens/s a process ({speed_from})")
+    return rows
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def start(accelerator, folder, args, inputs):
