@@ -28,7 +28,7 @@ from common import C, FIELDS, LEVELS, ROOT, PackedRows, PairText, Stop, Teacher
 
 PRESETS = {
     "toy": dict(model=str(ROOT / "data/toy_models/llama"), fields=",".join(FIELDS), precision="fp32", max_tokens=96, epochs=6, batch_rows=32, batch_tokens=4_096,
-                lr=2e-3, encoder_lr=3e-4, head_lr=2e-3, warmup=0.1, weight_decay=0.01, lora_rank=16, lora_alpha=32, lora_dropout=0.0, checkpoint_steps=100),
+                lr=2e-3, encoder_lr=3e-4, head_lr=1e-3, warmup=0.1, weight_decay=0.01, lora_rank=16, lora_alpha=32, lora_dropout=0.0, checkpoint_steps=100),
     "paper": dict(
         model="meta-llama/Meta-Llama-3-8B",  # stated; the others by --model: google-bert/bert-base-multilingual-cased, google-t5/t5-base, microsoft/deberta-v3-base
         fields=",".join(FIELDS),  # stated

@@ -28,6 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 
+LEVEL = {"0": 1, "1": 5}  # grade -> level
+
+
 def open_text(folder, name):
     """A text file of the source folder, gzipped or not."""
     for path in (folder / f"{name}.gz", folder / name):
@@ -65,6 +68,8 @@ def convert(source, out, train_share=0.1, eval_share=0.1, max_impressions=None):
     with open_text(source, "movies-judgments.tsv") as f:
         for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE):
             query, pin = row["query_id"], row["doc_id"]
+            if row["grade"] not in LEVEL:
+                raise common.Stop(f"{source / 'movies-judgments.tsv'}: grade {row['grade']!r} of query {query!r} and movie {pin!r} is neither 0 nor 1")
             if pin not in have:
                 skipped.append((query, pin, row["grade"], "no such movie"))
                 continue
@@ -77,7 +82,7 @@ def convert(source, out, train_share=0.1, eval_share=0.1, max_impressions=None):
                 impressions["query_id"].append(query)
                 impressions["pin_id"].append(pin)
                 continue
-            for column, value in zip(labels, (query, pin, {"0": 1, "1": 5}[row["grade"]], split)):
+            for column, value in zip(labels, (query, pin, LEVEL[row["grade"]], split)):
                 labels[column].append(value)
     if max_impressions:
         impressions = {column: values[:max_impressions] for column, values in impressions.items()}
