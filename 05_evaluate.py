@@ -476,19 +476,20 @@ def compare_arms(arms, args):
         known = [f["training_rows"] for *_, f in seeds if f["training_rows"] is not None]
         out.append({"label": label, "learnt_from": seeds[0][3]["learnt_from"], "training_rows": round(np.mean(known)) if known else None,
                     "overall": metrics.pop("overall"), "by_language": metrics})
-        if home in metrics and out[-1]["by_language"][home]["accuracy"]["value"]:
-            out[-1]["accuracy_kept"] = {lang: interval(m["accuracy"]["value"] / metrics[home]["accuracy"]["value"], means[lang]["accuracy"] / means[home]["accuracy"])
-                                        for lang, m in metrics.items() if lang != home}
+        if home in metrics and metrics[home]["accuracy"]["value"]:
+            with np.errstate(divide="ignore", invalid="ignore"):  # a resample without a right row
+                out[-1]["accuracy_kept"] = {lang: interval(m["accuracy"]["value"] / metrics[home]["accuracy"]["value"], means[lang]["accuracy"] / means[home]["accuracy"])
+                                            for lang, m in metrics.items() if lang != home}
         drawn.append(means)
-    part_of = lambda arm, part: arm["overall"] if part == "overall" else arm["by_language"][part]
-    minus = lambda i, j, part: {name: interval((part_of(out[i], part)[name]["value"] or np.nan) - (part_of(out[j], part)[name]["value"] or np.nan),
-                                               drawn[i][part][name] - drawn[j][part][name]) for name in COMPARED}
+    value = lambda arm, part, name: np.array((arm["overall"] if part == "overall" else arm["by_language"][part])[name]["value"], dtype=float)  # NaN for None
+    minus = lambda i, j, part: {name: interval(value(out[i], part, name) - value(out[j], part, name), drawn[i][part][name] - drawn[j][part][name]) for name in COMPARED}
     differences = [{"arm": out[i]["label"], "minus": out[j]["label"], "overall": minus(i, j, "overall"),
                     "by_language": {lang: minus(i, j, lang) for lang in parts if lang != "overall"}} for i in range(len(out)) for j in range(i)]
     return {"rows": len(y), "queries": len(np.unique(query)), "language_of_human_labels": home, "resamples": args.resamples, "arms": out, "differences": differences}
 
 
 def difference(entry, arm, minus):
+    """{"overall", "by_language"} of `arm` less `minus`, an arm that stands before it."""
     return next(d for d in entry["differences"] if (d["arm"], d["minus"]) == (arm, minus))
 
 

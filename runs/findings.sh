@@ -126,8 +126,8 @@ for seed in $SEEDS; do  # as few rows as in HOME_LANGUAGE alone, of all language
     later student "student_fewer_$seed" --seed "$seed" --rows "$(fact "$INTO/students/student_home_$seed" train)" --epochs "$(epochs "$HOME_ROWS")"
 done
 work
-C=("teacher$OWN" "student$ALL_ARM" "$(arm "student, $HOME_LANGUAGE impressions only" "$SEEDS" "students:student_home_{}")"
-   "$(arm "student, as few impressions of all" "$SEEDS" "students:student_fewer_{}")")
+C=("teacher$OWN" "student$ALL_ARM" "$(arm "student, fewer impressions" "$SEEDS" "students:student_fewer_{}")"
+   "$(arm "student, fewer, $HOME_LANGUAGE only" "$SEEDS" "students:student_home_{}")")
 
 # --- The four tables
 unset OMP_NUM_THREADS

@@ -16,7 +16,7 @@ RUN="${RUN:-outputs/msrd}"
 SECONDS=0
 run python data/from_msrd.py "$SOURCE" --out data/msrd --train-share 0.05 --eval-share 0.05 --max-impressions 60000
 run python 01_build_features.py --run "$RUN" --data data/msrd --text-encoder "$ENCODER" --precision auto
-run python 02_train_teacher.py --run "$RUN" --model "$ENCODER" --precision auto --max-tokens 64 --epochs 2 --encoder-lr 1e-4 --head-lr 1e-3
+run python 02_train_teacher.py --run "$RUN" --model "$ENCODER" --precision auto --max-tokens 64 --epochs 1 --encoder-lr 1e-4 --head-lr 1e-3
 run python 03_label.py --run "$RUN" --precision auto
 run python 04_train_student.py --run "$RUN" --labels human
 run python 04_train_student.py --run "$RUN"

@@ -1,0 +1,266 @@
+"""Rows per second and peak memory of stages 01, 03 and 04 on synthetic tables of a given size, beside the naive way.
+
+    python benchmarks/scale.py --impressions 300000 3000000 --pins 1000000                         one line a size
+    python benchmarks/scale.py --stages 01 --impressions 3000000 --pins 100000 1000000 10000000
+    python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000 --json scale.json
+
+Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200 thousand, an engagement log, boards. Query and pin embeddings are random and given as the
+user's own, so stage 01 needs no model. 03 runs a one-layer teacher of width 64 (its reading, tokenising, batching and writing are measured, not the
+model). The stages are run as a user would, as processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
+embeddings are the page cache's, which the kernel may drop at any time.
+
+Naive ways (--naive): pandas with everything in one DataFrame for 01's joins; rank-bm25's get_batch_scores; a PyTorch Dataset with a DataLoader for 04.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+
+def make_dataset(folder, impressions, pins, queries, engagements, width, seed=0):
+    """Raw tables of the given numbers of rows; embeddings of `width` columns together, half of it the pins' visual embedding."""
+    folder.mkdir(parents=True)
+    db = duckdb.connect(config={"memory_limit": "4GB", "temp_directory": str(folder / "spill")})
+    out = lambda name: f"TO '{folder / name}.parquet' (FORMAT parquet)"
+    word = lambda n, k: f"'w' || floor(200000 * pow((hash({n}, {k}) % 1000003) / 1000003.0, 3))::INTEGER"
+    text = lambda n, words, salt: "concat_ws(' ', " + ", ".join(word(n, salt + k) for k in range(words)) + ")"
+    popular = lambda n, size, k: f"floor({size} * pow((hash({n}, {k}) % 1000003) / 1000003.0, 2))::BIGINT"
+    db.execute(f"COPY (SELECT 'p' || i AS pin_id, {text('i', 6, 0)} AS title, {text('i', 6, 10)} AS description, NULL::VARCHAR AS image FROM range({pins}) t(i)) {out('pins')}")
+    db.execute(f"COPY (SELECT 'q' || i AS query_id, {text('i', 3, 20)} AS query, 'en' AS language, 'c' || i % 20 AS interest FROM range({queries}) t(i)) {out('queries')}")
+    db.execute(f"""COPY (SELECT 'q' || {popular('i', queries, 30)} AS query_id, 'p' || i AS pin_id, 1 + hash(i, 31) % 5 AS label
+                   FROM range({min(pins, 20_000)}) t(i)) {out('labels')}""")
+    db.execute(f"COPY (SELECT 'q' || {popular('i', queries, 32)} AS query_id, 'p' || {popular('i', pins, 33)} AS pin_id FROM range({impressions}) t(i)) {out('impressions')}")
+    db.execute(f"""COPY (SELECT {text('hash(i, 36) % ' + str(queries), 3, 20)} AS query, 'p' || {popular('i', pins, 34)} AS pin_id, DATE '2024-01-01' + (hash(i, 35) % 900)::INTEGER AS date,
+                   1 + hash(i, 37) % 9 AS count FROM range({engagements}) t(i)) {out('engagements')}""")
+    db.close()
+    rng = np.random.default_rng(seed)
+    (folder / "embeddings").mkdir()
+    small = width // 6
+    sizes = {"query_text": (queries, small), "pin_text": (pins, small), "pin_graph": (pins, small), "pin_visual": (pins, width - 3 * small)}
+    for name, (rows, dim) in sizes.items():
+        array = np.lib.format.open_memmap(folder / "embeddings" / f"{name}.npy", mode="w+", dtype=np.float16, shape=(rows, dim))
+        for start in range(0, rows, 100_000):
+            array[start:start + 100_000] = rng.standard_normal((len(array[start:start + 100_000]), dim), dtype=np.float32)
+        (folder / "embeddings" / f"{name}.ids").write_text("\n".join(f"{name[0]}{i}" for i in range(rows)) + "\n")
+
+
+def measured(command):
+    """Runs a command. Returns seconds and peak memory in GB (RssAnon of it and its children)."""
+    start, peak, done = time.time(), [0], threading.Event()
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def tree(pid):
+        yield pid
+        try:
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                yield from tree(int(child))
+        except OSError:
+            return
+
+    def watch():
+        while not done.wait(0.1):
+            total = 0
+            for pid in list(tree(process.pid)):
+                try:
+                    total += next((int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon")), 0)
+                except OSError:
+                    pass
+            peak[0] = max(peak[0], total)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    error = process.communicate()[1]
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {error.strip().splitlines()[-1]}")
+    return time.time() - start, peak[0] / 1e6
+
+
+def tiny_encoder(folder):
+    """A one-layer BERT of width 64 with random weights and a tokenizer of single characters, saved as a hub model is."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(20_000)), "title", "description", ":"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, max_position_embeddings=64)).save_pretrained(folder)
+
+
+def match_rate(run, pairs=2_000_000):
+    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), one process, and of rank-bm25's get_batch_scores on the same texts and pairs."""
+    import pyarrow.parquet as pq
+
+    stage = importlib.import_module("01_build_features")
+    queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
+    columns = pq.read_table(run / "features/pins.parquet", columns=list(common.FIELDS)).slice(0, 200_000).to_pydict()
+    texts = [stage.pin_text(columns, i) for i in range(len(columns["title"]))]
+    bm25 = stage.PairBM25(queries, [texts])
+    vectors = [np.load(run / f"features/{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
+    rng = np.random.default_rng(0)
+    query, pin = rng.integers(0, len(queries), pairs), rng.integers(0, len(texts), pairs)
+    start = time.time()
+    stage.match_features(bm25, vectors, query, pin, np.zeros(pairs, np.int64))
+    ours = pairs / (time.time() - start)
+    from rank_bm25 import BM25Okapi
+
+    peer = BM25Okapi([stage.tokenize(t) for t in texts])
+    start, n = time.time(), 0
+    while time.time() - start < 10:
+        peer.get_batch_scores(stage.tokenize(queries[n % len(queries)]), rng.integers(0, len(texts), 20).tolist())
+        n += 1
+    return ours, 20 * n / (time.time() - start), len(texts)
+
+
+def bare_student_rate(run, batch=4_096, seconds=10):
+    """Rows/s of the paper preset's network stepping on one batch held in memory: what the hardware allows."""
+    import torch
+
+    stage = importlib.import_module("04_train_student")
+    inputs = common.StudentInputs(run / "features")
+    preset = stage.PRESETS["paper"]
+    student = common.Student({"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": preset["category_dim"], "mean": [0.0] * 4, "std": [1.0] * 4,
+                              "hidden": [int(w) for w in preset["hidden"].split(",")], "dropout": preset["dropout"]})
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)
+    embeddings, categories = inputs.gather(rows, rows)
+    match, target = torch.randn(batch, 4), torch.randn(batch, 5).softmax(1)
+
+    def step():
+        loss = stage.distillation_loss(student(embeddings, categories, match), target)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+    for _ in range(3):
+        step()
+    start, n = time.time(), 0
+    while time.time() - start < seconds:
+        step()
+        n += 1
+    return n * batch / (time.time() - start)
+
+
+def loader_rate(run, rows, batch=4_096, seconds=20):
+    """Rows/s of the naive loader alone: a Dataset that gathers one row at a time, a DataLoader that stacks them."""
+    import pyarrow.parquet as pq
+    import torch
+
+    class Pairs(torch.utils.data.Dataset):
+        def __init__(self):
+            part = pq.read_table(sorted((run / "features/impressions").glob("*.parquet"))[0]).slice(0, rows)
+            self.query, self.pin = part["query_index"].to_numpy(), part["pin_index"].to_numpy()
+            self.inputs = {p.name: np.load(p, mmap_mode="r") for p in (run / "features").glob("*_embedding.npy")}
+
+        def __len__(self):
+            return len(self.query)
+
+        def __getitem__(self, i):
+            return torch.from_numpy(np.concatenate([a[(self.query if name[0] == "q" else self.pin)[i]] for name, a in self.inputs.items()]).astype(np.float32))
+
+    start, n = time.time(), 0
+    for x in torch.utils.data.DataLoader(Pairs(), batch_size=batch, shuffle=True):
+        n += len(x)
+        if time.time() - start > seconds:
+            break
+    return n / (time.time() - start)
+
+
+def pandas_rate(data, impressions):
+    """Seconds and peak memory (GB) of 01's joins by pandas: every table one DataFrame."""
+    code = ("import pandas as pd, sys; d = sys.argv[1]; r = lambda n: pd.read_parquet(f'{d}/{n}.parquet'); p, q, i, e = map(r, ('pins', 'queries', 'impressions', 'engagements')); "
+            "p['pin_index'] = range(len(p)); q['query_index'] = range(len(q)); e = e[e['date'] > e['date'].max() - pd.Timedelta(days=730)]; "
+            "e = e.groupby(['query', 'pin_id'], as_index=False)['count'].sum(); "
+            "x = i.merge(q, on='query_id').merge(p, on='pin_id').merge(e, on=['query', 'pin_id'], how='left'); print(len(x))")
+    return measured(["-c", code, data])
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--impressions", type=int, nargs="+", default=[300_000, 3_000_000])
+    p.add_argument("--pins", type=int, nargs="+", default=[100_000])
+    p.add_argument("--queries", type=int, default=100_000)
+    p.add_argument("--engagements", type=int, default=1_000_000, help="rows of the engagement log")
+    p.add_argument("--width", type=int, default=1_100, help="columns of all embeddings together")
+    p.add_argument("--stages", nargs="+", choices=("01", "03", "04"), default=["01", "03", "04"])
+    p.add_argument("--label-rows", type=int, default=3_000_000, help="skip 03's engine (random soft labels instead) beyond so many impressions")
+    p.add_argument("--shard-rows", type=int, default=250_000)
+    p.add_argument("--naive", action="store_true", help="also the naive ways")
+    p.add_argument("--work", type=Path, help="folder for the tables (default: a temporary one)")
+    p.add_argument("--json", type=Path, metavar="FILE")
+    args = p.parse_args(argv)
+    results = []
+
+    def line(**row):
+        results.append(row)
+        print("| " + " | ".join(f"{v:,.2f}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, (int, float)) else str(v) for v in row.values()) + " |", flush=True)
+
+    print("| what | impressions | pins | seconds | rows/s | peak GB |\n|---|---|---|---|---|---|")
+    for pins in args.pins:
+        for impressions in args.impressions:
+            with tempfile.TemporaryDirectory(dir=args.work) as tmp:
+                data, run, model = Path(tmp) / "data", Path(tmp) / "run", Path(tmp) / "model"
+                make_dataset(data, impressions, pins, args.queries, args.engagements, args.width)
+                tiny_encoder(model)
+                size = dict(impressions=impressions, pins=pins)
+                seconds, peak = measured(["01_build_features.py", "--data", data, "--run", run, "--text-encoder", model, "--shard-rows", args.shard_rows])
+                line(what="01, all of it", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                if "03" in args.stages or "04" in args.stages:
+                    measured(["02_train_teacher.py", "--run", run, "--model", model, "--rows", 200, "--epochs", 1, "--max-tokens", 32])
+                    if impressions <= args.label_rows and "03" in args.stages:
+                        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
+                        line(what="03, one-layer teacher", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                    else:
+                        random_labels(run)
+                if "04" in args.stages:
+                    seconds, peak = measured(["04_train_student.py", "--preset", "paper", "--run", run, "--epochs", 1])
+                    line(what="04, one epoch", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                    rate = bare_student_rate(run)
+                    line(what="04's network on one batch in memory", **size, seconds=float("nan"), rate=rate, peak_gb=float("nan"))
+                if args.naive:
+                    ours, peer, corpus = match_rate(run)
+                    line(what=f"01, match features alone ({corpus:,} pins)", **size, seconds=float("nan"), rate=ours, peak_gb=float("nan"))
+                    line(what=f"naive: rank-bm25 get_batch_scores ({corpus:,} pins, 20 a query)", **size, seconds=float("nan"), rate=peer, peak_gb=float("nan"))
+                    line(what="naive: Dataset and DataLoader, gathering alone", **size, seconds=float("nan"), rate=loader_rate(run, 200_000), peak_gb=float("nan"))
+                    try:
+                        seconds, peak = pandas_rate(data, impressions)
+                        line(what="naive: 01's joins in pandas", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                    except SystemExit as e:
+                        print(f"naive: pandas did not finish: {e}")
+    if args.json:
+        common.write_json(args.json, {"cores": os.cpu_count(), "results": results})
+
+
+def random_labels(run):
+    """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
+    stage03 = importlib.import_module("03_label")
+    rng = np.random.default_rng(0)
+    features = run / "features"
+    import pyarrow.parquet as pq
+
+    for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
+        stage03.write_labels(stage03.target(run / "labels", features, path), rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32))
+    made = common.read_json(features / "stage.json")
+    common.write_json(run / "labels" / "stage.json", {"finished": True, "identity": "random", "inputs": {"features": made["identity"]}})
+
+
+if __name__ == "__main__":
+    main()

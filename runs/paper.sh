@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The paper's models on your own tables: BLIP-large captions, Llama-3-8B with QLoRA, 30 million soft labels.
+#
+#     bash runs/paper.sh DATASET_DIR        your raw tables (data/README.md is the contract); RUN=DIR puts the run elsewhere
+#
+# Access      Llama-3 is gated: ask for it on huggingface.co/meta-llama/Meta-Llama-3-8B, then `hf auth login` once on the machine.
+# Hardware    one GPU of 24 GB or more with bf16 (RTX 4090, L40S, A100, H100), 64 GB of memory, 200 GB of disk; or eight such GPUs.
+# Before      `DRY=1 bash runs/paper.sh DATASET_DIR` prints parameters, memory, steps and hours of 02 and 03, and ends. Put your own speed
+#             into it: --tokens-per-second, from the first minutes of a run or from benchmarks/teacher_gpu.py.
+#
+# Expected, not measured here: what the dry run reckons from public figures, for 280,000 human labels, two epochs, 30 million impressions, 200
+# tokens a row. Cost: GPU hours at 2 USD, an example; put in your provider's price.
+#
+#     stage   speed of one GPU it reckons with                                           one GPU          eight GPUs       cost
+#     02      2,413 tokens/s   QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README           12.9 h           1.6 h            26 USD
+#     03      10,000 tokens/s  50 rows/s of 200 tokens, A100, Faire's engineering blog    166.7 h          20.8 h           333 USD
+#
+# The eight-GPU column assumes even scaling. On an H100 the bounds are 23.6 thousand tokens/s for 02 and 70.9 thousand for 03: at 60 % of
+# the latter, 03 takes 39 h on one GPU. 01, 04 and 05 are not in the table; 01's captions are its long part (pictures, not rows, decide).
+#
+# Killed at any moment, the same command continues: 02 at its last checkpoint (every 200 steps), 03 at its last whole shard, 03 also with
+# another number of GPUs. A finished stage says so and does nothing.
+#
+# What to change
+#     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --no-merge (NF4 instead of bf16, slower)
+#     another teacher         02 --model google-bert/bert-base-multilingual-cased, google-t5/t5-base or microsoft/deberta-v3-base: trained in full
+#     fewer impressions       a tenth of them costs a tenth in 03; 04 --rows N shows what more of them would bring
+#     several machines        accelerate launch's own flags (--num_machines, --machine_rank, --main_process_ip); RUN on a shared disk
+[ $# -ge 1 ] || { echo "usage: bash runs/paper.sh DATASET_DIR"; exit 2; }
+DATA="$(cd "$1" && pwd)"
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+RUN="${RUN:-outputs/paper}"
+GPUS="${GPUS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+
+launch() {  # one process a GPU
+    if [ "$GPUS" -gt 1 ]; then run accelerate launch --multi_gpu --num_processes "$GPUS" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"; else run python "$@"; fi
+}
+if [ -n "${DRY:-}" ]; then
+    run python 02_train_teacher.py --preset paper --run "$RUN" --dry-run
+    run python 03_label.py --preset paper --run "$RUN" --dry-run
+    exit
+fi
+run python 01_build_features.py --preset paper --run "$RUN" --data "$DATA"  # captions, text from logs, embeddings, match features
+launch 02_train_teacher.py --preset paper --run "$RUN"                      # the teacher, on the human labels
+launch 03_label.py --preset paper --run "$RUN"                              # soft labels for every impression
+run python 04_train_student.py --preset paper --run "$RUN" --labels human   # the baseline: the same network on the human labels alone
+run python 04_train_student.py --preset paper --run "$RUN"                  # the student
+run python 05_evaluate.py --preset paper --run "$RUN"                       # every system on the human evaluation labels

@@ -1,0 +1,72 @@
+"""The two benchmark scripts run at a tiny size, and what they compare agrees."""
+
+import json
+
+import pytest
+import torch
+
+import label_throughput
+import teacher_gpu
+from helpers import stop_line
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT with random weights and a word-piece tokenizer that frames a pair as [CLS] a [SEP] b [SEP]."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ":", "title", "description", *(f"w{i}" for i in range(50))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def msrd(tmp_path_factory):
+    """64 judgments of 9 queries and 12 movies, in MSRD's form; one movie has no overview, one judgment no movie."""
+    folder = tmp_path_factory.mktemp("msrd")
+    movies = [{"id": str(i), "title": f"w{i} w{i + 1}", "overview": " ".join(f"w{(i * j) % 50}" for j in range(4 * i))} for i in range(12)]
+    (folder / "movies-corpus.jsonl").write_text("".join(json.dumps(m) + "\n" for m in movies))
+    judgments = [f"q{i // 8}\tw{i // 8} w3\t{i % 12}\t{i % 2}" for i in range(70)]
+    judgments[5] = "q0\tw0 w3\t999\t1"
+    (folder / "movies-judgments.tsv").write_text("\n".join(["query_id\tquery\tdoc_id\tgrade", *judgments]) + "\n")
+    return folder
+
+
+def test_label_throughput(bert, msrd, tmp_path, capsys):
+    argv = ["--data", str(msrd), "--model", str(bert), "--rows", "64", "--max-tokens", "32", "--batch-tokens", "256", "--repeats", "1",
+            "--only", "loop,pipeline,ours", "--json", str(tmp_path / "out.json")]
+    label_throughput.main(argv)
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["rows"] == out["rows_with_equal_tokens"] == 64
+    assert out["spread"] > 0.01  # the rows' probabilities differ, so that agreement says something
+    systems = [(r["system"], r["precision"]) for r in out["results"]]
+    assert systems[:3] == [("pipeline", "fp32"), ("loop", "fp32"), ("ours", "fp32")]
+    for r in out["results"]:
+        assert r["rows_per_second"] > 0 and r["max_difference"] < (1e-6 if r["precision"] == "fp32" else 0.02)
+    padding = {r["system"]: r["padding"] for r in out["results"] if r["precision"] == "fp32"}
+    assert 0 <= padding["ours"] < padding["loop"] == padding["pipeline"]
+    assert "| ours | fp32 |" in capsys.readouterr().out
+
+
+def test_label_throughput_names_what_to_install(bert, msrd, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    line = stop_line(label_throughput.main, ["--data", str(msrd), "--model", str(bert), "--rows", "8", "--only", "crossencoder"])
+    assert "benchmarks/requirements.txt" in line and "--only" in line
+
+
+def test_teacher_gpu(tmp_path):
+    teacher_gpu.main(["--small", "--device", "cpu", "--steps", "1", "--rows", "32", "--images", "2", "--image-batch", "2", "--caption-tokens", "3", "--batch-rows", "8",
+                      "--peak-tflops", "1", "--json", str(tmp_path / "out.json")])
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["linear_weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    for way in ("ours", "naive"):
+        assert {"tokens_per_second", "padding", "peak_gb", "share_of_bound"} <= out["train"][way].keys()
+        assert {"rows_per_second", "tokens_per_second", "padding", "share_of_bound"} <= out["label"][way].keys()
+        assert out["caption"][way]["images_per_second"] > 0
+    train = out["train"]["ours"]
+    assert train["share_of_bound"] == pytest.approx(6 * out["linear_weights"] * train["tokens_per_second"] / 1e12)
+    assert out["label"]["max_difference"] < 0.01  # the same teacher, LoRA merged and not

@@ -1,0 +1,61 @@
+"""Work that labelling leaves out does not show in the labels: masks without effect, the last layer's other tokens, MKL's products."""
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import PackedRows, Teacher
+
+
+def rows_of(lengths):
+    rng = np.random.default_rng(0)
+    return PackedRows(rng.integers(4, 30, n).tolist() for n in lengths)
+
+
+def teacher_of(folder, dtype=torch.float32):
+    torch.manual_seed(1)
+    backbone = common.load_backbone(folder, dtype)
+    return Teacher(backbone, common.backbone_kind(backbone.config)).eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "t5", "llama"])
+def test_a_mask_that_does_not_matter(models, kind):
+    teacher = teacher_of(models[kind])
+    uneven, even = rows_of([3, 9, 17, 17]), rows_of([12] * 4)
+    with torch.inference_mode():
+        for rows, side, matters in ((even, "right", False), (uneven, "right", kind != "llama"), (uneven, "left", True)):
+            ids, mask = rows.batch(np.arange(4), 0, side=side)
+            assert teacher.mask_matters(mask) == matters
+            if not matters:
+                assert torch.allclose(teacher(ids, mask, False), teacher(ids, mask), atol=1e-6)
+    if kind != "llama":  # and where it matters, leaving it out shows
+        ids, mask = uneven.batch(np.arange(4), 0)
+        with torch.inference_mode():
+            assert not torch.allclose(teacher(ids, mask, False), teacher(ids, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "t5", "llama"])
+def test_ready_for_inference(models, kind, dtype):
+    teacher, rows = teacher_of(models[kind], dtype), rows_of(range(3, 43))
+    before = common.soft_labels(teacher, rows, 0, 128, "cpu", dtype)
+    seen = []
+    common.for_inference(teacher, "cpu", dtype)
+    if kind in ("bert", "deberta"):
+        teacher.backbone.encoder.layer[-1].output.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    after = common.soft_labels(teacher, rows, 0, 128, "cpu", dtype)
+    assert np.abs(after - before).max() < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert set(seen) <= {1} and bool(seen) == (kind in ("bert", "deberta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_leaves_rotary_frequencies_in_fp32(models, dtype):
+    from peft import LoraConfig, get_peft_model
+
+    backbone = get_peft_model(common.load_backbone(models["llama"], dtype), LoraConfig(r=2, target_modules="all-linear"))
+    exact = backbone.base_model.model.rotary_emb.inv_freq.clone()
+    teacher = Teacher(backbone, "decoder").eval()
+    common.merge_lora(teacher, dtype)
+    assert {p.dtype for p in teacher.backbone.parameters()} == {dtype}
+    assert exact.dtype == torch.float32 and torch.equal(teacher.backbone.rotary_emb.inv_freq, exact)

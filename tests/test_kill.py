@@ -1,0 +1,106 @@
+"""Each stage killed with SIGKILL at random moments and at renames of files, then finished: the same files as an undisturbed run's."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import common
+import kill_child
+from helpers import TOY_MODELS, synthetic
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["kill_child"])
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the fork server looks for it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """The fork server has imported everything before the first time is taken."""
+    child = server.Process(target=time.time)
+    child.start()
+    child.join()
+
+
+def start(number, argv, log, rename=None, after=None):
+    """Runs a stage in a child; `after`: killed so many seconds later. Returns its exit code."""
+    child = server.Process(target=kill_child.work, args=(number, [str(a) for a in argv], str(log), rename))
+    child.start()
+    child.join(after)
+    if child.is_alive():
+        child.kill()
+    child.join()
+    return child.exitcode
+
+
+def content(folder):
+    """{file: bytes} of what a stage made; of stage.json all but the time it took."""
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    about = common.read_json(folder / "stage.json")
+    assert about["finished"]
+    files["stage.json"] = {k: v for k, v in about.items() if k != "seconds"}
+    return files
+
+
+def killed_and_finished(number, argv, undisturbed, disturbed, folder, tmp_path, seed, kills=5):
+    """Kills the stage on `disturbed` again and again, lets it end, and compares."""
+    rng, log = np.random.default_rng(seed), tmp_path / "log"
+    begin = time.time()
+    assert start(number, ["--run", undisturbed, *argv], log) == 0, log.read_text()
+    seconds, renames = time.time() - begin, int(log.read_text().rsplit("renames: ", 1)[1])
+    done = 0
+    while done < kills:
+        if done % 2:
+            how = {"after": rng.uniform(0.1, 0.9) * seconds}
+        else:
+            how = {"rename": (int(rng.integers(1, max(2, renames // 2))), ["before", "after"][rng.integers(2)])}
+        code = start(number, ["--run", disturbed, *argv], log, **how)
+        assert code in (0, -signal.SIGKILL), log.read_text()
+        done += code != 0
+        if code == 0:  # it was done before the moment came: once more from the beginning
+            shutil.rmtree(disturbed / folder)
+    assert start(number, ["--run", disturbed, *argv], log) == 0, log.read_text()
+    one, other = content(undisturbed / folder), content(disturbed / folder)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def two_runs(tmp_path, make):
+    for name in ("undisturbed", "disturbed"):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name)
+    return tmp_path / "undisturbed", tmp_path / "disturbed"
+
+
+def test_01_killed(toy, models, tmp_path):
+    argv = ["--data", toy, "--caption-model", TOY_MODELS / "blip", "--text-encoder", models["bert"], "--shard-rows", "250", "--image-batch", "16", "--device", "cpu"]
+    killed_and_finished("01", argv, *two_runs(tmp_path, lambda run: None), "features", tmp_path, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(features, models, tmp_path_factory):
+    """02 on an undisturbed and on a killed run, compared."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = two_runs(folder, lambda run: (run / "features").symlink_to(features))
+    argv = ["--model", models["llama"], "--rows", "64", "--epochs", "3", "--batch-rows", "8", "--max-tokens", "48", "--checkpoint-steps", "2", "--lora-dropout", "0.1", "--device", "cpu"]
+    killed_and_finished("02", argv, *runs, "teacher", folder, seed=2)
+    return runs
+
+
+def test_02_killed(trained):
+    assert all((run / "teacher" / "head.safetensors").exists() for run in trained)
+
+
+def test_03_killed(trained, tmp_path):
+    killed_and_finished("03", ["--device", "cpu"], *trained, "labels", tmp_path, seed=3)
+
+
+def test_04_killed(tmp_path):
+    runs = two_runs(tmp_path, lambda run: synthetic(run, shards=6, shard_rows=300))
+    argv = ["--epochs", "4", "--batch-rows", "32", "--window", "2", "--checkpoint-steps", "3", "--device", "cpu"]
+    killed_and_finished("04", argv, *runs, "student", tmp_path, seed=4)
