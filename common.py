@@ -222,7 +222,8 @@ def load_backbone(model, dtype, quantise=False, device="cpu", config=None):
         extra["device_map"] = {"": str(device)}
     try:
         if str(device) == "meta":
-            return without_pooler(cls.from_config(config, dtype=dtype))
+            with torch.device("meta"):
+                return without_pooler(cls.from_config(config, dtype=dtype))
         backbone, found = cls.from_pretrained(model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra)
     except Exception as e:  # transformers, safetensors and bitsandbytes raise many kinds for a folder or machine that will not do
         if quantise:
