@@ -120,7 +120,7 @@ def write_labels(path, probabilities):
 
 
 def ready(teacher, args, device, dtype):
-    teacher = common.for_inference(teacher, device, dtype)
+    teacher = common.for_inference(teacher, device, dtype, args.compile)
     if args.compile:
         teacher.backbone = torch.compile(teacher.backbone, dynamic=True)
     return teacher

@@ -328,13 +328,13 @@ def first_token(module, inputs):
     return tuple(x[:, :1] for x in inputs)
 
 
-def for_inference(teacher, device, dtype):
+def for_inference(teacher, device, dtype, compiled=False):
     """The teacher without work that nobody reads, for batches padded on the right: after attention, the last layer of an encoder of BERT's
-    kind runs for the first token alone. And with linear layers by oneDNN, where those are faster and as exact."""
+    kind runs for the first token alone. And with linear layers by oneDNN, where those are faster and as exact (the compiler picks its own)."""
     layers = getattr(getattr(teacher.backbone, "encoder", None), "layer", None)
     if teacher.how == "first" and layers is not None and hasattr(layers[-1], "attention") and hasattr(layers[-1].attention, "output"):
         layers[-1].attention.output.register_forward_pre_hook(first_token)
-    if torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available() and not compiled:
         for module in teacher.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDnnLinear

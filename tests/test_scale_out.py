@@ -1,5 +1,6 @@
 """02 and 03 in two processes under `accelerate launch`: the same labels, the same training, and a restart continues."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -101,20 +102,15 @@ def test_two_processes_label_as_one_and_another_number_continues(labelled, tmp_p
 
 def test_two_processes_train_as_one_and_continue(features, models, tmp_path, monkeypatch):
     argv = ["--model", models["llama"], *TRAIN]
-    one, two, killed = (new_run(tmp_path / name, features) for name in ("one", "two", "killed"))
+    one, two = (new_run(tmp_path / name, features) for name in ("one", "two"))
     alone(monkeypatch, "02", ["--run", one, *argv])
+    code, log = two_processes(tmp_path, "02_train_teacher", ["--run", two, *argv], die_at=2)
+    assert code != 0 and (two / "teacher" / "checkpoint.safetensors").exists() and not (two / "teacher" / "teacher.json").exists(), log
     code, log = two_processes(tmp_path, "02_train_teacher", ["--run", two, *argv])
     assert code == 0, log
-    losses = [[line.get("loss", line.get("held_out_loss")) for line in map(common.json.loads, (run / "teacher" / "training_log.jsonl").read_text().splitlines())] for run in (one, two)]
+    assert "continuing at step 4" in log and "2 process(es)" in log
+    losses = [[line.get("loss", line.get("held_out_loss")) for line in map(json.loads, (run / "teacher" / "training_log.jsonl").read_text().splitlines())] for run in (one, two)]
     assert len(losses[0]) == 14  # 2 epochs of 6 steps, and an evaluation after each
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-4)
-
-    code, log = two_processes(tmp_path, "02_train_teacher", ["--run", killed, *argv], die_at=2)
-    assert code != 0 and (killed / "teacher" / "checkpoint.safetensors").exists() and not (killed / "teacher" / "teacher.json").exists()
-    code, log = two_processes(tmp_path, "02_train_teacher", ["--run", killed, *argv])
-    assert code == 0, log
-    assert "continuing at step 4" in log
-    assert (killed / "teacher" / "training_log.jsonl").read_bytes() == (two / "teacher" / "training_log.jsonl").read_bytes()
-    for name in ("head.safetensors", "adapter/adapter_model.safetensors"):
-        a, b = load_file(two / "teacher" / name), load_file(killed / "teacher" / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(run / "teacher" / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-3
