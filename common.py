@@ -193,7 +193,7 @@ def load_config(model):
 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # transformers raises many kinds for a folder that will not do
         raise Stop(f"{model}: no usable model config here ({first_line(e)}); give a folder written by save_pretrained, or a hub id") from e
 
 
@@ -253,7 +253,7 @@ def load_tokenizer(model, config):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except Exception as e:  # as above
         raise Stop(f"{model}: its tokenizer cannot be loaded ({first_line(e)})") from e
     if tokenizer.pad_token_id is None:
         known = getattr(config, "pad_token_id", None)
