@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import regex
 import torch
@@ -143,7 +144,7 @@ class Captioner:
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(
                 model, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device).eval()
-        except (OSError, ValueError, RuntimeError) as e:
+        except Exception as e:  # transformers and safetensors raise many kinds for a broken folder
             raise Stop(f"{model}: cannot be loaded as a BLIP captioner ({common.first_line(e)})") from e
         self.tokens, self.device = tokens, device
         self.dim = self.model.config.vision_config.hidden_size
@@ -347,15 +348,17 @@ def users_embedding(raw, name, rows, folder):
     if array.ndim != 2 or array.shape[1] == 0 or array.dtype not in (np.float16, np.float32):
         raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {array.dtype} {list(array.shape)}")
     try:
-        ids = [line.rstrip("\n") for line in open(ids_path, encoding="utf-8")]
+        ids = pa.array([line.rstrip("\n") for line in open(ids_path, encoding="utf-8")], pa.string())
     except UnicodeDecodeError as e:
         raise Stop(f"{ids_path}: not UTF-8 ({e})") from e
     if len(ids) != len(array):
         raise Stop(f"{ids_path}: {len(ids):,} ids for {len(array):,} rows of {path.name}")
-    row_of = {key: row for row, key in enumerate(ids)}
-    if len(row_of) != len(ids):
-        raise Stop(f"{ids_path}: {len(ids) - len(row_of):,} ids stand more than once, the first: {Counter(ids).most_common(1)[0][0]!r}")
-    place = np.array([row_of.get(key, -1) for key in rows], dtype=np.int64)
+    different = pc.count_distinct(ids).as_py()
+    if different != len(ids):
+        counts = ids.value_counts()
+        most = counts.field("values")[pc.index(counts.field("counts"), pc.max(counts.field("counts"))).as_py()]
+        raise Stop(f"{ids_path}: {len(ids) - different:,} ids stand more than once, the first: {most.as_py()!r}")
+    place = pc.index_in(rows, ids).fill_null(-1).to_numpy().astype(np.int64)
     with common.atomic(folder / f"{name}_embedding.npy") as tmp:
         out = np.lib.format.open_memmap(tmp, mode="w+", dtype=array.dtype, shape=(len(rows), array.shape[1]))
         for start in range(0, len(rows), 65_536):
@@ -363,7 +366,7 @@ def users_embedding(raw, name, rows, folder):
             block = np.where((at >= 0)[:, None], array[np.maximum(at, 0)], 0)
             finite = np.isfinite(block).all(axis=1)
             if not finite.all():
-                raise Stop(f"{path}: {(~finite).sum():,} rows (of those up to {start + len(at):,}) with NaN or infinity, the first: {rows[start + int(finite.argmin())]!r}")
+                raise Stop(f"{path}: {(~finite).sum():,} rows (of those up to {start + len(at):,}) with NaN or infinity, the first: {rows[start + int(finite.argmin())].as_py()!r}")
             out[start:start + 65_536] = block
         out.flush()
     return int((place < 0).sum())
@@ -455,7 +458,7 @@ def make_embeddings(raw, args, folder, device):
     bad = sorted(n for n in own if not n.startswith(("query_", "pin_")))
     if bad:
         raise Stop(f"{raw.folder / 'embeddings' / bad[0]}.npy: the name must begin with query_ or pin_")
-    ids = {side: pq.read_table(folder / file, columns=[f"{side}_id"])[f"{side}_id"].to_pylist()
+    ids = {side: pq.read_table(folder / file, columns=[f"{side}_id"])[f"{side}_id"].combine_chunks()
            for side, file in (("query", "queries.parquet"), ("pin", "pins.parquet"))}
     missing = {name: users_embedding(raw, name, ids[name.split("_")[0]], folder) for name in sorted(own)}
     encoder = None

@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 import warnings
+from array import array
 from pathlib import Path
 
 import duckdb
@@ -127,10 +128,13 @@ class PackedRows:
     """Token ids of many rows in one flat int32 array; batch() pads the rows asked for."""
 
     def __init__(self, rows):
-        rows = list(rows)
-        self.lengths = np.array([len(r) for r in rows], dtype=np.int64)
+        """rows: an iterable of lists of token ids, read once and not kept."""
+        flat, lengths = array("i"), array("q")
+        for row in rows:
+            flat.extend(row)
+            lengths.append(len(row))
+        self.flat, self.lengths = np.array(flat, dtype=np.int32), np.array(lengths, dtype=np.int64)
         self.start = np.cumsum(self.lengths) - self.lengths
-        self.flat = np.fromiter((t for r in rows for t in r), dtype=np.int32, count=int(self.lengths.sum()))
 
     def __len__(self):
         return len(self.lengths)

@@ -1,5 +1,6 @@
 """Stage 01's text, match features and embeddings, each against a count by hand or an independent library."""
 
+import csv
 import datetime
 from argparse import Namespace
 from collections import Counter
@@ -7,13 +8,16 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rank_bm25 import BM25Okapi
 from sklearn.metrics.pairwise import cosine_similarity
+from transformers import AutoTokenizer, BertModel
 
 import common
-from helpers import own_embeddings, small_dataset, stage, stop_line, write_dataset
+from helpers import TOY_MODELS, own_embeddings, small_dataset, stage, stop_line, write_dataset
 
 build = stage("01")
 
@@ -100,7 +104,7 @@ def test_top_tokens_by_count_then_name(tmp_path):
 
 
 def test_a_token_counts_once_a_query_and_letters_of_either_case_are_one_query(tmp_path):
-    rows = engagements(("007", "Tick tick tick", "2024-01-01", 1), ("007", "tock", "2024-01-01", 2), ("007", "TOCK ", "2024-01-02", 2))
+    rows = engagements(("007", "Tick tick tick", "2024-01-01", 2), ("007", "tock", "2024-01-01", 2), ("007", "TOCK ", "2024-01-02", 2))
     (queries, _, _), _ = logs(tmp_path, **rows)
     assert queries == {"007": "tock tick"}
 
@@ -353,3 +357,52 @@ def test_graph_embedding_of_hardly_any_board(tmp_path):
     for boards in ([("a", "one")], [("a", "one"), ("b", "one")], [("a", "one"), ("a", "two")], [("a", "one"), ("b", "two"), ("c", "three")]):
         out = graph(tmp_path, boards, pins, dim=8)
         assert len(out) == 3 and out.shape[1] >= 1 and np.isfinite(out).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions, visual and text embeddings, and model folders that are refused
+
+
+def with_models(tmp_path, caption_model, text_encoder):
+    """Stage 01 on the small dataset with one picture, one broken one, and these models."""
+    tables = small_dataset()
+    tables["pins"]["image"] = ["a.png", "b.png", None]
+    data = write_dataset(tmp_path / "data", tables)
+    Image.new("RGB", (80, 80), "red").save(data / "a.png")
+    (data / "b.png").write_bytes(b"broken")
+    return made(data, tmp_path / "run", "--caption-model", str(caption_model), "--text-encoder", str(text_encoder))
+
+
+def test_skipped_images_are_listed(models, tmp_path):
+    folder = with_models(tmp_path, TOY_MODELS / "blip", models["bert"])
+    with open(folder / "skipped_images.csv", newline="", encoding="utf-8") as f:
+        head, row = csv.reader(f)
+    assert head == ["pin_id", "image", "reason"] and row[:2] == ["p2", "b.png"] and row[2]
+    captions = pq.read_table(folder / "pins.parquet")["caption"].to_pylist()
+    assert captions[0] and captions[1:] == ["", ""]
+    visual = np.load(folder / "pin_visual_embedding.npy")
+    assert np.isfinite(visual).all() and visual[0].any() and not visual[1:].any()
+    assert common.read_json(folder / "stage.json")["images"] == {"captioned": 1, "skipped": 1}
+
+
+def test_the_text_embedding_is_the_mean_over_the_tokens(models, tmp_path):
+    """Against transformers called plainly, one text at a time."""
+    folder = with_models(tmp_path, TOY_MODELS / "blip", models["bert"])
+    model, tokenizer = BertModel.from_pretrained(models["bert"]).eval(), AutoTokenizer.from_pretrained(models["bert"])
+    pins = pq.read_table(folder / "pins.parquet").to_pylist()
+    for pin, got in zip(pins, np.load(folder / "pin_text_embedding.npy")):
+        text = " ".join(pin[f] for f in common.FIELDS if pin[f])
+        with torch.inference_mode():
+            mean = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(got, mean / np.linalg.norm(mean), atol=2e-3)
+
+
+def test_wrong_models_are_one_line(models, tmp_path):
+    assert "BLIP" in stop_line(with_models, tmp_path / "a", models["bert"], models["bert"])
+    assert "encoder" in stop_line(with_models, tmp_path / "b", TOY_MODELS / "blip", models["llama"])
+    assert "nowhere" in stop_line(with_models, tmp_path / "c", tmp_path / "nowhere", models["bert"])
+    (tmp_path / "blip").mkdir()
+    for path in (TOY_MODELS / "blip").iterdir():
+        (tmp_path / "blip" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "blip" / "model.safetensors").write_bytes(b"garbage")
+    assert str(tmp_path / "blip") in stop_line(with_models, tmp_path / "d", tmp_path / "blip", models["bert"])

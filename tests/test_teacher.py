@@ -281,9 +281,11 @@ class Unpickled:
         return (setattr, (Unpickled, "ran", True))
 
 
-def test_pickled_weights_are_refused_unread(run, models, tmp_path):
+@pytest.mark.parametrize("harmless", [True, False])
+def test_pickled_weights_are_refused_unread(run, models, tmp_path, harmless):
     folder = copy_of(models["bert"], tmp_path / "model", without=["model.safetensors"])
-    torch.save({"embeddings": Unpickled()}, folder / "pytorch_model.bin")
+    right = transformers.BertModel.from_pretrained(models["bert"]).state_dict()
+    torch.save(right if harmless else {"embeddings": Unpickled()}, folder / "pytorch_model.bin")
     line = train_with(run, folder)
     assert str(folder) in line and "safetensors" in line and not Unpickled.ran
 
