@@ -253,13 +253,19 @@ def make_deberta(vocab):
 
 
 def initialise(model, vectors):
-    """Start from word vectors, and with equal query and key maps: every head begins by looking for words alike."""
-    spread = model.config.d_kv ** -0.25 if model.config.model_type == "t5" else 1.0  # T5 does not scale its scores
+    """Start from word vectors, and with equal query and key maps: every head begins by looking for words alike.
+
+    T5 needs more: it does not scale its attention scores, it scales its logits down, and where a head looks is learnt from small numbers
+    at first: the others know positions from the beginning."""
+    t5 = model.config.model_type == "t5"
+    spread, norm = (model.config.d_kv ** -0.25, D ** 0.5) if t5 else (1.0, 0.5)
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and re.search(r"proj|dense|query|key|value|SelfAttention\.[qkvo]|EncDecAttention|wi_|wo\.", name):
             scale = 0.5 if re.search(r"o_proj|down_proj|output\.dense|\.o\.|wo\.", name) else 1.0
             scale = spread if re.search(r"\.[qk]\.weight", name) else scale
             nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
+        elif "relative_attention_bias" in name:
+            nn.init.normal_(weight, std=2.0)
     parameters = dict(model.named_parameters())
     for name, weight in parameters.items():
         query = re.sub(r"key(_proj)?\.weight$", r"query\1.weight", name.replace("k_proj", "q_proj").replace(".k.", ".q."))
@@ -267,8 +273,8 @@ def initialise(model, vectors):
             weight.data.copy_(parameters[query].data)
     vectors = torch.tensor(vectors, dtype=torch.float32)
     size = vectors.norm(dim=1)
-    vectors *= 0.5 / size[size > 1e-3].mean()
-    vectors[size < 1e-3] = torch.randn(int((size < 1e-3).sum()), D) * 0.5 / D ** 0.5
+    vectors *= norm / size[size > 1e-3].mean()
+    vectors[size < 1e-3] = torch.randn(int((size < 1e-3).sum()), D) * norm / D ** 0.5
     model.get_input_embeddings().weight.data.copy_(vectors)
 
 
@@ -358,7 +364,7 @@ def t5_loss(model, aux, batch):
 
 
 MODELS = {"llama": (make_llama, llama_loss, 2000), "bert": (make_bert, bert_loss, 1500),
-          "t5": (make_t5, t5_loss, 2000), "deberta": (make_deberta, encoder_loss, 2000)}
+          "t5": (make_t5, t5_loss, 3000), "deberta": (make_deberta, encoder_loss, 2000)}
 
 
 def pretrain(model, loss_of, corpus, steps, tokens=1600, lr=3e-3, seed=0):
@@ -368,7 +374,9 @@ def pretrain(model, loss_of, corpus, steps, tokens=1600, lr=3e-3, seed=0):
     aux = nn.ModuleDict({"rtd": nn.Linear(D, 1), "page": nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 2)),
                          "mlm": nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))})
     params = list(model.parameters()) + list(aux.parameters())
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    unscaled = [p for name, p in model.named_parameters() if re.search(r"Attention\.[qk]\.", name)]  # T5's: smaller weights, larger scores
+    groups = [{"params": unscaled, "share": 0.2}, {"params": [p for p in params if all(p is not q for q in unscaled)], "share": 1.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     length = np.array([len(h) + len(b) for h, b in zip(corpus.heads, corpus.bodies)])
     model.set_attn_implementation("eager")  # 1.6 times as fast as flash attention's backward on a CPU at this length
     model.train()
@@ -383,7 +391,7 @@ def pretrain(model, loss_of, corpus, steps, tokens=1600, lr=3e-3, seed=0):
                 chunks, order = chunks + [order[-size:]], order[:-size]
             queue = [chunks[i] for i in rng.permutation(len(chunks))]
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)
+            group["lr"] = group["share"] * lr * min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)
         data = corpus.batch(queue.pop(), rng)
         with torch.autocast("cpu", torch.bfloat16):
             losses = loss_of(model, aux, data)
