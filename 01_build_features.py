@@ -628,10 +628,14 @@ def inputs_of(args, raw):
     """Fingerprints of everything the result depends on."""
     found = {f"table {name}": common.hashed([common.fingerprint(p) for p in files]) for name, files in raw.files.items()}
     found |= {f"embeddings/{p.name}": common.fingerprint(p) for p in sorted((raw.folder / "embeddings").glob("*.*"))}
-    images = [r[0] for r in raw.db.execute("SELECT DISTINCT image FROM raw_pins WHERE image IS NOT NULL ORDER BY image").fetchall()]
-    if images:
-        size = lambda path: os.path.getsize(path) if os.path.isfile(path) else -1
-        found["image files"] = common.hashed([(i, size(raw.folder / i)) for i in images])
+    images, files = hashlib.blake2b(digest_size=16), 0  # every image's name and size
+    for batch in raw.db.sql("SELECT DISTINCT image FROM raw_pins WHERE image IS NOT NULL ORDER BY image").to_arrow_reader(100_000):
+        for image in batch.column(0).to_pylist():
+            path = os.path.join(raw.folder, image)
+            images.update(f"{image}\0{os.path.getsize(path) if os.path.isfile(path) else -1}\n".encode())
+        files += len(batch)
+    if files:
+        found["image files"] = images.hexdigest()
         found["caption model"] = common.fingerprint_model(args.caption_model)
     own = {p.stem for p in (raw.folder / "embeddings").glob("*.npy")}
     if not {"query_text", "pin_text"} <= own:

@@ -3,11 +3,15 @@
     python benchmarks/scale.py --impressions 300000 3000000 --pins 1000000                         one line a size
     python benchmarks/scale.py --stages 01 --impressions 3000000 --pins 100000 1000000 10000000
     python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000 --json scale.json
+    python benchmarks/scale.py --stages logs --engagements 100000000 --pins 1000000 --impressions 300000
+    python benchmarks/scale.py --stages match --naive --pins 1000000 --impressions 3000000
 
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200 thousand, an engagement log, boards. Query and pin embeddings are random and given as the
 user's own, so stage 01 needs no model. 03 runs a one-layer teacher of width 64 (its reading, tokenising, batching and writing are measured, not the
 model). The stages are run as a user would, as processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
 embeddings are the page cache's, which the kernel may drop at any time.
+
+`logs` is 01's aggregation of the engagement log alone (its rows a second are the log's), `match` its match features alone. 04 trains the paper preset's network unless --hidden.
 
 Naive ways (--naive): pandas with everything in one DataFrame for 01's joins; rank-bm25's get_batch_scores; a PyTorch Dataset with a DataLoader for 04.
 """
@@ -105,40 +109,53 @@ def tiny_encoder(folder):
     BertModel(BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, max_position_embeddings=64)).save_pretrained(folder)
 
 
-def match_rate(run, pairs=2_000_000):
-    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), one process, and of rank-bm25's get_batch_scores on the same texts and pairs."""
+def aggregate_logs(data, memory):
+    """Seconds and peak memory (GB) of 01's text from logs alone."""
+    code = ("import importlib, sys, common; from pathlib import Path; stage = importlib.import_module('01_build_features'); data, memory = sys.argv[1:]; "
+            "args = stage.parse_args(['--data', data, '--memory', memory]); raw = common.RawTables(args.data, spill=args.data / 'spill', memory=memory); "
+            "stage.index_rows(raw); stage.text_from_logs(raw, args)")
+    return measured(["-c", code, data, memory])
+
+
+def match_rate(run, naive, pairs=4_000_000):
+    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), of rank-bm25's get_batch_scores on the same texts or None, number of pins."""
     import pyarrow.parquet as pq
 
     stage = importlib.import_module("01_build_features")
     queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
-    columns = pq.read_table(run / "features/pins.parquet", columns=list(common.FIELDS)).slice(0, 200_000).to_pydict()
-    texts = [stage.pin_text(columns, i) for i in range(len(columns["title"]))]
-    bm25 = stage.PairBM25(queries, [texts])
+    texts = lambda: ([stage.pin_text(t, i) for i in range(len(t["title"]))] for t in
+                     (b.to_pydict() for b in pq.ParquetFile(run / "features/pins.parquet").iter_batches(20_000, columns=list(common.FIELDS))))
+    bm25 = stage.PairBM25(queries, texts(), workers=os.cpu_count())
     vectors = [np.load(run / f"features/{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     rng = np.random.default_rng(0)
-    query, pin = rng.integers(0, len(queries), pairs), rng.integers(0, len(texts), pairs)
-    start = time.time()
-    stage.match_features(bm25, vectors, query, pin, np.zeros(pairs, np.int64))
-    ours = pairs / (time.time() - start)
-    from rank_bm25 import BM25Okapi
+    query, pin = rng.integers(0, len(queries), pairs), rng.integers(0, bm25.corpus_size, pairs)
+    seconds = []
+    for _ in range(2):  # the first brings the embeddings into the page cache
+        start = time.time()
+        stage.match_features(bm25, vectors, query, pin, np.zeros(pairs, np.int64))
+        seconds.append(time.time() - start)
+    peer = None
+    if naive and bm25.corpus_size <= 1_000_000:
+        from rank_bm25 import BM25Okapi
 
-    peer = BM25Okapi([stage.tokenize(t) for t in texts])
-    start, n = time.time(), 0
-    while time.time() - start < 10:
-        peer.get_batch_scores(stage.tokenize(queries[n % len(queries)]), rng.integers(0, len(texts), 20).tolist())
-        n += 1
-    return ours, 20 * n / (time.time() - start), len(texts)
+        okapi = BM25Okapi([stage.tokenize(t) for chunk in texts() for t in chunk])
+        start, n = time.time(), 0
+        while time.time() - start < 10:
+            okapi.get_batch_scores(stage.tokenize(queries[n % len(queries)]), rng.integers(0, okapi.corpus_size, 20).tolist())
+            n += 1
+        peer = 20 * n / (time.time() - start)
+    return pairs / min(seconds), peer, bm25.corpus_size
 
 
-def bare_student_rate(run, batch=4_096, seconds=10):
-    """Rows/s of the paper preset's network stepping on one batch held in memory: what the hardware allows."""
+def bare_student_rate(run, hidden, batch=4_096, seconds=20):
+    """Rows/s of the same network stepping on one batch held in memory: what the hardware allows."""
     import torch
 
     stage = importlib.import_module("04_train_student")
     inputs = common.StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     student = common.Student({"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": preset["category_dim"], "mean": [0.0] * 4, "std": [1.0] * 4,
-                              "hidden": [int(w) for w in preset["hidden"].split(",")], "dropout": preset["dropout"]})
+                              "hidden": [int(w) for w in hidden.split(",")], "dropout": preset["dropout"]})
     optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)
     embeddings, categories = inputs.gather(rows, rows)
@@ -200,7 +217,9 @@ def main(argv=None):
     p.add_argument("--queries", type=int, default=100_000)
     p.add_argument("--engagements", type=int, default=1_000_000, help="rows of the engagement log")
     p.add_argument("--width", type=int, default=1_100, help="columns of all embeddings together")
-    p.add_argument("--stages", nargs="+", choices=("01", "03", "04"), default=["01", "03", "04"])
+    p.add_argument("--stages", nargs="+", choices=("01", "03", "04", "logs", "match"), default=["01", "03", "04"])
+    p.add_argument("--hidden", default="1024,512,256", metavar="W,W,…", help="widths of 04's hidden layers (default: the paper preset's)")
+    p.add_argument("--memory", default="4GB", help="DuckDB's limit in 01")
     p.add_argument("--label-rows", type=int, default=3_000_000, help="skip 03's engine (random soft labels instead) beyond so many impressions")
     p.add_argument("--shard-rows", type=int, default=250_000)
     p.add_argument("--naive", action="store_true", help="also the naive ways")
@@ -220,9 +239,19 @@ def main(argv=None):
                 data, run, model = Path(tmp) / "data", Path(tmp) / "run", Path(tmp) / "model"
                 make_dataset(data, impressions, pins, args.queries, args.engagements, args.width)
                 tiny_encoder(model)
-                size = dict(impressions=impressions, pins=pins)
-                seconds, peak = measured(["01_build_features.py", "--data", data, "--run", run, "--text-encoder", model, "--shard-rows", args.shard_rows])
+                size, nan = dict(impressions=impressions, pins=pins), float("nan")
+                if "logs" in args.stages:
+                    seconds, peak = aggregate_logs(data, args.memory)
+                    line(what=f"01, its logs alone: {args.engagements:,} engagements", **size, seconds=seconds, rate=args.engagements / seconds, peak_gb=peak)
+                    if args.stages == ["logs"]:
+                        continue
+                seconds, peak = measured(["01_build_features.py", "--data", data, "--run", run, "--text-encoder", model, "--shard-rows", args.shard_rows, "--memory", args.memory])
                 line(what="01, all of it", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                if "match" in args.stages:
+                    ours, peer, corpus = match_rate(run, args.naive)
+                    line(what="01, match features alone", **size, seconds=nan, rate=ours, peak_gb=nan)
+                    if peer:
+                        line(what="naive: rank-bm25 get_batch_scores, 20 pins a query", **size, seconds=nan, rate=peer, peak_gb=nan)
                 if "03" in args.stages or "04" in args.stages:
                     measured(["02_train_teacher.py", "--run", run, "--model", model, "--rows", 200, "--epochs", 1, "--max-tokens", 32])
                     if impressions <= args.label_rows and "03" in args.stages:
@@ -231,31 +260,26 @@ def main(argv=None):
                     else:
                         random_labels(run)
                 if "04" in args.stages:
-                    seconds, peak = measured(["04_train_student.py", "--preset", "paper", "--run", run, "--epochs", 1])
-                    line(what="04, one epoch", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
-                    rate = bare_student_rate(run)
-                    line(what="04's network on one batch in memory", **size, seconds=float("nan"), rate=rate, peak_gb=float("nan"))
-                if args.naive:
-                    ours, peer, corpus = match_rate(run)
-                    line(what=f"01, match features alone ({corpus:,} pins)", **size, seconds=float("nan"), rate=ours, peak_gb=float("nan"))
-                    line(what=f"naive: rank-bm25 get_batch_scores ({corpus:,} pins, 20 a query)", **size, seconds=float("nan"), rate=peer, peak_gb=float("nan"))
-                    line(what="naive: Dataset and DataLoader, gathering alone", **size, seconds=float("nan"), rate=loader_rate(run, 200_000), peak_gb=float("nan"))
+                    seconds, peak = measured(["04_train_student.py", "--preset", "paper", "--run", run, "--epochs", 1, "--hidden", args.hidden])
+                    line(what=f"04, one epoch, hidden layers of {args.hidden}", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
+                    line(what="its network alone, on one batch in memory", **size, seconds=nan, rate=bare_student_rate(run, args.hidden), peak_gb=nan)
+                    if args.naive:
+                        line(what="naive: Dataset and DataLoader, gathering alone", **size, seconds=nan, rate=loader_rate(run, 200_000), peak_gb=nan)
+                if args.naive and "01" in args.stages:
                     try:
                         seconds, peak = pandas_rate(data, impressions)
                         line(what="naive: 01's joins in pandas", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
                     except SystemExit as e:
-                        print(f"naive: pandas did not finish: {e}")
+                        print(f"naive: pandas did not finish: {str(e)[-200:]}")
     if args.json:
         common.write_json(args.json, {"cores": os.cpu_count(), "results": results})
 
 
 def random_labels(run):
     """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
-    stage03 = importlib.import_module("03_label")
-    rng = np.random.default_rng(0)
-    features = run / "features"
     import pyarrow.parquet as pq
 
+    stage03, rng, features = importlib.import_module("03_label"), np.random.default_rng(0), run / "features"
     for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
         stage03.write_labels(stage03.target(run / "labels", features, path), rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32))
     made = common.read_json(features / "stage.json")

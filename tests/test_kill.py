@@ -1,4 +1,7 @@
-"""Each stage killed with SIGKILL at random moments and at renames of files, then finished: the same files as an undisturbed run's."""
+"""Each stage killed with SIGKILL at random moments and at renames of files, then finished: the same files as an undisturbed run's.
+
+    KILL_ENDS=20 python -m pytest tests/test_kill.py      every kill is followed by an end of its own: 5 stages, 100 kills, 100 ends
+"""
 
 import multiprocessing
 import os
@@ -14,6 +17,7 @@ import common
 import kill_child
 from helpers import TOY_MODELS, synthetic
 
+KILLS, ENDS = (1, int(os.environ["KILL_ENDS"])) if "KILL_ENDS" in os.environ else (10, 1)  # kills before an end, ends a stage
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["kill_child"])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the fork server looks for it
@@ -47,27 +51,31 @@ def content(folder):
     return files
 
 
-def killed_and_finished(number, argv, undisturbed, disturbed, folder, tmp_path, seed, kills=5):
+def killed_and_finished(number, argv, undisturbed, disturbed, folder, tmp_path, seed):
     """Kills the stage on `disturbed` again and again, lets it end, and compares."""
     rng, log = np.random.default_rng(seed), tmp_path / "log"
     begin = time.time()
     assert start(number, ["--run", undisturbed, *argv], log) == 0, log.read_text()
     seconds, renames = time.time() - begin, int(log.read_text().rsplit("renames: ", 1)[1])
-    done = 0
-    while done < kills:
-        if done % 2:
-            how = {"after": rng.uniform(0.1, 0.9) * seconds}
-        else:
-            how = {"rename": (int(rng.integers(1, max(2, renames // 2))), ["before", "after"][rng.integers(2)])}
-        code = start(number, ["--run", disturbed, *argv], log, **how)
-        assert code in (0, -signal.SIGKILL), log.read_text()
-        done += code != 0
-        if code == 0:  # it was done before the moment came: once more from the beginning
+    one = content(undisturbed / folder)
+    for end in range(ENDS):
+        if end:
             shutil.rmtree(disturbed / folder)
-    assert start(number, ["--run", disturbed, *argv], log) == 0, log.read_text()
-    one, other = content(undisturbed / folder), content(disturbed / folder)
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name] != other[name]] == []
+        done = 0
+        while done < KILLS:
+            if (done + end) % 2:
+                how = {"after": rng.uniform(0.1, 0.9) * seconds}
+            else:
+                how = {"rename": (int(rng.integers(1, max(2, renames // min(KILLS, 2)))), ["before", "after"][rng.integers(2)])}
+            code = start(number, ["--run", disturbed, *argv], log, **how)
+            assert code in (0, -signal.SIGKILL), log.read_text()
+            done += code != 0
+            if code == 0:  # it was done before the moment came: once more from the beginning
+                shutil.rmtree(disturbed / folder)
+        assert start(number, ["--run", disturbed, *argv], log) == 0, log.read_text()
+        other = content(disturbed / folder)
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name] != other[name]] == []
 
 
 def two_runs(tmp_path, make):
@@ -96,8 +104,20 @@ def test_02_killed(trained):
     assert all((run / "teacher" / "head.safetensors").exists() for run in trained)
 
 
-def test_03_killed(trained, tmp_path):
-    killed_and_finished("03", ["--device", "cpu"], *trained, "labels", tmp_path, seed=3)
+@pytest.fixture(scope="module")
+def labelled(trained, tmp_path_factory):
+    killed_and_finished("03", ["--device", "cpu"], *trained, "labels", tmp_path_factory.mktemp("labels"), seed=3)
+    return trained
+
+
+def test_03_killed(labelled):
+    assert all((run / "labels" / "labelled.parquet").exists() for run in labelled)
+
+
+def test_05_killed(labelled, tmp_path):
+    for run in labelled:
+        assert start("04", ["--run", run, "--epochs", "1", "--device", "cpu"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    killed_and_finished("05", [], *labelled, "report", tmp_path, seed=5)
 
 
 def test_04_killed(tmp_path):

@@ -63,7 +63,7 @@ def new_run(folder, features):
     return folder
 
 
-TRAIN = ["--rows", "96", "--epochs", "2", "--batch-rows", "16", "--batch-tokens", "256", "--max-tokens", "48", "--checkpoint-steps", "2", "--no-qlora", "--device", "cpu"]
+TRAIN = ["--rows", "96", "--epochs", "2", "--batch-rows", "16", "--batch-tokens", "256", "--max-tokens", "48", "--checkpoint-steps", "2", "--device", "cpu"]
 
 
 def shards(run):
