@@ -42,6 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass, padding included")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of weights and computation (auto: bf16 where the hardware has it)")
     p.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="add LoRA into plain weights (default); --no-merge keeps NF4, for small memory")
+    p.add_argument("--fp8", action="store_true", help="matrix products in 8-bit floating point, for GPUs that have it (Hopper and later); prints how far labels move")
     p.add_argument("--only-labelled", action="store_true", help="label the human-labelled rows alone, to measure a teacher: no student can be trained on that")
     p.add_argument("--compile", action="store_true", help="compile the teacher (minutes at first; pays for long runs; moves labels by rounding; needs a C++ compiler on a CPU)")
     p.add_argument("--workers", type=int, metavar="N", help="processes that tokenise ahead of the model; 0: in this one")
@@ -119,25 +120,28 @@ def write_labels(path, probabilities):
     write_parquet(path, {f"p{level}": probabilities[:, level - 1] for level in range(1, C + 1)})
 
 
-def ready(teacher, args, device, dtype):
+def load_teacher(args, folder, shards, sample, device, dtype):
+    """The teacher ready to label, LoRA merged unless --no-merge, and how far each change of its weights moved the labels of `sample` rows."""
+    teacher, about = Teacher.load(folder, dtype, device)
+    label = lambda: common.soft_labels(teacher, sample, shards.tokenizer.pad_token_id, args.batch_tokens, device, dtype)
+    changes = {}
+    if about["lora"] and args.merge:
+        changes["merge"] = lambda: common.merge_lora(teacher, dtype)
+    if args.fp8:
+        if dtype != torch.bfloat16 or about["lora"] and not args.merge:
+            raise Stop("--fp8 needs --precision bf16 and merged LoRA")
+        changes["fp8"] = lambda: common.use_fp8(teacher)
+    moved = {}
+    for name, change in changes.items():
+        before = label()
+        change()
+        after = label()
+        moved[name] = {"rows": len(before), "max_difference": float(np.abs(after - before).max()), "mean_difference": float(np.abs(after - before).mean()),
+                       "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
     teacher = common.for_inference(teacher, device, dtype, args.compile)
     if args.compile:
         teacher.backbone = torch.compile(teacher.backbone, dynamic=True)
-    return teacher
-
-
-def load_teacher(args, folder, shards, sample, device, dtype):
-    """The teacher ready to label, LoRA merged unless --no-merge, and how far merging moved the labels of `sample` rows."""
-    teacher, about = Teacher.load(folder, dtype, device)
-    if not about["lora"] or not args.merge:
-        return ready(teacher, args, device, dtype), None
-    label = lambda: common.soft_labels(teacher, sample, shards.tokenizer.pad_token_id, args.batch_tokens, device, dtype)
-    before = label()
-    common.merge_lora(teacher, dtype)
-    teacher = ready(teacher, args, device, dtype)
-    after = label()
-    return teacher, {"rows": len(before), "max_difference": float(np.abs(after - before).max()),
-                     "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
+    return teacher, moved
 
 
 def dry_run(args):
@@ -188,8 +192,8 @@ def main(argv=None):
     if accelerator.is_main_process:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}, at most {about['max_tokens']} tokens; "
               f"{device}, {str(dtype).removeprefix('torch.')}, {world} process(es)")
-        if moved:
-            print(f"LoRA merged: labels of {moved['rows']} rows moved by at most {moved['max_difference']:.1e}, same level on {100 * moved['same_level']:.1f} %")
+        for name, m in moved.items():
+            print(f"{'LoRA merged' if name == 'merge' else '8-bit products'}: labels of {m['rows']} rows moved by at most {m['max_difference']:.1e}, same level on {100 * m['same_level']:.1f} %")
         print(f"shards: {1 + len(parts)}, of which {len(todo)} to label")
 
     # 3. Soft labels, one output shard an input shard; a shard is written whole or not at all
@@ -212,7 +216,7 @@ def main(argv=None):
         means = np.mean([np.stack([pq.read_table(target(folder, features, p))[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1).mean(0)
                          for p in parts[:100] or [features / "labelled.parquet"]], axis=0)
         print("mean soft label: " + ", ".join(f"{level}: {100 * m:.0f} %" for level, m in enumerate(means, 1)))
-        stage.finish(rows={"impressions": sum(pq.read_metadata(p).num_rows for p in parts), "labelled": len(labelled)}, merge=moved)
+        stage.finish(rows={"impressions": sum(pq.read_metadata(p).num_rows for p in parts), "labelled": len(labelled)}, merge=moved.get("merge"), fp8=moved.get("fp8"))
     accelerator.wait_for_everyone()
 
 

@@ -54,6 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--image-batch", type=int, default=64, metavar="N", help="pictures a batch (default: 64)")
     p.add_argument("--batch-rows", type=int, metavar="N", help="rows an optimiser step (default: stage 02's paper preset)")
     p.add_argument("--compile", action="store_true", help="label with a compiled teacher, as stage 03 --compile")
+    p.add_argument("--fp8", action="store_true", help="label with 8-bit products, as stage 03 --fp8; the bound stays that of bf16")
     p.add_argument("--peak-tflops", type=float, metavar="N", help="dense bf16 peak of this GPU (default: by its name, where known)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--json", type=Path, metavar="FILE")
@@ -208,6 +209,8 @@ def label_both(config, args, device, dtype):
     figures["naive"] = figure(sum(rows.lengths[part].max() * len(part) for part in naive_batches(rows)))
 
     common.merge_lora(teacher, dtype)
+    if args.fp8:
+        common.use_fp8(teacher)
     common.for_inference(teacher, device, dtype, args.compile)
     if args.compile:
         teacher.backbone = torch.compile(teacher.backbone, dynamic=True)

@@ -496,8 +496,10 @@ IMPRESSION_MIX = [0.21, 0.21, 0.22, 0.22, 0.14]
 LABEL_NOISE = 0.08
 
 
-def make_world(scale=1.0, seed=0):
-    """The whole world as plain Python and numpy: pins, queries, labels, impressions, logs."""
+def make_world(scale=1.0, seed=0, total=None):
+    """The whole world as plain Python and numpy: pins, queries, labels, impressions, logs.
+
+    `total`: that many impressions; all else, and the impressions that there are anyway, stay the same."""
     rng = np.random.default_rng(seed)
     objects = choose_objects(int(np.clip(round(48 * scale ** 0.5), 12, 48)))
 
@@ -526,13 +528,21 @@ def make_world(scale=1.0, seed=0):
 
     # 2. impressions: all queries, fewer of those with human labels, never a labelled pair
     weight = np.array([0.6 if q["use"] == "train" else 1.0 for q in queries])
-    edges = np.round(np.concatenate([[0], np.cumsum(weight / weight.sum() * n(40000))])).astype(int)
-    labelled = {}
+
+    def draw(size, exclude, rng):
+        edges = np.round(np.concatenate([[0], np.cumsum(weight / weight.sum() * size)])).astype(int)
+        rows = [(i, int(pin)) for i, count in enumerate(np.diff(edges)) for pin in sample_pins(
+            levels[i], queries[i]["meaning"], pins, int(count), IMPRESSION_MIX, exclude.get(i, ()), rng)]
+        return [rows[i] for i in rng.permutation(len(rows))]
+
+    taken = {}
     for i, pin, _, _ in labels:
-        labelled.setdefault(i, set()).add(pin)
-    impressions = [(i, int(pin)) for i, count in enumerate(np.diff(edges)) for pin in sample_pins(
-        levels[i], queries[i]["meaning"], pins, int(count), IMPRESSION_MIX, labelled.get(i, ()), rng)]
-    impressions = [impressions[i] for i in rng.permutation(len(impressions))]
+        taken.setdefault(i, set()).add(pin)
+    impressions = draw(n(40000), taken, rng)
+    if total:
+        for i, pin in impressions:
+            taken.setdefault(i, set()).add(pin)
+        impressions += draw(max(0, total - len(impressions)), taken, np.random.default_rng([seed, 1]))
 
     # 3. what is seen of the pins
     languages = [pin_language(rng) for _ in pins]
@@ -613,6 +623,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="dataset folder to write (default: data/toy)")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 1.0 = 2,000 pins")
+    parser.add_argument("--impressions", type=int, metavar="N", help="so many impressions of the same world (default: 40,000 times the scale)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset made with other arguments")
     return parser.parse_args(argv)
@@ -620,17 +631,17 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    asked = {"scale": args.scale, "seed": args.seed}
+    asked = {"scale": args.scale, "seed": args.seed, "asked_impressions": args.impressions}
     if args.out.exists() and not args.overwrite:
         summary = args.out / "toy.json"
         if not summary.exists():
             sys.exit(f"{args.out} exists and was not made by make_toy.py; choose another --out, or --overwrite")
-        if {k: json.loads(summary.read_text())[k] for k in asked} != asked:
+        if {k: json.loads(summary.read_text()).get(k) for k in asked} != asked:
             sys.exit(f"{args.out} was made with other arguments (see {summary}); add --overwrite to replace it")
         print(f"{args.out} is complete already; nothing to do (--overwrite makes it again)")
         return
 
-    world = make_world(args.scale, args.seed)
+    world = make_world(args.scale, args.seed, args.impressions)
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     write_tables(world, unfinished, args.seed)

@@ -1,4 +1,4 @@
-"""The two benchmark scripts run at a tiny size, and what they compare agrees."""
+"""The benchmark scripts run at a tiny size, and what they compare agrees."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import label_throughput
+import scale
 import teacher_gpu
 from helpers import stop_line
 
@@ -70,3 +71,11 @@ def test_teacher_gpu(tmp_path):
     train = out["train"]["ours"]
     assert train["share_of_bound"] == pytest.approx(6 * out["linear_weights"] * train["tokens_per_second"] / 1e12)
     assert out["label"]["max_difference"] < 0.01  # the same teacher, LoRA merged and not
+
+
+def test_scale(tmp_path):
+    scale.main(["--stages", "01", "logs", "match", "--impressions", "2000", "--pins", "300", "--queries", "50", "--engagements", "4000", "--width", "60", "--work", str(tmp_path), "--json", str(tmp_path / "out.json")])
+    found = {r["what"]: r for r in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert len(found) == 3 and all(r["rate"] > 0 and r["impressions"] == 2_000 for r in found.values())
+    assert found["01, all of it"]["peak_gb"] > 0.05
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]  # the tables are gone

@@ -49,6 +49,28 @@ def test_ready_for_inference(models, kind, dtype):
     assert set(seen) <= {1} and bool(seen) == (kind in ("bert", "deberta"))
 
 
+def test_fp8_layer():
+    """Beside the definition: round to e4m3 with a scale a row, multiply exactly, scale back."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(32, 48).bfloat16(), 10 * torch.randn(2, 7, 32).bfloat16()
+    rounded = lambda a: (a.double() / (s := a.abs().amax(-1, keepdim=True).double() / 448)).float().to(torch.float8_e4m3fn).double() * s
+    expected = rounded(x) @ rounded(linear.weight.data).T + linear.bias.double()
+    with torch.inference_mode():
+        assert torch.allclose(common.Fp8Linear(linear)(x).double(), expected, rtol=1e-2, atol=2e-2)
+        assert not torch.allclose(linear(x).double(), expected, rtol=1e-2, atol=2e-2)
+        assert common.Fp8Linear(linear)(torch.zeros_like(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "t5", "llama"])
+def test_fp8(models, kind):
+    teacher, rows = teacher_of(models[kind], torch.bfloat16), rows_of(range(3, 43))
+    before = common.soft_labels(teacher, rows, 0, 128, "cpu", torch.bfloat16)
+    common.use_fp8(teacher)
+    assert not any(type(m) is torch.nn.Linear for m in teacher.backbone.modules()) and teacher.head[0].weight.dtype == torch.float32
+    after = common.soft_labels(common.for_inference(teacher, "cpu", torch.bfloat16), rows, 0, 128, "cpu", torch.bfloat16)
+    assert 0 < np.abs(after - before).max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_leaves_rotary_frequencies_in_fp32(models, dtype):
     from peft import LoraConfig, get_peft_model

@@ -235,6 +235,14 @@ def test_labels_without_merged_lora_are_nearly_the_same(copied):
     np.testing.assert_allclose(plain, merged, atol=1e-4)
 
 
+def test_labels_by_8_bit_products(copied, capsys):
+    assert "--precision bf16" in stop_line(stage("03").main, ["--run", str(copied), "--device", "cpu", "--fp8", "--precision", "fp32", "--overwrite"])
+    stage("03").main(["--run", str(copied), "--device", "cpu", "--fp8", "--precision", "bf16", "--overwrite"])
+    about = common.read_json(copied / "labels" / "stage.json")
+    assert 0 < about["fp8"]["mean_difference"] <= about["fp8"]["max_difference"] < 0.5 and about["merge"]["max_difference"] < 0.05
+    assert "8-bit products: labels of" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What cannot work
 

@@ -38,6 +38,15 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(toy, tmp_path):
     assert (toy / "pins.parquet").read_bytes() != (tmp_path / "seed" / "pins.parquet").read_bytes()
 
 
+def test_more_impressions_of_the_same_world(toy, tmp_path):
+    make_toy.main(["--scale", "0.05", "--impressions", "2500", "--out", str(tmp_path / "more")])
+    pairs = lambda folder: [tuple(row.values()) for p in sorted((folder / "impressions").iterdir()) for row in pq.read_table(p).to_pylist()]
+    before, after = pairs(toy), pairs(tmp_path / "more")
+    assert len(after) == 2500 and after[:len(before)] == before and len(set(after)) == 2500
+    files = [p.relative_to(toy) for p in toy.rglob("*") if p.is_file() and "impressions" not in str(p.relative_to(toy)) and p.name != "toy.json"]
+    assert [str(f) for f in files if (toy / f).read_bytes() != (tmp_path / "more" / f).read_bytes()] == []
+
+
 def test_tables_keep_their_promises(toy, tmp_path):
     raw = common.RawTables(toy, spill=tmp_path)
     raw.check()
