@@ -623,7 +623,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="dataset folder to write (default: data/toy)")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 1.0 = 2,000 pins")
-    parser.add_argument("--impressions", type=int, metavar="N", help="so many impressions of the same world (default: 40,000 times the scale)")
+    parser.add_argument("--impressions", type=int, metavar="N", help="so many impressions of the same world, if there are as many pairs (default: 40,000 times the scale)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset made with other arguments")
     return parser.parse_args(argv)
