@@ -12,6 +12,7 @@ Paper   python 01_build_features.py --preset paper --data /data/search --run /ru
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import io
@@ -565,19 +566,28 @@ def match_features(bm25, vectors, query, pin, engaged, chunk=1 << 13):
     return out
 
 
-def index_pairs(raw, table, path):
-    """A raw table of pairs -> Parquet with query_index, pin_index, engaged (events in the window) and its other columns, in its order."""
+def index_pairs(raw, table, path, chunk=2_000_000):
+    """A raw table of pairs -> Parquet with query_index, pin_index, engaged (events in the window) and its other columns, in its order.
+    Joined `chunk` rows at a time: a join does not keep the order, and to sort all rows afterwards would take memory that grows with them."""
     extra = ", label::TINYINT AS label, split" if table == "labels" else ""
     raw.db.execute("""CREATE TABLE IF NOT EXISTS engaged_pairs AS
         SELECT query_index, pin_index, n FROM engaged JOIN (SELECT query, query_index FROM query_rows) ON text = lower(trim(query))
         JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)""")
-    with common.atomic(path) as tmp:
-        raw.db.execute(f"""
-            COPY (SELECT query_index, pin_index, coalesce(n, 0) AS engaged{extra}
-                  FROM (SELECT row_number() OVER () AS row, * FROM raw_{table})
-                  JOIN (SELECT query_id, query_index FROM query_rows) USING (query_id) JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
-                  LEFT JOIN engaged_pairs USING (query_index, pin_index) ORDER BY row)
-            TO '{str(tmp).replace("'", "''")}' (FORMAT parquet)""")
+    reader = raw.db.cursor().sql(f"SELECT row_number() OVER () - 1 AS row, * FROM raw_{table}").to_arrow_reader(chunk)
+    with common.atomic(path) as tmp, contextlib.ExitStack() as stack:
+        writer, rows = None, 0
+        for batch in reader:
+            if (batch["row"].to_numpy() != np.arange(rows, rows + len(batch))).any():
+                raise RuntimeError(f"rows of {table} do not come in their order")
+            rows += len(batch)
+            raw.db.register("some_pairs", pa.table(batch))
+            out = raw.db.sql(f"""
+                SELECT query_index, pin_index, coalesce(n, 0) AS engaged{extra} FROM some_pairs
+                JOIN (SELECT query_id, query_index FROM query_rows) USING (query_id) JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
+                LEFT JOIN engaged_pairs USING (query_index, pin_index) ORDER BY row""").to_arrow_table()
+            raw.db.unregister("some_pairs")
+            writer = writer or stack.enter_context(pq.ParquetWriter(tmp, out.schema, compression="zstd"))
+            writer.write_table(out, row_group_size=250_000)
 
 
 def write_labelled(raw, folder, features_of):
