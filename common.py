@@ -848,8 +848,9 @@ class Stage:
     def __init__(self, folder, args, inputs, main=True, keep=()):
         self.folder, self.main, self.start = Path(folder), main, time.time()
         arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in self.FREE}
+        given = {k: v for k, v in arguments.items() if v is not False}  # a switch that an earlier version did not have changes nothing while it is off
         self.about = {"stage": Path(sys.argv[0]).name if sys.argv[0].endswith(".py") else self.folder.name, "finished": False,
-                      "arguments": arguments, "inputs": inputs, "identity": hashed([arguments, inputs]), "seed": getattr(args, "seed", None),
+                      "arguments": arguments, "inputs": inputs, "identity": hashed([given, inputs]), "seed": getattr(args, "seed", None),
                       "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "duckdb")}}
         self.done = False
         if not main:  # another process of the same launch holds the lock and has checked
@@ -869,9 +870,9 @@ class Stage:
         if path.exists():
             before = read_json(path)
             if before["identity"] != self.about["identity"]:
-                changes = [f"{'--' + k.replace('_', '-') if group == 'arguments' else k} was {before[group].get(k)!r}, is {self.about[group].get(k)!r}"
-                           for group in ("arguments", "inputs") for k in sorted({*before[group], *self.about[group]})
-                           if before[group].get(k) != self.about[group].get(k)]
+                changes = [f"{label(k)} was {before[group].get(k, absent)!r}, is {self.about[group].get(k, absent)!r}"
+                           for group, absent, label in (("arguments", False, lambda k: "--" + k.replace("_", "-")), ("inputs", None, str))
+                           for k in sorted({*before[group], *self.about[group]}) if before[group].get(k, absent) != self.about[group].get(k, absent)]
                 raise Stop(f"{self.folder} was made with other settings or inputs ({'; '.join(changes)}); --overwrite makes it anew, another --run keeps both")
             if before["finished"]:
                 self.done = True

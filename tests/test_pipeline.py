@@ -185,6 +185,17 @@ def test_finished_stage_does_nothing(pipeline, toy, capsys, step):
     assert before == {p: p.stat().st_mtime_ns for p in pipeline[0].rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(copied, toy, capsys):
+    number, *argv = arguments(STEPS[2], copied, toy)
+    path = copied / "labels" / "stage.json"
+    about = common.read_json(path)
+    assert about["arguments"].pop("fp8") is False  # as a version would have written it that has no --fp8
+    common.write_json(path, about)
+    stage(number).main(argv)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "--fp8 was False, is True" in stop_line(stage(number).main, [*argv, "--fp8", "--precision", "bf16"])
+
+
 @pytest.mark.parametrize("step,flag,value", [(STEPS[0], "--top-tokens", "3"), (STEPS[1], "--lr", "0.1"), (STEPS[2], "--no-merge", None), (STEPS[3], "--temperature", "2"), (STEPS[5], "--seed", "9")])
 def test_other_arguments_are_refused_by_name(pipeline, toy, step, flag, value):
     number, *argv = arguments(step, pipeline[0], toy)
