@@ -52,7 +52,7 @@ def test_paper_findings(finished, tmp_path, monkeypatch):
     assert "title -> + description: +0.0 [+0.0, +0.0] points; difference clear of 0: no; disjoint intervals: no" in printed(notebook)
 
 
-@pytest.mark.parametrize("name", ["walkthrough.ipynb"])
+@pytest.mark.parametrize("name", ["walkthrough.ipynb", "paper_findings.ipynb"])
 def test_committed_with_outputs(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     nbformat.validate(notebook)
