@@ -332,6 +332,19 @@ def write_pins_and_queries(raw, folder):
                 writer.write_batch(batch)
 
 
+def tables_of(path, rows, columns=None):
+    """A Parquet file as tables of `rows` rows each, the last one what is left. One row group at a time: iter_batches would keep all that it has read."""
+    file, held = pq.ParquetFile(path), None
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=columns)
+        held = pa.concat_tables([held, table]) if held is not None else table
+        while len(held) >= rows:
+            yield held.slice(0, rows)
+            held = held.slice(rows)
+    if held is not None and len(held):
+        yield held
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Embeddings: the user's own, else open counterparts of SearchSage and PinSage (see DESIGN's table in data/README.md)
 
@@ -403,10 +416,10 @@ class TextEncoder:
 
 def embed_texts(encoder, parquet, side, folder):
     """{side}_text_embedding.npy for every row of a Parquet table, by chunks that survive a kill."""
-    file, parts = pq.ParquetFile(parquet), []
+    total, parts = pq.read_metadata(parquet).num_rows, []
     columns = ["query"] if side == "query" else list(FIELDS)
-    with tqdm(total=file.metadata.num_rows, desc=f"{side} text embeddings", unit=" rows") as bar:
-        for number, batch in enumerate(file.iter_batches(CHUNK, columns=columns)):
+    with tqdm(total=total, desc=f"{side} text embeddings", unit=" rows") as bar:
+        for number, batch in enumerate(tables_of(parquet, CHUNK, columns)):
             part = folder / "work" / f"{side}_text-{number:05d}.npy"
             if not part.exists():
                 table = batch.to_pydict()
@@ -416,7 +429,7 @@ def embed_texts(encoder, parquet, side, folder):
             parts.append(part)
             bar.update(len(batch))
     with common.atomic(folder / f"{side}_text_embedding.npy") as tmp:
-        out = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.float16, shape=(file.metadata.num_rows, encoder.dim))
+        out = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.float16, shape=(total, encoder.dim))
         at = 0
         for part in parts:
             block = np.load(part, allow_pickle=False)
@@ -547,6 +560,9 @@ class PairBM25(BM25Okapi):
                 np.bincount(pair, minlength=len(query)) / np.maximum(n, 1))
 
 
+THREADS = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # kept: every new thread would keep memory of its own
+
+
 def match_features(bm25, vectors, query, pin, engaged, chunk=1 << 13):
     """The four match features of pairs [B]: BM25, share of query terms matched, cosine of the text embeddings (`vectors`: query and
     pin arrays, or None), and log(1 + engagement events of that query on that pin within the window). float32.
@@ -561,12 +577,11 @@ def match_features(bm25, vectors, query, pin, engaged, chunk=1 << 13):
             q, p = (torch.from_numpy(v[i]).float() for v, i in zip(vectors, (query[at], pin[at])))
             out["text_cosine"][at] = ((q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)).numpy()
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(fill, range(0, len(query), chunk)))
+    list(THREADS.map(fill, range(0, len(query), chunk)))
     return out
 
 
-def index_pairs(raw, table, path, chunk=2_000_000):
+def index_pairs(raw, table, path, chunk=500_000):
     """A raw table of pairs -> Parquet with query_index, pin_index, engaged (events in the window) and its other columns, in its order.
     Joined `chunk` rows at a time: a join does not keep the order, and to sort all rows afterwards would take memory that grows with them."""
     extra = ", label::TINYINT AS label, split" if table == "labels" else ""
@@ -607,27 +622,15 @@ def write_labelled(raw, folder, features_of):
 
 def write_impressions(folder, shard_rows, features_of):
     """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept."""
-    file = pq.ParquetFile(folder / "work" / "impressions.parquet")
-    total, number, held = file.metadata.num_rows, 0, []
-
-    def write(table):
-        nonlocal number
-        path = folder / "impressions" / f"part-{number:05d}.parquet"
-        if not path.exists():
-            query, pin, engaged = (table[c].to_numpy() for c in ("query_index", "pin_index", "engaged"))
-            write_parquet(path, {"query_index": query, "pin_index": pin, **features_of(query, pin, engaged)})
-        number += 1
-        bar.update(len(table))
-
+    source = folder / "work" / "impressions.parquet"
+    total = pq.read_metadata(source).num_rows
     with tqdm(total=total, desc="impressions", unit=" rows", unit_scale=True) as bar:
-        for batch in file.iter_batches(shard_rows):
-            held.append(batch)
-            while sum(len(b) for b in held) >= shard_rows:
-                table = pa.Table.from_batches(held)
-                write(table.slice(0, shard_rows))
-                held = table.slice(shard_rows).to_batches()
-        if sum(len(b) for b in held):
-            write(pa.Table.from_batches(held))
+        for number, table in enumerate(tables_of(source, shard_rows)):
+            path = folder / "impressions" / f"part-{number:05d}.parquet"
+            if not path.exists():
+                query, pin, engaged = (table[c].to_numpy() for c in ("query_index", "pin_index", "engaged"))
+                write_parquet(path, {"query_index": query, "pin_index": pin, **features_of(query, pin, engaged)})
+            bar.update(len(table))
     return total
 
 
@@ -682,7 +685,7 @@ def main(argv=None):
     # 4. Match features of every labelled and unlabelled pair
     queries = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
     texts = ([pin_text(t, i) for i in range(len(t["title"]))] for t in
-             (b.to_pydict() for b in pq.ParquetFile(folder / "pins.parquet").iter_batches(20_000, columns=list(FIELDS))))
+             (t.to_pydict() for t in tables_of(folder / "pins.parquet", 20_000, list(FIELDS))))
     bm25 = PairBM25(queries, texts, workers=args.workers if counts["pins"] > 200_000 else 1)
     vectors = [np.load(folder / f"{side}_text_embedding.npy", mmap_mode="r", allow_pickle=False) for side in ("query", "pin")]
     vectors = vectors if vectors[0].shape[1] == vectors[1].shape[1] else None
