@@ -89,7 +89,16 @@ class PairText:
                 "open": self.open, "separator": self.separator, "close": self.close}
 
     def _ids(self, texts):
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        """Token ids of each text: what tokenizer(texts, add_special_tokens=False) gives, without the records that it makes in Python."""
+        ids, fast = [], getattr(self.tokenizer, "backend_tokenizer", None)
+        if fast is not None:
+            fast.no_truncation()
+            fast.no_padding()
+        for i in range(0, len(texts), 8_192):  # the record of a text is much larger than its ids
+            some = texts[i:i + 8_192]
+            ids += [e.ids for e in fast.encode_batch_fast(some, add_special_tokens=False)] if fast is not None else \
+                self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return ids
 
     def queries(self, texts):
         """Token ids of each query. Stop if one does not fit: it is never cut."""

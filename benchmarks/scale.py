@@ -255,7 +255,7 @@ def main(argv=None):
                 if "03" in args.stages or "04" in args.stages:
                     measured(["02_train_teacher.py", "--run", run, "--model", model, "--rows", 200, "--epochs", 1, "--max-tokens", 32])
                     if impressions <= args.label_rows and "03" in args.stages:
-                        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
+                        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
                         line(what="03, one-layer teacher", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
                     else:
                         random_labels(run)

@@ -37,6 +37,15 @@ def template(models, kind, fields=FIELDS, max_tokens=64):
     return tokenizer, PairText(tokenizer, common.backbone_kind(config), fields, max_tokens)
 
 
+@pytest.mark.parametrize("kind", ["bert", "deberta", "t5", "llama"])
+def test_token_ids_are_the_tokenizers_own(models, kind):
+    tokenizer, text = template(models, kind)
+    texts = ["red chair", "a [SEP] b", "", "Ünïcode 椅子 🪑", "word " * 300]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenizer(texts, truncation=True, max_length=4, padding=True)  # leaves its settings behind
+    assert text._ids(texts) == expected and max(map(len, expected)) > 200
+
+
 def pin(**columns):
     return {name: [columns.get(name, "")] for name in FIELDS}
 
