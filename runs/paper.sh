@@ -23,6 +23,7 @@
 #
 # What to change
 #     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --no-merge (NF4 instead of bf16, slower)
+#     faster labels           03 --compile; on Hopper and later also --fp8, which prints how far it moves labels (neither measured on a GPU here)
 #     another teacher         02 --model google-bert/bert-base-multilingual-cased, google-t5/t5-base or microsoft/deberta-v3-base: trained in full
 #     fewer impressions       a tenth of them costs a tenth in 03; 04 --rows N shows what more of them would bring
 #     several machines        accelerate launch's own flags (--num_machines, --machine_rank, --main_process_ip); RUN on a shared disk
