@@ -669,6 +669,7 @@ def main(argv=None):
     stage = Stage(folder, args, inputs, keep={"captions"})
     if stage.done:
         return
+    (folder / "work" / "spill").mkdir(parents=True, exist_ok=True)  # --overwrite has emptied the folder
     raw.check()
     index_rows(raw)
     counts = {name: raw.db.execute(f"SELECT count(*) FROM raw_{name}").fetchall()[0][0] for name in raw.files}

@@ -579,6 +579,7 @@ class RawTables:
         self.name = {name: (files[0].name if files[0].parent == self.folder else f"{name}/") for name, files in self.files.items()}
         for name in self.files:
             self._check_types(name)
+        Path(spill).mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
 
     def has(self, name):
         return name in self.files
