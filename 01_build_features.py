@@ -106,6 +106,13 @@ def pin_text(columns, i):
     return " ".join(columns[name][i] for name in FIELDS if columns[name][i])
 
 
+def pin_texts(path, rows=20_000):
+    """The text of every pin of a pins.parquet in index order, in lists of `rows`."""
+    for table in tables_of(path, rows, list(FIELDS)):
+        columns = table.to_pydict()
+        yield [pin_text(columns, i) for i in range(len(table))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images: caption and visual embedding from one pass of the vision tower
 
@@ -685,9 +692,7 @@ def main(argv=None):
 
     # 4. Match features of every labelled and unlabelled pair
     queries = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
-    texts = ([pin_text(t, i) for i in range(len(t["title"]))] for t in
-             (t.to_pydict() for t in tables_of(folder / "pins.parquet", 20_000, list(FIELDS))))
-    bm25 = PairBM25(queries, texts, workers=args.workers if counts["pins"] > 200_000 else 1)
+    bm25 = PairBM25(queries, pin_texts(folder / "pins.parquet"), workers=args.workers if counts["pins"] > 200_000 else 1)
     vectors = [np.load(folder / f"{side}_text_embedding.npy", mmap_mode="r", allow_pickle=False) for side in ("query", "pin")]
     vectors = vectors if vectors[0].shape[1] == vectors[1].shape[1] else None
     features_of = lambda query, pin, engaged: match_features(bm25, vectors, query, pin, engaged)

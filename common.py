@@ -335,8 +335,8 @@ class OneDnnLinear(nn.Linear):
 
     then = "none"
 
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.then, [], "none" if self.then == "gelu" else "")
+    def forward(self, x):  # to the weight's type, as autocast does for nn.Linear
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, self.then, [], "none" if self.then == "gelu" else "")
 
 
 def to_fp8(x):
@@ -347,7 +347,7 @@ def to_fp8(x):
 
 class Fp8Linear(nn.Module):
     """A linear layer for inference whose matrix product is in 8-bit floating point: a scale an output row for the weights, a scale a token for what comes in.
-    The product takes half as long as bf16's on Hopper and later; a CPU emulates it. bf16 out."""
+    For GPUs from Hopper on, whose data sheets promise twice bf16's speed (not measured here); a CPU emulates it. bf16 out."""
 
     def __init__(self, linear):
         super().__init__()
@@ -378,8 +378,8 @@ def first_token(module, inputs):
 
 def for_inference(teacher, device, dtype, compiled=False):
     """The teacher without work that nobody reads, for batches padded on the right: after attention, the last layer of an encoder of BERT's
-    kind runs for the first token alone. And on a CPU with what is faster there and as exact (the compiler picks its own): attention of such
-    an encoder in bf16 as two matrix products, which take half as long as PyTorch's fused kernel up to some 300 tokens; in fp32, linear layers by oneDNN."""
+    kind runs for the first token alone. And on a CPU with what is faster there and as exact (the compiler picks its own): linear layers by
+    oneDNN, and attention of such an encoder in bf16 as two matrix products, which take half as long as PyTorch's fused kernel up to some 300 tokens."""
     from transformers.activations import GELUActivation
 
     layers = getattr(getattr(teacher.backbone, "encoder", None), "layer", None)
@@ -389,7 +389,7 @@ def for_inference(teacher, device, dtype, compiled=False):
     if torch.device(device).type != "cpu" or compiled or not torch.backends.mkldnn.is_available():
         return teacher.eval()
     for module in teacher.modules():
-        if type(module) is nn.Linear and (dtype == torch.float32 or module.weight.dtype == dtype):
+        if type(module) is nn.Linear and module.weight.dtype == dtype:  # in bf16 the head stays as it is, fp32
             module.__class__ = OneDnnLinear
     for layer in layers if like_bert else ():
         if type(layer.intermediate.dense) is OneDnnLinear and isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):

@@ -123,9 +123,7 @@ def match_rate(run, naive, pairs=4_000_000):
 
     stage = importlib.import_module("01_build_features")
     queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
-    texts = lambda: ([stage.pin_text(t, i) for i in range(len(t["title"]))] for t in
-                     (b.to_pydict() for b in pq.ParquetFile(run / "features/pins.parquet").iter_batches(20_000, columns=list(common.FIELDS))))
-    bm25 = stage.PairBM25(queries, texts(), workers=os.cpu_count())
+    bm25 = stage.PairBM25(queries, stage.pin_texts(run / "features/pins.parquet"), workers=os.cpu_count())
     vectors = [np.load(run / f"features/{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     rng = np.random.default_rng(0)
     query, pin = rng.integers(0, len(queries), pairs), rng.integers(0, bm25.corpus_size, pairs)
@@ -138,7 +136,7 @@ def match_rate(run, naive, pairs=4_000_000):
     if naive and bm25.corpus_size <= 1_000_000:
         from rank_bm25 import BM25Okapi
 
-        okapi = BM25Okapi([stage.tokenize(t) for chunk in texts() for t in chunk])
+        okapi = BM25Okapi([stage.tokenize(t) for chunk in stage.pin_texts(run / "features/pins.parquet") for t in chunk])
         start, n = time.time(), 0
         while time.time() - start < 10:
             okapi.get_batch_scores(stage.tokenize(queries[n % len(queries)]), rng.integers(0, okapi.corpus_size, 20).tolist())

@@ -49,6 +49,16 @@ def test_ready_for_inference(models, kind, dtype):
     assert set(seen) <= {1} and bool(seen) == (kind in ("bert", "deberta"))
 
 
+def test_onednn_layer_takes_what_autocast_would_cast():
+    """A norm under autocast hands fp32 to a bf16 layer."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(32, 48).bfloat16(), torch.randn(2, 7, 32)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = linear(x)
+        linear.__class__ = common.OneDnnLinear
+        assert torch.allclose(linear(x).float(), expected.float(), atol=2e-2) and linear(x).dtype == expected.dtype == torch.bfloat16
+
+
 def test_fp8_layer():
     """Beside the definition: round to e4m3 with a scale a row, multiply exactly, scale back."""
     torch.manual_seed(0)
