@@ -162,6 +162,18 @@ class Rows:
             rows = np.sort(np.random.default_rng([self.args.seed, 2, i]).permutation(rows)[:self.keep[i]])
         return {k: shard[k][rows] for k in ("query", "pin", "match", "target")}
 
+    def read_window(self, window):
+        """The training rows of the shards `window`, one after another, as training_rows gives them."""
+        rows, at = {}, 0
+        for i in window:
+            part = self.training_rows(i)
+            for k, v in part.items():
+                if k not in rows:
+                    rows[k] = np.empty((sum(self.keep[j] for j in window), *v.shape[1:]), v.dtype)
+                rows[k][at:at + len(v)] = v
+            at += len(part["query"])
+        return rows
+
     def batches(self, epoch, skip=0):
         """One epoch's batches as dicts of arrays, without the first `skip`."""
         args, rng = self.args, np.random.default_rng([self.args.seed, 3, epoch])
@@ -174,8 +186,8 @@ class Rows:
             if skip >= steps:
                 skip -= steps
                 continue
-            parts = [self.training_rows(i) for i in window]
-            rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            rows = None  # the window before: not held while this one is read
+            rows = self.read_window(window)
             for step in range(skip, steps):
                 at = shuffled[step * args.batch_rows:(step + 1) * args.batch_rows]
                 yield {k: v[at] for k, v in rows.items()}

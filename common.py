@@ -36,6 +36,11 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent
 
+# On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape, about 0.7 MB each. Batches of a bounded
+# number of tokens come in ever new shapes, but all layers of a batch share a few. Read at the first product; both limits are needed.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
 
 class Stop(Exception):
     """Ends a stage with one line: what is wrong, where, and what to do."""

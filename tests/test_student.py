@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -214,6 +215,25 @@ def test_skipping_batches_equals_dropping_them(tmp_path, skip):
     for a, b in zip(whole, rest):
         for k in a:
             np.testing.assert_array_equal(a[k], b[k])
+
+
+def test_only_one_window_is_held(tmp_path, monkeypatch):
+    synthetic(tmp_path)
+    rows, _ = rows_of(tmp_path)
+    held, read_window = [], rows.read_window
+
+    def read(window):
+        assert not any(array() is not None for array in held), "the window before is still in memory while the next is read"
+        made = read_window(window)
+        parts = [rows.training_rows(i) for i in window]
+        for k, v in made.items():
+            np.testing.assert_array_equal(v, np.concatenate([part[k] for part in parts]))
+        held.extend(weakref.ref(v) for v in made.values())
+        return made
+
+    monkeypatch.setattr(rows, "read_window", read)
+    assert sum(len(b["query"]) for b in rows.batches(0)) == rows.total
+    assert len(held) > 4  # more than one window was read
 
 
 @pytest.mark.parametrize("n", [1, 17, 100, 10_000])
