@@ -39,7 +39,7 @@ PRESETS = {
     ),
 }
 HELD_OUT = 0.05  # share of the queries that choose the epoch
-HELD_OUT_ROWS = 100_000  # at most
+HELD_OUT_ROWS = 100_000  # about, at most
 
 
 def parse_args(argv=None):
@@ -131,15 +131,14 @@ class Rows:
 
     def survey(self):
         """One pass: counts training rows a shard, deals --rows to shards, finds the mean and standard deviation of the match features
-        and takes the held-out rows. Returns mean, std [F] and the held-out rows."""
-        counts, total, squares, held, left = [], 0.0, 0.0, [], HELD_OUT_ROWS
+        and takes the held-out rows, of every shard at most its share of HELD_OUT_ROWS: logs change over time. Returns mean, std [F] and the held-out rows."""
+        counts, total, squares, held, share = [], 0.0, 0.0, [], math.ceil(HELD_OUT_ROWS / max(len(self.shards), 1))
         for i in tqdm(range(len(self.shards)), desc="survey", unit=" shards"):
             shard = self.read(i)
             rows = shard["match"][shard["train"]].astype(np.float64)
             counts.append(len(rows))
             total, squares = total + rows.sum(0), squares + (rows**2).sum(0)
-            taken = np.flatnonzero(shard["held"])[:left]
-            left -= len(taken)
+            taken = np.flatnonzero(shard["held"])[:share]
             held.append({k: shard[k][taken] for k in ("query", "pin", "match", "target")})
         n = sum(counts)
         if n == 0:

@@ -198,6 +198,15 @@ def test_rows_are_counted_and_held_out_queries_are_never_trained_on(tmp_path):
     np.testing.assert_allclose(std, training.std(0), atol=1e-9)
 
 
+def test_held_out_rows_come_from_every_shard(tmp_path, monkeypatch):
+    every, _ = synthetic(tmp_path)
+    monkeypatch.setattr(distil, "HELD_OUT_ROWS", 7)
+    rows, (_, _, held) = rows_of(tmp_path)
+    share = -(-7 // len(every))
+    expected = [i for table, _ in every for i in table["query_index"][rows.held_out_query[table["query_index"]]][:share]]
+    assert len(every) > 3 and len(expected) > share and held["query"].tolist() == expected
+
+
 def test_epochs_differ_and_repeat(tmp_path):
     synthetic(tmp_path)
     (a, _), (b, _) = rows_of(tmp_path), rows_of(tmp_path)
