@@ -281,7 +281,7 @@ def random_labels(run):
     for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
         stage03.write_labels(stage03.target(run / "labels", features, path), rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32))
     made = common.read_json(features / "stage.json")
-    common.write_json(run / "labels" / "stage.json", {"finished": True, "identity": "random", "inputs": {"features": made["identity"]}})
+    common.write_json(run / "labels" / "stage.json", {"finished": True, "identity": "random", "arguments": {}, "inputs": {"features": made["identity"]}})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmark scripts run at a tiny size, and what they compare agrees."""
 
+import functools
 import json
 
 import pytest
@@ -74,9 +75,14 @@ def test_teacher_gpu(tmp_path):
     assert out["label"]["max_difference"] < 0.01  # the same teacher, LoRA merged and not
 
 
-def test_scale(tmp_path):
-    scale.main(["--stages", "01", "logs", "match", "--impressions", "2000", "--pins", "300", "--queries", "50", "--engagements", "4000", "--width", "60", "--work", str(tmp_path), "--json", str(tmp_path / "out.json")])
+@pytest.mark.parametrize("label_rows", [0, 2_000])
+def test_scale(tmp_path, monkeypatch, label_rows):
+    """With 03's labels, and with random ones in their place."""
+    monkeypatch.setattr(scale, "bare_student_rate", functools.partial(scale.bare_student_rate, seconds=0.1))
+    more = ["logs", "match"] if label_rows == 0 else ["03"]
+    scale.main(["--stages", "01", "04", *more, "--impressions", "2000", "--pins", "300", "--queries", "50", "--engagements", "4000", "--width", "60", "--hidden", "8",
+                "--label-rows", str(label_rows), "--work", str(tmp_path), "--json", str(tmp_path / "out.json")])
     found = {r["what"]: r for r in json.loads((tmp_path / "out.json").read_text())["results"]}
-    assert len(found) == 3 and all(r["rate"] > 0 and r["impressions"] == 2_000 for r in found.values())
-    assert found["01, all of it"]["peak_gb"] > 0.05
+    assert len(found) == 3 + len(more) and all(r["rate"] > 0 and r["impressions"] == 2_000 for r in found.values())
+    assert all(found[what]["peak_gb"] > 0.05 for what in ("01, all of it", "04, one epoch, hidden layers of 8"))
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]  # the tables are gone
