@@ -675,6 +675,7 @@ def main(argv=None):
     inputs = inputs_of(args, raw)
     stage = Stage(folder, args, inputs, keep={"captions"})
     if stage.done:
+        common.remove(folder / "work")  # the spill folder of the checks above
         return
     (folder / "work" / "spill").mkdir(parents=True, exist_ok=True)  # --overwrite has emptied the folder
     raw.check()

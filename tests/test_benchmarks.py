@@ -48,7 +48,7 @@ def test_label_throughput(bert, msrd, tmp_path, capsys):
     systems = [(r["system"], r["precision"]) for r in out["results"]]
     assert systems[:3] == [("pipeline", "fp32"), ("loop", "fp32"), ("ours", "fp32")]
     for r in out["results"]:
-        largest, mean = (1e-6, 1e-7) if r["precision"] == "fp32" else (0.04, 0.004)
+        largest, mean = (1e-6, 1e-7) if r["precision"] == "fp32" else (0.03, 0.004)
         assert r["rows_per_second"] > 0 and r["max_difference"] < largest and r["mean_difference"] < mean
     padding = {r["system"]: r["padding"] for r in out["results"] if r["precision"] == "fp32"}
     assert 0 <= padding["ours"] < padding["loop"] == padding["pipeline"]

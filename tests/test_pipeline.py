@@ -183,6 +183,7 @@ def test_finished_stage_does_nothing(pipeline, toy, capsys, step):
     stage(number).main(argv)
     assert "nothing to do" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in pipeline[0].rglob("*") if p.is_file() and p.name != ".lock"}
+    assert not (pipeline[0] / "features" / "work").exists()
 
 
 def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(copied, toy, capsys):
