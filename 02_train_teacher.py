@@ -184,10 +184,30 @@ def optimiser_of(teacher, args, lora):
 # Training
 
 
+def gradients(model, teacher, batch, ids, targets, args, accelerator, dtype, pad_id):
+    """Forward and backward passes of one step, cut by tokens and dealt out to the processes. batch: row numbers of `ids`. Adds to the gradients;
+    returns the loss: point-wise multi-class cross-entropy (paper), mean over the step's rows, all processes together."""
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    total = torch.zeros((), device=device)
+    parts = micro_batches(batch, ids.lengths, args.batch_tokens, rank, world)
+    for i, part in enumerate(parts):
+        weight = 1.0 if len(part) else 0.0  # an empty pass still takes part in the exchange of gradients
+        part = part if len(part) else batch[:1]
+        x, mask = ids.batch(part, pad_id)
+        mask_matters = teacher.mask_matters(mask)
+        x, mask = x.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        with contextlib.nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(x, mask, mask_matters)
+            loss = weight * F.cross_entropy(logits, targets[part].to(device), reduction="sum") / len(batch)
+            accelerator.backward(loss * world)  # data-parallel training averages over processes
+        total += loss.detach()
+    return accelerator.reduce(total, "sum").item()
+
+
 def train(teacher, rows, labels, ids, held_out, args, accelerator, dtype, pad_id, folder):
     """The training loop. rows/held_out: row numbers of `ids` (PackedRows) and `labels` [B] in 0..4. Leaves the weights of the epoch
     with the lowest held-out cross-entropy in `teacher` (its product is probabilities, and cross-entropy scores those). Returns the log."""
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     model = accelerator.prepare(teacher)
     optimiser = optimiser_of(teacher, args, lora=any("lora_" in n for n, _ in teacher.named_parameters()))
     trainable = [p for p in teacher.parameters() if p.requires_grad]
@@ -209,34 +229,19 @@ def train(teacher, rows, labels, ids, held_out, args, accelerator, dtype, pad_id
             if step <= position["step"]:
                 continue
             # Every step draws its dropout from a seed of its own, so that a resumed run equals an undisturbed one.
-            torch.manual_seed(args.seed * 1_000_003 + step * 1_009 + rank)
+            torch.manual_seed(args.seed * 1_000_003 + step * 1_009 + accelerator.process_index)
             teacher.train()
-            total = torch.zeros((), device=device)
-            parts = micro_batches(batch, lengths, args.batch_tokens, rank, world)
-            for i, part in enumerate(parts):
-                weight = 1.0 if len(part) else 0.0  # an empty pass still takes part in the exchange of gradients
-                part = rows[part] if len(part) else rows[batch[:1]]
-                x, mask = ids.batch(part, pad_id)
-                mask_matters = teacher.mask_matters(mask)
-                x, mask = x.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-                with contextlib.nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model):
-                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                        logits = model(x, mask, mask_matters)
-                    # Point-wise multi-class cross-entropy (paper), mean over the step's rows.
-                    loss = weight * F.cross_entropy(logits, targets[part].to(device), reduction="sum") / len(batch)
-                    accelerator.backward(loss * world)  # data-parallel training averages over processes
-                total += loss.detach()
-            total = accelerator.reduce(total, "sum").item()
-            if not math.isfinite(total):
-                raise Stop(f"the loss is {total} at step {step}, rows {rows[batch][:8].tolist()}… of the training rows: lower --lr, or use --precision fp32")
+            loss = gradients(model, teacher, rows[batch], ids, targets, args, accelerator, dtype, pad_id)
+            if not math.isfinite(loss):
+                raise Stop(f"the loss is {loss} at step {step}, rows {rows[batch][:8].tolist()}… of the training rows: lower --lr, or use --precision fp32")
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             factor = common.lr_factor((step - 1) / steps, args.warmup)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            losses.append(total)
-            position["log"].append({"step": step, "epoch": epoch + 1, "loss": round(total, 6), "lr_factor": round(factor, 6)})
+            losses.append(loss)
+            position["log"].append({"step": step, "epoch": epoch + 1, "loss": round(loss, 6), "lr_factor": round(factor, 6)})
             bar.update()
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
             if step % args.checkpoint_steps == 0 and step % math.ceil(len(rows) / args.batch_rows):
@@ -261,6 +266,7 @@ def train(teacher, rows, labels, ids, held_out, args, accelerator, dtype, pad_id
 
 
 def checkpoint(accelerator, folder, teacher, optimiser, position, step):
+    """What a killed run continues from, written by the main process; the others wait."""
     position["step"] = step
     if accelerator.is_main_process:
         common.save_checkpoint(folder / "checkpoint.safetensors", teacher, optimiser, position)

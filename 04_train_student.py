@@ -162,16 +162,9 @@ class Rows:
         return {k: shard[k][rows] for k in ("query", "pin", "match", "target")}
 
     def read_window(self, window):
-        """The training rows of the shards `window`, one after another, as training_rows gives them."""
-        rows, at = {}, 0
-        for i in window:
-            part = self.training_rows(i)
-            for k, v in part.items():
-                if k not in rows:
-                    rows[k] = np.empty((sum(self.keep[j] for j in window), *v.shape[1:]), v.dtype)
-                rows[k][at:at + len(v)] = v
-            at += len(part["query"])
-        return rows
+        """The training rows of the shards `window`, one after another. A column of the shards is let go as soon as it is joined."""
+        parts = [self.training_rows(i) for i in window]
+        return {k: np.concatenate([part.pop(k) for part in parts]) for k in tuple(parts[0])}
 
     def batches(self, epoch, skip=0):
         """One epoch's batches as dicts of arrays, without the first `skip`."""
