@@ -96,6 +96,7 @@ def start_worker(*args):
 
 
 def worker_token_ids(path):
+    """Shards.token_ids in a worker process."""
     return _shards.token_ids(path)
 
 

@@ -248,6 +248,7 @@ def all_systems(run, train, evaluation):
 
 
 def colour(name):
+    """A system's colour, the same in every plot; further students share one."""
     return COLOURS.get(name, "#009E73")
 
 

@@ -101,8 +101,10 @@ class PairText:
             fast.no_padding()
         for i in range(0, len(texts), 8_192):  # the record of a text is much larger than its ids
             some = texts[i:i + 8_192]
-            ids += [e.ids for e in fast.encode_batch_fast(some, add_special_tokens=False)] if fast is not None else \
-                self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            if fast is not None:
+                ids += [record.ids for record in fast.encode_batch_fast(some, add_special_tokens=False)]
+            else:
+                ids += self.tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return ids
 
     def queries(self, texts):
@@ -765,6 +767,7 @@ def remove(path):
 
 
 def read_json(path):
+    """The value of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -814,6 +817,7 @@ def atomic(path):
 
 
 def write_json(path, value):
+    """A value -> a JSON file, written whole or not at all."""
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -847,6 +851,7 @@ def fingerprint_model(model):
 
 
 def hashed(value):
+    """Hash of a JSON value, whatever the order of its keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -984,6 +989,7 @@ def plan_print(args, defaults, model, teacher, memory, rows, rows_from, epochs=N
 
 
 def dtype_name(dtype):
+    """torch.bfloat16 -> 'bfloat16'"""
     return str(dtype).removeprefix("torch.")
 
 

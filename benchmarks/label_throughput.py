@@ -58,6 +58,7 @@ def parse_args(argv=None):
 
 
 def missing(package):
+    """What to do about a package that only this benchmark needs."""
     return Stop(f"the package {package} is missing: pip install -r benchmarks/requirements.txt, or leave it out (--only ours,pipeline,loop; --model FOLDER)")
 
 
@@ -105,6 +106,7 @@ def pair_texts(rows):
 
 
 def prepare_crossencoder(folder, dtype, args, seen):
+    """sentence-transformers' CrossEncoder.predict."""
     try:
         from sentence_transformers import CrossEncoder
     except ImportError as e:
@@ -115,6 +117,7 @@ def prepare_crossencoder(folder, dtype, args, seen):
 
 
 def prepare_pipeline(folder, dtype, args, seen):
+    """transformers' text-classification pipeline."""
     from transformers import pipeline
 
     pipe = pipeline("text-classification", model=str(folder), device="cpu", dtype=dtype, top_k=None, function_to_apply="softmax")
@@ -132,6 +135,7 @@ def prepare_pipeline(folder, dtype, args, seen):
 
 
 def prepare_loop(folder, dtype, args, seen):
+    """The loop that a tutorial shows: batches in the given order, each padded to its longest row."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -118,7 +118,7 @@ def aggregate_logs(data, memory):
 
 
 def match_rate(run, naive, pairs=4_000_000):
-    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), of rank-bm25's get_batch_scores on the same texts or None, number of pins."""
+    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), and of rank-bm25's get_batch_scores on the same texts, or None."""
     import pyarrow.parquet as pq
 
     stage = importlib.import_module("01_build_features")
@@ -142,7 +142,7 @@ def match_rate(run, naive, pairs=4_000_000):
             okapi.get_batch_scores(stage.tokenize(queries[n % len(queries)]), rng.integers(0, okapi.corpus_size, 20).tolist())
             n += 1
         peer = 20 * n / (time.time() - start)
-    return pairs / min(seconds), peer, bm25.corpus_size
+    return pairs / min(seconds), peer
 
 
 def bare_student_rate(run, hidden, batch=4_096, seconds=20):
@@ -208,7 +208,18 @@ def pandas_rate(data, impressions):
     return measured(["-c", code, data])
 
 
-def main(argv=None):
+def random_labels(run):
+    """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
+    import pyarrow.parquet as pq
+
+    stage03, rng, features = importlib.import_module("03_label"), np.random.default_rng(0), run / "features"
+    for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
+        stage03.write_labels(stage03.target(run / "labels", features, path), rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32))
+    made = common.read_json(features / "stage.json")
+    common.write_json(run / "labels" / "stage.json", {"finished": True, "identity": "random", "arguments": {}, "inputs": {"features": made["identity"]}})
+
+
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--impressions", type=int, nargs="+", default=[300_000, 3_000_000])
     p.add_argument("--pins", type=int, nargs="+", default=[100_000])
@@ -223,65 +234,61 @@ def main(argv=None):
     p.add_argument("--naive", action="store_true", help="also the naive ways")
     p.add_argument("--work", type=Path, help="folder for the tables (default: a temporary one)")
     p.add_argument("--json", type=Path, metavar="FILE")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def measure(args, impressions, pins, folder, line):
+    """All that is asked for at one size, in a folder of its own. line(what, rate, seconds, peak_gb) takes each result."""
+    data, run, model = folder / "data", folder / "run", folder / "model"
+    make_dataset(data, impressions, pins, args.queries, args.engagements, args.width)
+    tiny_encoder(model)
+    if "logs" in args.stages:
+        seconds, peak = aggregate_logs(data, args.memory)
+        line(f"01, its logs alone: {args.engagements:,} engagements", args.engagements / seconds, seconds, peak)
+        if args.stages == ["logs"]:
+            return
+    seconds, peak = measured(["01_build_features.py", "--data", data, "--run", run, "--text-encoder", model, "--shard-rows", args.shard_rows, "--memory", args.memory])
+    line("01, all of it", impressions / seconds, seconds, peak)
+    if "match" in args.stages:
+        ours, peer = match_rate(run, args.naive)
+        line("01, match features alone", ours)
+        if peer:
+            line("naive: rank-bm25 get_batch_scores, 20 pins a query", peer)
+    if "03" in args.stages or "04" in args.stages:
+        measured(["02_train_teacher.py", "--run", run, "--model", model, "--rows", 200, "--epochs", 1, "--max-tokens", 32])
+        if impressions <= args.label_rows and "03" in args.stages:
+            seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
+            line("03, one-layer teacher", impressions / seconds, seconds, peak)
+        else:
+            random_labels(run)
+    if "04" in args.stages:
+        seconds, peak = measured(["04_train_student.py", "--preset", "paper", "--run", run, "--epochs", 1, "--hidden", args.hidden])
+        line(f"04, one epoch, hidden layers of {args.hidden}", impressions / seconds, seconds, peak)
+        line("its network alone, on one batch in memory", bare_student_rate(run, args.hidden))
+        if args.naive:
+            line("naive: Dataset and DataLoader, gathering alone", loader_rate(run, 200_000))
+    if args.naive and "01" in args.stages:
+        try:
+            seconds, peak = pandas_rate(data, impressions)
+            line("naive: 01's joins in pandas", impressions / seconds, seconds, peak)
+        except SystemExit as e:
+            print(f"naive: pandas did not finish: {str(e)[-200:]}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
     results = []
-
-    def line(**row):
-        results.append(row)
-        print("| " + " | ".join(f"{v:,.2f}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, (int, float)) else str(v) for v in row.values()) + " |", flush=True)
-
     print("| what | impressions | pins | seconds | rows/s | peak GB |\n|---|---|---|---|---|---|")
     for pins in args.pins:
         for impressions in args.impressions:
-            with tempfile.TemporaryDirectory(dir=args.work) as tmp:
-                data, run, model = Path(tmp) / "data", Path(tmp) / "run", Path(tmp) / "model"
-                make_dataset(data, impressions, pins, args.queries, args.engagements, args.width)
-                tiny_encoder(model)
-                size, nan = dict(impressions=impressions, pins=pins), float("nan")
-                if "logs" in args.stages:
-                    seconds, peak = aggregate_logs(data, args.memory)
-                    line(what=f"01, its logs alone: {args.engagements:,} engagements", **size, seconds=seconds, rate=args.engagements / seconds, peak_gb=peak)
-                    if args.stages == ["logs"]:
-                        continue
-                seconds, peak = measured(["01_build_features.py", "--data", data, "--run", run, "--text-encoder", model, "--shard-rows", args.shard_rows, "--memory", args.memory])
-                line(what="01, all of it", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
-                if "match" in args.stages:
-                    ours, peer, corpus = match_rate(run, args.naive)
-                    line(what="01, match features alone", **size, seconds=nan, rate=ours, peak_gb=nan)
-                    if peer:
-                        line(what="naive: rank-bm25 get_batch_scores, 20 pins a query", **size, seconds=nan, rate=peer, peak_gb=nan)
-                if "03" in args.stages or "04" in args.stages:
-                    measured(["02_train_teacher.py", "--run", run, "--model", model, "--rows", 200, "--epochs", 1, "--max-tokens", 32])
-                    if impressions <= args.label_rows and "03" in args.stages:
-                        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
-                        line(what="03, one-layer teacher", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
-                    else:
-                        random_labels(run)
-                if "04" in args.stages:
-                    seconds, peak = measured(["04_train_student.py", "--preset", "paper", "--run", run, "--epochs", 1, "--hidden", args.hidden])
-                    line(what=f"04, one epoch, hidden layers of {args.hidden}", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
-                    line(what="its network alone, on one batch in memory", **size, seconds=nan, rate=bare_student_rate(run, args.hidden), peak_gb=nan)
-                    if args.naive:
-                        line(what="naive: Dataset and DataLoader, gathering alone", **size, seconds=nan, rate=loader_rate(run, 200_000), peak_gb=nan)
-                if args.naive and "01" in args.stages:
-                    try:
-                        seconds, peak = pandas_rate(data, impressions)
-                        line(what="naive: 01's joins in pandas", **size, seconds=seconds, rate=impressions / seconds, peak_gb=peak)
-                    except SystemExit as e:
-                        print(f"naive: pandas did not finish: {str(e)[-200:]}")
+            def line(what, rate, seconds=float("nan"), peak_gb=float("nan")):
+                results.append(dict(what=what, impressions=impressions, pins=pins, seconds=seconds, rate=rate, peak_gb=peak_gb))
+                print(f"| {what} | {impressions:,} | {pins:,} | {seconds:,.0f} | {rate:,.0f} | {peak_gb:.2f} |", flush=True)
+
+            with tempfile.TemporaryDirectory(dir=args.work) as folder:
+                measure(args, impressions, pins, Path(folder), line)
     if args.json:
         common.write_json(args.json, {"cores": os.cpu_count(), "results": results})
-
-
-def random_labels(run):
-    """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
-    import pyarrow.parquet as pq
-
-    stage03, rng, features = importlib.import_module("03_label"), np.random.default_rng(0), run / "features"
-    for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
-        stage03.write_labels(stage03.target(run / "labels", features, path), rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32))
-    made = common.read_json(features / "stage.json")
-    common.write_json(run / "labels" / "stage.json", {"finished": True, "identity": "random", "arguments": {}, "inputs": {"features": made["identity"]}})
 
 
 if __name__ == "__main__":

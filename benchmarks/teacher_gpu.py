@@ -91,6 +91,7 @@ def random_backbone(config, device, dtype, seed=0):
 
 
 def random_rows(n, vocab, seed=0):
+    """n rows of 144 to 256 random tokens, PackedRows."""
     rng = np.random.default_rng(seed)
     return PackedRows(rng.integers(0, vocab, length).tolist() for length in rng.integers(144, 257, n))
 
@@ -123,6 +124,7 @@ class Clock:
 
 
 def naive_batches(rows, size=NAIVE_ROWS):
+    """Row numbers in their order, `size` a batch."""
     return [np.arange(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
 
 
@@ -131,6 +133,7 @@ def naive_batches(rows, size=NAIVE_ROWS):
 
 
 def train_ours(config, args, device, dtype):
+    """QLoRA steps as stage 02 makes them."""
     s = settings(args)
     teacher, lora, _ = stage02.build_teacher(s, config, device, dtype, backbone=random_backbone(config, device, dtype))
     rows = random_rows(s.batch_rows * (args.steps + 1), config.vocab_size)
@@ -140,6 +143,7 @@ def train_ours(config, args, device, dtype):
 
 
 def train_naive(config, args, device, dtype):
+    """QLoRA steps as a tutorial makes them: peft's preparation for k-bit training, padded batches."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     s = settings(args)
@@ -230,6 +234,7 @@ def label_both(config, args, device, dtype):
 
 
 def caption(args, device, dtype, batch):
+    """Images/s of 01's captioner at the size of BLIP-large, and peak memory."""
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
     vision, text = BLIP[args.small]

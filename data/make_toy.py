@@ -220,6 +220,7 @@ def noun(obj, lang, rng):
 
 
 def adjective(forms, lang, gender, rng):
+    """An adjective in a language: the usual word with 60 %, else any of its words, with the ending of the noun's gender."""
     word = forms[lang][0] if rng.random() < 0.6 else forms[lang][rng.integers(len(forms[lang]))]
     if lang == "de":
         stem = word.rstrip("+")
@@ -288,14 +289,17 @@ SHOP_NOTE = {"en": ["free shipping", "handmade to order"], "es": ["envío gratis
 
 
 def pick(rng, options):
+    """One of the options, each as likely."""
     return options[rng.integers(len(options))]
 
 
 def other(rng, options, *not_these):
+    """One of the options that are not `not_these`."""
     return pick(rng, [o for o in options if o not in not_these])
 
 
 def pin_language(rng):
+    """A pin's language: English with 73 %, the three others with 9 % each."""
     return LANGUAGES[rng.choice(4, p=[0.73, 0.09, 0.09, 0.09])]
 
 
@@ -401,6 +405,7 @@ def some(pin, rng, **chances):
 
 
 def title_of(pin, lang, rng):
+    """A pin's title, or None: some say nothing in particular, most name the object, few a property."""
     kind = rng.random()
     if kind < 0.03:
         return None
@@ -413,6 +418,7 @@ def title_of(pin, lang, rng):
 
 
 def description_of(pin, lang, rng):
+    """A pin's description, or None for two in five."""
     kind = rng.random()
     if kind < 0.4:
         return None

@@ -33,10 +33,12 @@ FIELDS = ["title:", "description:", "caption:", "queries:", "boards:", "links:"]
 # Pages: a heading, then a body that shows the same thing through fields
 
 def words_of(text):
+    """Lower-case words of a text."""
     return re.findall(r"[^\W_]+", text.casefold())
 
 
 def top_tokens(weighted_texts, count=12):
+    """The words with the largest weights over (text, weight), as one text."""
     total = collections.Counter()
     for text, weight in weighted_texts:
         for word in words_of(text):
@@ -45,6 +47,7 @@ def top_tokens(weighted_texts, count=12):
 
 
 def make_thing(rng):
+    """A random object with one value of every property."""
     obj = toy.pick(rng, list(toy.OBJECTS))
     return {"object": obj, "colour": toy.pick(rng, list(toy.COLOURS)),
             "material": toy.pick(rng, toy.MATERIALS_OF[toy.FAMILY_OF[obj]]),
@@ -98,6 +101,7 @@ def list_page(rng):
 
 
 def make_pages(count, rng):
+    """About `count` pages of three kinds, (heading, body); those without a body are left out."""
     kinds = rng.choice([list_page, parallel_page, thing_page], count, p=[0.2, 0.35, 0.45])
     pages = [kind(rng) for kind in kinds]
     return [page for page in pages if page[1]]
@@ -290,6 +294,7 @@ def at(states, where, ids):
 
 
 def last_token(states, mask):
+    """Hidden states [B, T, D] -> the last token that is no padding [B, D]."""
     last = (torch.arange(states.shape[1]) * mask).argmax(1)
     return states.flatten(0, 1).index_select(0, last + torch.arange(len(states)) * states.shape[1])
 
@@ -332,6 +337,7 @@ def encoder_loss(model, aux, batch):
 
 
 def mean_vector(model, ids):
+    """Token ids [B, T] -> mean of the hidden states over the tokens that are no padding, of length 1 [B, D]."""
     mask = (ids != PAD).long()
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     return F.normalize((states * mask[..., None]).sum(1).float() / mask.sum(1, keepdim=True), dim=-1)
