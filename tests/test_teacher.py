@@ -1,5 +1,7 @@
 """The teacher: pooling, every kind of backbone saved and loaded again, LoRA merged, batches, and model folders that are refused."""
 
+import argparse
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -392,20 +394,34 @@ def test_micro_batches(sizes, budget, world):
             assert len(piece) <= 1 or len(piece) * sizes[piece].max() <= budget
 
 
-def test_gradients_do_not_depend_on_the_passes(models):
-    """One batch in one pass and in several: the same sum of gradients, as the loss is a mean over the batch and not over a pass."""
+class OneOfMany:
+    """What `gradients` uses of an Accelerator, for one of several processes that are run one after another: nothing is exchanged."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, world):
+        self.process_index, self.num_processes = rank, world
+
+    no_sync = staticmethod(lambda model: contextlib.nullcontext())
+    backward = staticmethod(lambda loss: loss.backward())
+    reduce = staticmethod(lambda value, how: value)
+
+
+@pytest.mark.parametrize("budget,world", [(10_000, 1), (40, 1), (10_000, 2), (16, 3), (10_000, 9)])
+def test_gradients_are_those_of_the_mean_over_the_batch(models, budget, world):
+    """In one pass or several, on one process or several (9: some have no row): the gradient of the batch's mean cross-entropy."""
     teacher, tokenizer = untrained(models, "bert", dropout=0.0)
-    packed, labels = some_rows(tokenizer), torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    found = []
-    for budget in (10_000, 40):
-        passes = trainer.micro_batches(np.arange(7), packed.lengths, budget, 0, 1)
-        assert (len(passes) > 1) == (budget == 40)
-        teacher.zero_grad()
-        for part in passes:
-            if len(part):
-                (nn.functional.cross_entropy(teacher(*packed.batch(part, tokenizer.pad_token_id)), labels[part], reduction="sum") / 7).backward()
-        found.append(torch.cat([p.grad.ravel() for p in teacher.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    packed, labels, batch = some_rows(tokenizer), torch.tensor([0, 1, 2, 3, 4, 0, 1]), np.array([6, 2, 3, 0, 5, 1])
+    assert (len(trainer.micro_batches(batch, packed.lengths, budget, 0, world)) > 1) == (budget < 10_000)
+    collect = lambda: torch.cat([p.grad.ravel() for p in teacher.parameters() if p.grad is not None])
+    expected_loss = nn.functional.cross_entropy(teacher(*packed.batch(batch, tokenizer.pad_token_id)), labels[batch])
+    expected_loss.backward()
+    expected = collect()
+    teacher.zero_grad()
+    args = argparse.Namespace(batch_tokens=budget)
+    loss = sum(trainer.gradients(teacher, teacher, batch, packed, labels, args, OneOfMany(rank, world), torch.float32, tokenizer.pad_token_id) for rank in range(world))
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+    torch.testing.assert_close(collect() / world, expected, rtol=1e-4, atol=1e-6)  # data-parallel training averages over processes
 
 
 def test_learning_rate():
