@@ -383,6 +383,11 @@ def first_token(module, inputs):
     return tuple(x[:, :1] for x in inputs)
 
 
+def onednn_multiplies(dtype):
+    """Can oneDNN multiply matrices of this type here? bf16 needs AVX-512 (or Arm's equivalent): on other CPUs the operator raises an error."""
+    return torch.backends.mkldnn.is_available() and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def for_inference(teacher, device, dtype, compiled=False):
     """The teacher without work that nobody reads, for batches padded on the right: after attention, the last layer of an encoder of BERT's
     kind runs for the first token alone. And on a CPU with what is faster there and as exact (the compiler picks its own): linear layers by
@@ -393,7 +398,7 @@ def for_inference(teacher, device, dtype, compiled=False):
     like_bert = teacher.how == "first" and layers is not None and hasattr(layers[-1], "attention") and hasattr(layers[-1].attention, "output")
     if like_bert:
         layers[-1].attention.output.register_forward_pre_hook(first_token)
-    if torch.device(device).type != "cpu" or compiled or not torch.backends.mkldnn.is_available():
+    if torch.device(device).type != "cpu" or compiled or not onednn_multiplies(dtype):
         return teacher.eval()
     for module in teacher.modules():
         if type(module) is nn.Linear and module.weight.dtype == dtype:  # in bf16 the head stays as it is, fp32

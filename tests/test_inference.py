@@ -50,13 +50,26 @@ def test_ready_for_inference(models, kind, dtype):
 
 
 def test_onednn_layer_takes_what_autocast_would_cast():
-    """A norm under autocast hands fp32 to a bf16 layer."""
+    """A norm under autocast hands fp32 to a bf16 layer. Where the CPU has no bf16 products, the operator says so and onednn_multiplies() knew it."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(32, 48).bfloat16(), torch.randn(2, 7, 32)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = linear(x)
         linear.__class__ = common.OneDnnLinear
+        if not common.onednn_multiplies(torch.bfloat16):
+            with pytest.raises(RuntimeError, match="primitive"):
+                linear(x)
+            return
         assert torch.allclose(linear(x).float(), expected.float(), atol=2e-2) and linear(x).dtype == expected.dtype == torch.bfloat16
+
+
+def test_without_bf16_products_no_layer_is_given_to_onednn(models, monkeypatch):
+    monkeypatch.setattr(common, "onednn_multiplies", lambda dtype: dtype != torch.bfloat16)
+    teacher, rows = teacher_of(models["llama"], torch.bfloat16), rows_of(range(3, 43))
+    before = common.soft_labels(teacher, rows, 0, 128, "cpu", torch.bfloat16)
+    common.for_inference(teacher, "cpu", torch.bfloat16)
+    assert not any(type(m) is common.OneDnnLinear for m in teacher.modules())
+    assert np.array_equal(common.soft_labels(teacher, rows, 0, 128, "cpu", torch.bfloat16), before)
 
 
 def test_fp8_layer():
