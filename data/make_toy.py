@@ -174,11 +174,12 @@ def _read(text):
 
 
 OBJECTS, COLOURS, STYLES, MATERIALS, ROOMS, OCCASIONS, FAMILIES = map(
-    _read, (OBJECT_WORDS, COLOUR_WORDS, STYLE_WORDS, MATERIAL_WORDS, ROOM_WORDS, OCCASION_WORDS, FAMILY_WORDS))
+    _read, (OBJECT_WORDS, COLOUR_WORDS, STYLE_WORDS, MATERIAL_WORDS, ROOM_WORDS, OCCASION_WORDS, FAMILY_WORDS)
+)
 SCENES = ROOMS | OCCASIONS
 ATTRIBUTES = {"colour": COLOURS, "material": MATERIALS, "style": STYLES, "scene": SCENES}
 
-FAMILY_OF = {obj: family for i, family in enumerate(FAMILIES) for obj in list(OBJECTS)[8 * i:8 * i + 8]}
+FAMILY_OF = {obj: family for i, family in enumerate(FAMILIES) for obj in list(OBJECTS)[8 * i : 8 * i + 8]}
 MATERIALS_OF = {
     "furniture": ["wood", "metal", "glass", "leather", "plastic"],
     "clothing": ["cotton", "leather", "wool", "silk"],
@@ -187,8 +188,14 @@ MATERIALS_OF = {
     "celebration": ["paper", "silk", "glass", "metal", "wool"],
     "leisure": ["wood", "metal", "leather", "plastic", "paper"],
 }
-SHOPPING_INTEREST = {"furniture": "home", "garden": "home", "clothing": "fashion", "food": "dining",
-                     "celebration": "gifts", "leisure": "gifts"}
+SHOPPING_INTEREST = {
+    "furniture": "home",
+    "garden": "home",
+    "clothing": "fashion",
+    "food": "dining",
+    "celebration": "gifts",
+    "leisure": "gifts",
+}
 
 # What goes together with what; symmetric.
 PAIRS = """
@@ -211,6 +218,7 @@ for _pair in PAIRS.split():
 # ---------------------------------------------------------------------------------------------------------
 # Language: from a meaning to words
 
+
 def noun(obj, lang, rng):
     """A word for an object, and its grammatical gender."""
     words = OBJECTS[obj][lang]
@@ -220,7 +228,8 @@ def noun(obj, lang, rng):
 
 
 def adjective(forms, lang, gender, rng):
-    """An adjective in a language: the usual word with 60 %, else any of its words, with the ending of the noun's gender."""
+    """An adjective in a language: the usual word with 60 %, else any of its words, with the ending of the
+    noun's gender."""
     word = forms[lang][0] if rng.random() < 0.6 else forms[lang][rng.integers(len(forms[lang]))]
     if lang == "de":
         stem = word.rstrip("+")
@@ -238,7 +247,8 @@ def plain(table, concept, lang, rng):
 def phrase(lang, meaning, rng):
     """Words for some of an object's properties in the language's own order; any of them may be missing.
 
-    {"object": "chair", "colour": "red", "scene": "kitchen"} → "red chair for kitchen", "chaise rouge pour cuisine"
+    {"object": "chair", "colour": "red", "scene": "kitchen"} → "red chair for kitchen", "chaise rouge pour
+    cuisine"
     """
     name, gender = noun(meaning["object"], lang, rng) if "object" in meaning else ("", "m")
     style = adjective(STYLES[meaning["style"]], lang, gender, rng) if "style" in meaning else ""
@@ -272,20 +282,43 @@ DESCRIPTIONS = {  # material, style
 MATERIAL_ONLY = {"en": "made of {m}", "es": "hecho de {m}", "fr": "fait en {m}", "de": "aus {m} gemacht"}
 STYLE_ONLY = {"en": "{s} look", "es": "estilo {s}", "fr": "style {s}", "de": "{s} gemacht"}
 NOISE = {
-    "en": ["found it last week and saved it here with all the best things, follow us for more every day",
-           "more on our page", "photo by a friend"],
-    "es": ["lo encontré la semana pasada y lo guardo aquí, más cada día en nuestra página", "más en nuestra página"],
-    "fr": ["trouvé la semaine dernière et gardé ici, encore plus chaque jour sur notre page", "plus sur notre page"],
-    "de": ["letzte woche gefunden und hier gemerkt, jeden tag mehr auf unserer seite", "mehr auf unserer seite"],
+    "en": [
+        "found it last week and saved it here with all the best things, follow us for more every day",
+        "more on our page",
+        "photo by a friend",
+    ],
+    "es": [
+        "lo encontré la semana pasada y lo guardo aquí, más cada día en nuestra página",
+        "más en nuestra página",
+    ],
+    "fr": [
+        "trouvé la semaine dernière et gardé ici, encore plus chaque jour sur notre page",
+        "plus sur notre page",
+    ],
+    "de": [
+        "letzte woche gefunden und hier gemerkt, jeden tag mehr auf unserer seite",
+        "mehr auf unserer seite",
+    ],
 }
 BOARDS = {
-    "en": ["{x}", "{x} ideas", "my {x}"], "es": ["{x}", "ideas {x}", "mi {x}"],
-    "fr": ["{x}", "idées {x}", "{x} à faire"], "de": ["{x}", "{x} ideen", "schöne {x}"],
+    "en": ["{x}", "{x} ideas", "my {x}"],
+    "es": ["{x}", "ideas {x}", "mi {x}"],
+    "fr": ["{x}", "idées {x}", "{x} à faire"],
+    "de": ["{x}", "{x} ideen", "schöne {x}"],
 }
-JUNK_BOARDS = {"en": ["my saves", "pretty things"], "es": ["mis cosas"], "fr": ["mes envies"], "de": ["alles schöne"]}
+JUNK_BOARDS = {
+    "en": ["my saves", "pretty things"],
+    "es": ["mis cosas"],
+    "fr": ["mes envies"],
+    "de": ["alles schöne"],
+}
 SHOP = {"en": ["buy", "shop"], "es": ["comprar"], "fr": ["acheter"], "de": ["kaufen"]}
-SHOP_NOTE = {"en": ["free shipping", "handmade to order"], "es": ["envío gratis"], "fr": ["livraison gratuite"],
-             "de": ["kostenloser versand"]}
+SHOP_NOTE = {
+    "en": ["free shipping", "handmade to order"],
+    "es": ["envío gratis"],
+    "fr": ["livraison gratuite"],
+    "de": ["kostenloser versand"],
+}
 
 
 def pick(rng, options):
@@ -311,6 +344,7 @@ def near_language(lang, rng):
 # ---------------------------------------------------------------------------------------------------------
 # Pins, queries and the five levels
 
+
 def relevance(query, pin):
     """The level that a careful annotator gives: the rule that every label of the toy follows.
 
@@ -326,7 +360,8 @@ def relevance(query, pin):
 
 
 def choose_objects(count):
-    """The first `count` objects of a walk along the pairs that go together, so that level 3 exists at every scale."""
+    """The first `count` objects of a walk along the pairs that go together, so that level 3 exists at every
+    scale."""
     chosen = ["chair"]
     for obj in chosen:
         chosen += [c for c in OBJECTS if c in COMPLEMENTS[obj] and c not in chosen]
@@ -338,10 +373,12 @@ def make_pins(count, objects, rng):
     popularity = (rng.permutation(len(objects)) + 4) ** -0.5
     usual = {}
     for obj in objects:
-        usual[obj] = {"colour": rng.choice(list(COLOURS), 4, replace=False).tolist(),
-                      "material": rng.choice(MATERIALS_OF[FAMILY_OF[obj]], 3, replace=False).tolist(),
-                      "style": rng.choice(list(STYLES), 3, replace=False).tolist(),
-                      "scene": rng.choice(list(SCENES), 3, replace=False).tolist()}
+        usual[obj] = {
+            "colour": rng.choice(list(COLOURS), 4, replace=False).tolist(),
+            "material": rng.choice(MATERIALS_OF[FAMILY_OF[obj]], 3, replace=False).tolist(),
+            "style": rng.choice(list(STYLES), 3, replace=False).tolist(),
+            "scene": rng.choice(list(SCENES), 3, replace=False).tolist(),
+        }
     pins = []
     for obj in rng.choice(objects, count, p=popularity / popularity.sum()).tolist():
         pin = {"object": obj}
@@ -353,14 +390,16 @@ def make_pins(count, objects, rng):
 
 
 def make_queries(sizes, pins, rng):
-    """`sizes`: (language, use, count), use = train, eval or log. No eval query asks for what a train query asks for."""
+    """`sizes`: (language, use, count), use = train, eval or log. No eval query asks for what a train query
+    asks for."""
     queries, texts, asked = [], set(), {"train": set(), "eval": set(), "log": set()}
     for lang, use, count in sizes:
         made = 0
         while made < count:
             pin = pick(rng, pins)
-            kinds = rng.choice(list(ATTRIBUTES), 1 + (rng.random() < 0.45), replace=False,
-                               p=[0.32, 0.22, 0.18, 0.28]).tolist()
+            kinds = rng.choice(
+                list(ATTRIBUTES), 1 + (rng.random() < 0.45), replace=False, p=[0.32, 0.22, 0.18, 0.28]
+            ).tolist()
             meaning = {"object": pin["object"]} | {k: pin[k] for k in ATTRIBUTES if k in kinds}
             text, key = phrase(lang, meaning, rng), tuple(meaning.items())
             if (lang, text) in texts or (use == "eval" and key in asked["train"]):
@@ -368,9 +407,16 @@ def make_queries(sizes, pins, rng):
             texts.add((lang, text))
             asked[use].add(key)
             family = FAMILY_OF[pin["object"]]
-            queries.append({"language": lang, "use": use, "query": text, "meaning": meaning,
-                            "interest": family if rng.random() < 0.9 else None,
-                            "shopping_interest": SHOPPING_INTEREST[family] if rng.random() < 0.8 else None})
+            queries.append(
+                {
+                    "language": lang,
+                    "use": use,
+                    "query": text,
+                    "meaning": meaning,
+                    "interest": family if rng.random() < 0.9 else None,
+                    "shopping_interest": SHOPPING_INTEREST[family] if rng.random() < 0.8 else None,
+                }
+            )
             made += 1
     return [queries[i] for i in rng.permutation(len(queries))]
 
@@ -378,7 +424,8 @@ def make_queries(sizes, pins, rng):
 def sample_pins(levels, query, pins, count, mix, exclude, rng):
     """Indices of `count` pins as a search engine might return them: of every level, in shares `mix` (1…5).
 
-    Half of the pins of levels 1 and 2 share a property that was asked for, so that a shared word alone says little.
+    Half of the pins of levels 1 and 2 share a property that was asked for, so that a shared word alone says
+    little.
     """
     order = rng.permutation(len(pins))
     order = order[~np.isin(order, list(exclude))] if exclude else order
@@ -388,16 +435,17 @@ def sample_pins(levels, query, pins, count, mix, exclude, rng):
         here = order[levels[order] == level]
         want = int(round(mix[level - 1] * count))
         if level <= 2:
-            alike = order[(levels[order] == level) & shares][:want // 2]
+            alike = order[(levels[order] == level) & shares][: want // 2]
             here = np.concatenate([alike, np.setdiff1d(here, alike, assume_unique=True)])
         chosen.extend(here[:want].tolist())
     rest = order[~np.isin(order, chosen)]
-    chosen.extend(rest[:max(0, count - len(chosen))].tolist())
+    chosen.extend(rest[: max(0, count - len(chosen))].tolist())
     return rng.permutation(chosen[:count])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What is seen of a pin
+
 
 def some(pin, rng, **chances):
     """The part of a pin's meaning that a source mentions: each property with its own chance."""
@@ -424,7 +472,10 @@ def description_of(pin, lang, rng):
         return None
     if kind < 0.5:
         return pick(rng, NOISE[lang])
-    words = {"m": plain(MATERIALS, pin["material"], lang, rng), "s": adjective(STYLES[pin["style"]], lang, "", rng)}
+    words = {
+        "m": plain(MATERIALS, pin["material"], lang, rng),
+        "s": adjective(STYLES[pin["style"]], lang, "", rng),
+    }
     templates = (DESCRIPTIONS, MATERIAL_ONLY, STYLE_ONLY)[rng.choice(3, p=[0.4, 0.35, 0.25])]
     template = pick(rng, templates[lang]) if templates is DESCRIPTIONS else templates[lang]
     text = template.format(**words)
@@ -452,14 +503,17 @@ def boards_of(pin, lang, rng):
 
 
 def link_visits_of(pin, lang, objects, rng):
-    """Visits of the page behind a pin. One that lasts under ten seconds went to a page about something else."""
+    """Visits of the page behind a pin. One that lasts under ten seconds went to a page about something
+    else."""
     visits = []
     if rng.random() < 0.6:
         near = near_language(lang, rng)
         said = some(pin, rng, object=1, material=0.7, style=0.2)
         title = f"{pick(rng, SHOP[near])} {phrase(near, said, rng)}"
         note = pick(rng, SHOP_NOTE[near]) if rng.random() < 0.25 else None
-        visits += [(title, note, round(float(10 + rng.exponential(40)), 1)) for _ in range(rng.integers(1, 4))]
+        visits += [
+            (title, note, round(float(10 + rng.exponential(40)), 1)) for _ in range(rng.integers(1, 4))
+        ]
     if rng.random() < 0.45:
         wrong = {"object": other(rng, objects, pin["object"]), "material": pick(rng, list(MATERIALS))}
         title = f"{pick(rng, SHOP['en'])} {phrase('en', wrong, rng)}"
@@ -473,7 +527,8 @@ TWO_YEARS = 731
 
 
 def engagements_of(pin, lang, objects, rng):
-    """(query, date, count): people's own words within two years; before that, a pin stood where it did not belong."""
+    """(query, date, count): people's own words within two years; before that, a pin stood where it did not
+    belong."""
     rows = []
     for _ in range(rng.choice(4, p=[0.1, 0.35, 0.35, 0.2])):
         near = near_language(lang, rng)
@@ -507,7 +562,7 @@ def make_world(scale=1.0, seed=0, total=None):
 
     `total`: that many impressions; all else, and the impressions that there are anyway, stay the same."""
     rng = np.random.default_rng(seed)
-    objects = choose_objects(int(np.clip(round(48 * scale ** 0.5), 12, 48)))
+    objects = choose_objects(int(np.clip(round(48 * scale**0.5), 12, 48)))
 
     def n(count):
         return max(1, round(count * scale))
@@ -537,8 +592,13 @@ def make_world(scale=1.0, seed=0, total=None):
 
     def draw(size, exclude, rng):
         edges = np.round(np.concatenate([[0], np.cumsum(weight / weight.sum() * size)])).astype(int)
-        rows = [(i, int(pin)) for i, count in enumerate(np.diff(edges)) for pin in sample_pins(
-            levels[i], queries[i]["meaning"], pins, int(count), IMPRESSION_MIX, exclude.get(i, ()), rng)]
+        rows = [
+            (i, int(pin))
+            for i, count in enumerate(np.diff(edges))
+            for pin in sample_pins(
+                levels[i], queries[i]["meaning"], pins, int(count), IMPRESSION_MIX, exclude.get(i, ()), rng
+            )
+        ]
         return [rows[i] for i in rng.permutation(len(rows))]
 
     taken = {}
@@ -552,28 +612,67 @@ def make_world(scale=1.0, seed=0, total=None):
 
     # 3. what is seen of the pins
     languages = [pin_language(rng) for _ in pins]
-    shown = [{"title": title_of(p, lang, rng), "description": description_of(p, lang, rng),
-              "has_image": bool(rng.random() > 0.02)} for p, lang in zip(pins, languages)]
-    boards = [(i, title) for i, (p, lang) in enumerate(zip(pins, languages)) for title in boards_of(p, lang, rng)]
-    visits = [(i, *v) for i, (p, lang) in enumerate(zip(pins, languages)) for v in link_visits_of(p, lang, objects, rng)]
-    engagements = [(text, i, ago, count) for i, (p, lang) in enumerate(zip(pins, languages))
-                   for text, ago, count in engagements_of(p, lang, objects, rng)]
+    shown = [
+        {
+            "title": title_of(p, lang, rng),
+            "description": description_of(p, lang, rng),
+            "has_image": bool(rng.random() > 0.02),
+        }
+        for p, lang in zip(pins, languages)
+    ]
+    boards = [
+        (i, title) for i, (p, lang) in enumerate(zip(pins, languages)) for title in boards_of(p, lang, rng)
+    ]
+    visits = [
+        (i, *v)
+        for i, (p, lang) in enumerate(zip(pins, languages))
+        for v in link_visits_of(p, lang, objects, rng)
+    ]
+    engagements = [
+        (text, i, ago, count)
+        for i, (p, lang) in enumerate(zip(pins, languages))
+        for text, ago, count in engagements_of(p, lang, objects, rng)
+    ]
     engagements += query_engagements(queries, levels, rng)
     engagements[0] = (*engagements[0][:2], 0, engagements[0][3])  # the log ends on its newest date
-    return {"pins": pins, "languages": languages, "shown": shown, "queries": queries, "labels": labels,
-            "impressions": impressions, "boards": boards, "visits": visits, "engagements": engagements}
+    return {
+        "pins": pins,
+        "languages": languages,
+        "shown": shown,
+        "queries": queries,
+        "labels": labels,
+        "impressions": impressions,
+        "boards": boards,
+        "visits": visits,
+        "engagements": engagements,
+    }
 
 
 def query_engagements(queries, levels, rng):
-    """Engagement with the results of the queries themselves: seldom and with good pins; before two years ago, bad ones."""
+    """Engagement with the results of the queries themselves: seldom and with good pins; before two years
+    ago, bad ones."""
     rows = []
     for i, query in enumerate(queries):
         for level, chance in ((5, 0.15), (4, 0.015), (3, 0.003)):
             for pin in np.flatnonzero(levels[i] == level):
                 if rng.random() < chance:
-                    rows.append((query["query"], int(pin), int(rng.integers(0, TWO_YEARS - 10)), int(rng.integers(5, 60))))
+                    rows.append(
+                        (
+                            query["query"],
+                            int(pin),
+                            int(rng.integers(0, TWO_YEARS - 10)),
+                            int(rng.integers(5, 60)),
+                        )
+                    )
         for pin in rng.choice(np.flatnonzero(levels[i] == 1), 2, replace=False):
-            rows.append((query["query"], int(pin), int(rng.integers(TWO_YEARS + 10, SPAN)), int(rng.integers(200, 900))))
+            rows.append(
+                (
+                    query["query"],
+                    int(pin),
+                    int(rng.integers(TWO_YEARS + 10, SPAN)),
+                    int(rng.integers(200, 900)),
+                )
+            )
     return rows
 
 
@@ -595,30 +694,65 @@ def write_tables(world, folder, seed):
         if seen["has_image"]:
             image = toy_images.render(pin["object"], pin["colour"], np.random.default_rng([seed, i]))
             image.save(folder / "images" / f"{pin_id(i)}.png", compress_level=1)
-    pa.parquet.write_table(pa.table({
-        "pin_id": [pin_id(i) for i in range(len(pins))],
-        "title": pa.array([s["title"] for s in shown], pa.string()),
-        "description": pa.array([s["description"] for s in shown], pa.string()),
-        "image": pa.array([f"images/{pin_id(i)}.png" if s["has_image"] else None for i, s in enumerate(shown)],
-                          pa.string())}), folder / "pins.parquet")
-    pa.csv.write_csv(pa.table({"query_id": [query_id(i) for i in range(len(queries))]} | {
-        key: pa.array([q[key] for q in queries], pa.string())
-        for key in ("query", "language", "interest", "shopping_interest")}), folder / "queries.csv")
+    pa.parquet.write_table(
+        pa.table(
+            {
+                "pin_id": [pin_id(i) for i in range(len(pins))],
+                "title": pa.array([s["title"] for s in shown], pa.string()),
+                "description": pa.array([s["description"] for s in shown], pa.string()),
+                "image": pa.array(
+                    [f"images/{pin_id(i)}.png" if s["has_image"] else None for i, s in enumerate(shown)],
+                    pa.string(),
+                ),
+            }
+        ),
+        folder / "pins.parquet",
+    )
+    pa.csv.write_csv(
+        pa.table(
+            {"query_id": [query_id(i) for i in range(len(queries))]}
+            | {
+                key: pa.array([q[key] for q in queries], pa.string())
+                for key in ("query", "language", "interest", "shopping_interest")
+            }
+        ),
+        folder / "queries.csv",
+    )
     q, p, level, split = zip(*world["labels"])
-    pa.csv.write_csv(pa.table({"query_id": [query_id(i) for i in q], "pin_id": [pin_id(i) for i in p],
-                               "label": level, "split": split}), folder / "labels.csv")
+    pa.csv.write_csv(
+        pa.table(
+            {
+                "query_id": [query_id(i) for i in q],
+                "pin_id": [pin_id(i) for i in p],
+                "label": level,
+                "split": split,
+            }
+        ),
+        folder / "labels.csv",
+    )
     for part, rows in enumerate(np.array_split(np.array(world["impressions"]), 4)):
-        pa.parquet.write_table(pa.table({"query_id": [query_id(i) for i in rows[:, 0]],
-                                         "pin_id": [pin_id(i) for i in rows[:, 1]]}),
-                               folder / "impressions" / f"part-{part:05d}.parquet")
+        pa.parquet.write_table(
+            pa.table(
+                {"query_id": [query_id(i) for i in rows[:, 0]], "pin_id": [pin_id(i) for i in rows[:, 1]]}
+            ),
+            folder / "impressions" / f"part-{part:05d}.parquet",
+        )
     text, p, ago, count = zip(*world["engagements"])
-    pa.parquet.write_table(pa.table({
-        "query": text, "pin_id": [pin_id(i) for i in p],
-        "date": pa.array([NEWEST - datetime.timedelta(days=d) for d in ago], pa.date32()),
-        "count": count}), folder / "engagements.parquet")
+    pa.parquet.write_table(
+        pa.table(
+            {
+                "query": text,
+                "pin_id": [pin_id(i) for i in p],
+                "date": pa.array([NEWEST - datetime.timedelta(days=d) for d in ago], pa.date32()),
+                "count": count,
+            }
+        ),
+        folder / "engagements.parquet",
+    )
     p, title = zip(*world["boards"])
-    pa.parquet.write_table(pa.table({"pin_id": [pin_id(i) for i in p], "board_title": title}),
-                           folder / "boards.parquet")
+    pa.parquet.write_table(
+        pa.table({"pin_id": [pin_id(i) for i in p], "board_title": title}), folder / "boards.parquet"
+    )
     with open(folder / "link_visits.jsonl", "w", encoding="utf-8") as f:
         for i, title, note, dwell in world["visits"]:
             row = {"pin_id": pin_id(i), "link_title": title, "link_description": note, "dwell_seconds": dwell}
@@ -627,11 +761,20 @@ def write_tables(world, folder, seed):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=HERE / "toy", help="dataset folder to write (default: data/toy)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "toy", help="dataset folder to write (default: data/toy)"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 1.0 = 2,000 pins")
-    parser.add_argument("--impressions", type=int, metavar="N", help="so many impressions of the same world, if there are as many pairs (default: 40,000 times the scale)")
+    parser.add_argument(
+        "--impressions",
+        type=int,
+        metavar="N",
+        help="impressions of the same world, if there are as many pairs (default: 40,000 times the scale)",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset made with other arguments")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset made with other arguments"
+    )
     return parser.parse_args(argv)
 
 
@@ -641,9 +784,13 @@ def main(argv=None):
     if args.out.exists() and not args.overwrite:
         summary = args.out / "toy.json"
         if not summary.exists():
-            sys.exit(f"{args.out} exists and was not made by make_toy.py; choose another --out, or --overwrite")
+            sys.exit(
+                f"{args.out} exists and was not made by make_toy.py; choose another --out, or --overwrite"
+            )
         if {k: json.loads(summary.read_text()).get(k) for k in asked} != asked:
-            sys.exit(f"{args.out} was made with other arguments (see {summary}); add --overwrite to replace it")
+            sys.exit(
+                f"{args.out} was made with other arguments (see {summary}); add --overwrite to replace it"
+            )
         print(f"{args.out} is complete already; nothing to do (--overwrite makes it again)")
         return
 
@@ -652,9 +799,14 @@ def main(argv=None):
     shutil.rmtree(unfinished, ignore_errors=True)
     write_tables(world, unfinished, args.seed)
     levels = np.array([(level, use == "train") for _, _, level, use in world["labels"]])
-    summary = asked | {name: len(world[name]) for name in ("pins", "queries", "impressions", "engagements", "boards", "visits")}
-    summary |= {f"{split}_labels_by_level": np.bincount(levels[levels[:, 1] == flag, 0], minlength=6)[1:].tolist()
-                for split, flag in (("train", 1), ("eval", 0))}
+    summary = asked | {
+        name: len(world[name])
+        for name in ("pins", "queries", "impressions", "engagements", "boards", "visits")
+    }
+    summary |= {
+        f"{split}_labels_by_level": np.bincount(levels[levels[:, 1] == flag, 0], minlength=6)[1:].tolist()
+        for split, flag in (("train", 1), ("eval", 0))
+    }
     (unfinished / "toy.json").write_text(json.dumps(summary, indent=2) + "\n")
     if args.out.exists():
         shutil.rmtree(args.out)

@@ -1,35 +1,53 @@
 """Draws the toy world's pins: 48 objects in 11 colours, as small pictures.
 
-A shape is a chain of strokes of a `Pen` on a unit canvas (x to the right, y down, both 0..1). `render` places it with
-random position, size, tilt and mirroring on a tinted, sometimes patterned background, and adds a little noise.
+A shape is a chain of strokes of a `Pen` on a unit canvas (x to the right, y down, both 0..1). `render`
+places it with random position, size, tilt and mirroring on a tinted, sometimes patterned background, and
+adds a little noise.
 
     from toy_images import COLOURS, DRAW, render
     render("chair", "red", numpy.random.default_rng(0)).save("chair.png")
 """
+
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (208, 32, 38), "orange": (246, 130, 28), "yellow": (250, 214, 40), "green": (52, 150, 66),
-    "blue": (38, 92, 208), "purple": (124, 52, 168), "pink": (248, 142, 186), "brown": (122, 74, 40),
-    "black": (32, 32, 36), "white": (250, 250, 247), "grey": (138, 140, 145),
+    "red": (208, 32, 38),
+    "orange": (246, 130, 28),
+    "yellow": (250, 214, 40),
+    "green": (52, 150, 66),
+    "blue": (38, 92, 208),
+    "purple": (124, 52, 168),
+    "pink": (248, 142, 186),
+    "brown": (122, 74, 40),
+    "black": (32, 32, 36),
+    "white": (250, 250, 247),
+    "grey": (138, 140, 145),
 }
-# Parts that keep their own colour whatever the object's is: stems, trunks, glass, water, flames, paper, metal.
-FIXED = {"leaf": (74, 134, 70), "wood": (134, 96, 62), "glass": (196, 222, 236), "flame": (255, 176, 40),
-         "paper": (246, 243, 232), "metal": (92, 94, 100)}
-SUPERSAMPLE = 3   # drawn three times as large, then averaged down: smooth edges
+# Parts that keep their own colour whatever the object's is: stems, trunks, glass, water, flames, paper,
+# metal.
+FIXED = {
+    "leaf": (74, 134, 70),
+    "wood": (134, 96, 62),
+    "glass": (196, 222, 236),
+    "flame": (255, 176, 40),
+    "paper": (246, 243, 232),
+    "metal": (92, 94, 100),
+}
+SUPERSAMPLE = 3  # drawn three times as large, then averaged down: smooth edges
 
 
 class Pen:
     """Collects strokes on the unit canvas; every method returns the pen, so that a shape is one chain.
 
-    A tone is "main" (the object's colour), "dark" or "light" (shades of it), "back" (the background) or a name in FIXED.
+    A tone is "main" (the object's colour), "dark" or "light" (shades of it), "back" (the background) or a
+    name in FIXED.
     """
 
     def __init__(self):
-        self.strokes = []   # (points [n, 2], tone, line width or None for a filled polygon)
+        self.strokes = []  # (points [n, 2], tone, line width or None for a filled polygon)
 
     def poly(self, *xy, tone="main"):
         """A filled polygon, its corners given as x, y, x, y, …"""
@@ -41,10 +59,13 @@ class Pen:
         if not r:
             return self.poly(x0, y0, x1, y0, x1, y1, x0, y1, tone=tone)
         corners = ((x1 - r, y0 + r, -90), (x1 - r, y1 - r, 0), (x0 + r, y1 - r, 90), (x0 + r, y0 + r, 180))
-        return self.poly(*np.concatenate([_arc(x, y, r, r, a, a + 90, 5) for x, y, a in corners]).ravel(), tone=tone)
+        return self.poly(
+            *np.concatenate([_arc(x, y, r, r, a, a + 90, 5) for x, y, a in corners]).ravel(), tone=tone
+        )
 
     def oval(self, x, y, rx, ry=None, tone="main", a=0, b=360):
-        """A filled ellipse, or the part of it between the angles a and b (0 = right, 90 = down), closed by a chord."""
+        """A filled ellipse, or the part of it between the angles a and b (0 = right, 90 = down), closed by a
+        chord."""
         return self.poly(*_arc(x, y, rx, ry or rx, a, b, 28).ravel(), tone=tone)
 
     def line(self, *xy, w=0.04, tone="main"):
@@ -63,7 +84,8 @@ class Pen:
         return self
 
     def paint(self, draw, place, unit, tones, edge):
-        """Draws the strokes: first all of them thickened in the edge colour (the outline), then in their own tones."""
+        """Draws the strokes: first all of them thickened in the edge colour (the outline), then in their own
+        tones."""
         e = edge[1]
         for points, tone, width in self.strokes:
             if tone != "back":
@@ -101,14 +123,21 @@ def _around(x, y, r, n):
 def _frond(pen, degrees):
     """One leaf of the fern: a stem from the ground, leaning by `degrees`, with pairs of leaflets."""
     x, y = math.sin(math.radians(degrees)), -math.cos(math.radians(degrees))
-    length = .96 - abs(degrees) / 180
-    for s in np.linspace(.25, .9, 6) * length:
-        for side in (-.13, .13):
-            tip = .1 * x - side * y, .1 * y + side * x
-            pen.line(.5 + s * x, .96 + s * y, .5 + s * x + (1.2 - s) * tip[0], .96 + s * y + (1.2 - s) * tip[1], w=.055)
-    pen.line(.5, .96, .5 + length * x, .96 + length * y, w=.03, tone="dark")
+    length = 0.96 - abs(degrees) / 180
+    for s in np.linspace(0.25, 0.9, 6) * length:
+        for side in (-0.13, 0.13):
+            tip = 0.1 * x - side * y, 0.1 * y + side * x
+            pen.line(
+                0.5 + s * x,
+                0.96 + s * y,
+                0.5 + s * x + (1.2 - s) * tip[0],
+                0.96 + s * y + (1.2 - s) * tip[1],
+                w=0.055,
+            )
+    pen.line(0.5, 0.96, 0.5 + length * x, 0.96 + length * y, w=0.03, tone="dark")
 
 
+# fmt: off
 DRAW = {
     # furniture
     "chair": lambda p: p.line(.3, .5, .3, .95, w=.07).line(.68, .5, .68, .8, w=.06).box(.26, .03, .72, .52, r=.06)
@@ -247,15 +276,17 @@ DRAW = {
         .oval(.5, .54, .48, .46, "main", 180, 360).each((.1, .34, .58, .82), lambda q, x: q.oval(x + .04, .55, .12, .07, "back", 180, 360))
         .line(.5, .1, .28, .3, .26, .48, w=.02, tone="dark").line(.5, .1, .72, .3, .74, .48, w=.02, tone="dark"),
 }
+# fmt: on
 
 
 def _background(rng, size, avoid):
-    """A pale tint that is not close to the colour `avoid`, and a picture of it: plain, striped, dotted, shaded or with a floor."""
+    """A pale tint that is not close to the colour `avoid`, and a picture of it: plain, striped, dotted,
+    shaded or with a floor."""
     for _ in range(8):
         tint = rng.uniform(170, 245) + rng.uniform(-22, 22, 3)
         if np.abs(tint - avoid).max() > 45:
             break
-    tint, other = (tuple(int(v) for v in np.clip(t, 0, 255)) for t in (tint, tint * rng.uniform(.86, .95)))
+    tint, other = (tuple(int(v) for v in np.clip(t, 0, 255)) for t in (tint, tint * rng.uniform(0.86, 0.95)))
     image = Image.new("RGB", (size, size), tint)
     draw, kind, step = ImageDraw.Draw(image), rng.integers(5), int(rng.integers(size // 9, size // 5))
     if kind == 1:
@@ -266,30 +297,52 @@ def _background(rng, size, avoid):
             for y in range(step // 2, size, step):
                 draw.ellipse((x, y, x + step // 3, y + step // 3), fill=other)
     elif kind == 3:
-        draw.rectangle((0, int(size * rng.uniform(.6, .85)), size, size), fill=other)
+        draw.rectangle((0, int(size * rng.uniform(0.6, 0.85)), size, size), fill=other)
     elif kind == 4:
-        image = Image.composite(image, Image.new("RGB", (size, size), other), Image.linear_gradient("L").resize((size, size)))
+        image = Image.composite(
+            image, Image.new("RGB", (size, size), other), Image.linear_gradient("L").resize((size, size))
+        )
     return image, tint
 
 
 def render(obj: str, colour: str, rng: np.random.Generator, size: int = 80) -> Image.Image:
-    """An RGB picture of `size` × `size` pixels of the object `obj` in about the colour `colour`; the same state of `rng` gives the same picture."""
-    main = np.clip(np.array(COLOURS[colour], float) * rng.uniform(.92, 1.06) + rng.uniform(-10, 10, 3), 0, 255)
+    """An RGB picture of `size` × `size` pixels of the object `obj` in about the colour `colour`; the same
+    state of `rng` gives the same picture."""
+    main = np.clip(
+        np.array(COLOURS[colour], float) * rng.uniform(0.92, 1.06) + rng.uniform(-10, 10, 3), 0, 255
+    )
     big = size * SUPERSAMPLE
     image, back = _background(rng, big, main)
-    light = main @ (.3, .59, .11) / 255
-    dark = main * .62 if light > .25 else main + (255 - main) * .3    # the "dark" detail of a black thing is lighter
-    tones = {"main": main, "dark": dark, "light": main + (255 - main) * (.55 if light < .85 else 0) - (26 if light >= .85 else 0), **FIXED}
+    light = main @ (0.3, 0.59, 0.11) / 255
+    dark = (
+        main * 0.62 if light > 0.25 else main + (255 - main) * 0.3
+    )  # the "dark" detail of a black thing is lighter
+    tones = {
+        "main": main,
+        "dark": dark,
+        "light": main + (255 - main) * (0.55 if light < 0.85 else 0) - (26 if light >= 0.85 else 0),
+        **FIXED,
+    }
     tones = {name: tuple(int(v) for v in value) for name, value in tones.items()} | {"back": back}
 
-    unit = big * rng.uniform(.6, .84)                                  # the unit canvas' side in pixels
+    unit = big * rng.uniform(0.6, 0.84)  # the unit canvas' side in pixels
     angle, flip = math.radians(rng.uniform(-14, 14)), rng.choice((-1, 1))
-    turn = unit * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]) * [[flip], [1]]
-    centre = big / 2 + rng.uniform(-.5, .5, 2) * (big - unit) * .7
-    edge = tuple(int(v) for v in (main * .35 if light > .25 else main * .3)), max(1, round(big / 110))
+    turn = (
+        unit
+        * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        * [[flip], [1]]
+    )
+    centre = big / 2 + rng.uniform(-0.5, 0.5, 2) * (big - unit) * 0.7
+    edge = tuple(int(v) for v in (main * 0.35 if light > 0.25 else main * 0.3)), max(1, round(big / 110))
     pen = Pen()
     DRAW[obj](pen)
-    pen.paint(ImageDraw.Draw(image), lambda xy: [tuple(v) for v in ((xy - .5) @ turn + centre).tolist()], unit, tones, edge)
+    pen.paint(
+        ImageDraw.Draw(image),
+        lambda xy: [tuple(v) for v in ((xy - 0.5) @ turn + centre).tolist()],
+        unit,
+        tones,
+        edge,
+    )
 
     pixels = np.asarray(image.reduce(SUPERSAMPLE), float) + rng.normal(0, 4, (size, size, 3))
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

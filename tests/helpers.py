@@ -12,11 +12,18 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 import common
-from common import MATCH_FEATURES, Stop
+from common import MATCH_FEATURES
+from runs.stage import Stop, list_files, write_json, write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"
-STAGES = {"01": "01_build_features", "02": "02_train_teacher", "03": "03_label", "04": "04_train_student", "05": "05_evaluate"}
+STAGES = {
+    "01": "01_build_features",
+    "02": "02_train_teacher",
+    "03": "03_label",
+    "04": "04_train_student",
+    "05": "05_evaluate",
+}
 
 
 def stage(number):
@@ -25,7 +32,8 @@ def stage(number):
 
 
 def stop_line(call, *args):
-    """The one line that `call` stops with. The exception is dropped: its traceback would keep the folder's lock."""
+    """The one line that `call` stops with. The exception is dropped: its traceback would keep the folder's
+    lock."""
     try:
         call(*args)
     except Stop as e:
@@ -54,7 +62,9 @@ def write_table(folder, name, columns, kind="parquet"):
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     elif kind == "csv":
-        pa.csv.write_csv(pa.table({k: v if isinstance(v, pa.Array) else pa.array(v) for k, v in columns.items()}), path)
+        pa.csv.write_csv(
+            pa.table({k: v if isinstance(v, pa.Array) else pa.array(v) for k, v in columns.items()}), path
+        )
     else:
         pq.write_table(pa.table(columns), path)
     return path
@@ -63,13 +73,27 @@ def write_table(folder, name, columns, kind="parquet"):
 def small_dataset():
     """Tables of a tiny valid dataset, as dicts of columns; the required four and the three logs."""
     return {
-        "pins": {"pin_id": ["007", "p2", "p3"], "title": ["red chair", None, "كرسي أحمر"], "description": ["line one\nline two", 'with "quotes", commas', "🪑 café"]},
+        "pins": {
+            "pin_id": ["007", "p2", "p3"],
+            "title": ["red chair", None, "كرسي أحمر"],
+            "description": ["line one\nline two", 'with "quotes", commas', "🪑 café"],
+        },
         "queries": {"query_id": ["q1", "q2"], "query": ["red chair", "椅子"], "language": ["en", "zh"]},
-        "labels": {"query_id": ["q1", "q1", "q2"], "pin_id": ["007", "p2", "p3"], "label": [5, 1, 4], "split": ["train", "train", "eval"]},
+        "labels": {
+            "query_id": ["q1", "q1", "q2"],
+            "pin_id": ["007", "p2", "p3"],
+            "label": [5, 1, 4],
+            "split": ["train", "train", "eval"],
+        },
         "impressions": {"query_id": ["q1", "q2", "q2"], "pin_id": ["p3", "007", "007"]},
         "engagements": {"query": ["red chair"], "pin_id": ["007"], "date": ["2024-06-30"], "count": [3]},
         "boards": {"pin_id": ["007"], "board_title": ["Kitchen"]},
-        "link_visits": {"pin_id": ["007"], "link_title": ["Buy a chair"], "link_description": [None], "dwell_seconds": [12.5]},
+        "link_visits": {
+            "pin_id": ["007"],
+            "link_title": ["Buy a chair"],
+            "link_description": [None],
+            "dwell_seconds": [12.5],
+        },
     }
 
 
@@ -89,30 +113,55 @@ def own_embeddings(folder, dim=4):
 
 
 def synthetic(folder, shards=5, shard_rows=60, queries=200, pins=30, seed=0):
-    """features/ and labels/ as 01 and 03 write them, with random content. Returns the pairs and soft labels in order."""
+    """features/ and labels/ as 01 and 03 write them, with random content. Returns the pairs and soft labels
+    in order, and the human-labelled rows."""
     rng = np.random.default_rng(seed)
     features, labels = folder / "features", folder / "labels"
-    common.write_parquet(features / "queries.parquet", {"query_id": [f"q{i}" for i in range(queries)], "query": ["x"] * queries, "language": [("en", "fr")[i % 4 == 0] for i in range(queries)],
-                                                        "interest": pa.array([("home", "home", "food", None)[i % 4] for i in range(queries)])})
-    common.write_parquet(features / "pins.parquet", {"pin_id": [f"p{i}" for i in range(pins)], **{f: [""] * pins for f in common.FIELDS}, "image": pa.nulls(pins, pa.string()),
-                                                     "kind": pa.array([("a", "b", "b")[i % 3] if i % 5 else None for i in range(pins)])})
+    query_ids = [f"q{i}" for i in range(queries)]
+    interests = [("home", "home", "food", None)[i % 4] for i in range(queries)]
+    kinds = [("a", "b", "b")[i % 3] if i % 5 else None for i in range(pins)]
+    languages = [("en", "fr")[i % 4 == 0] for i in range(queries)]
+    query_table = {
+        "query_id": query_ids,
+        "query": [f"text {i}" for i in range(queries)],
+        "language": languages,
+    }
+    texts = {field: [""] * pins for field in common.FIELDS}
+    pin_table = {"pin_id": [f"p{i}" for i in range(pins)], **texts, "image": pa.nulls(pins, pa.string())}
+    write_parquet(features / "queries.parquet", {**query_table, "interest": pa.array(interests)})
+    write_parquet(features / "pins.parquet", {**pin_table, "kind": pa.array(kinds)})
     np.save(features / "query_text_embedding.npy", rng.normal(size=(queries, 4)).astype(np.float16))
     np.save(features / "pin_text_embedding.npy", rng.normal(size=(pins, 6)).astype(np.float32))
     every = []
 
     def pairs(n):
-        return {"query_index": rng.integers(0, queries, n).astype(np.int32), "pin_index": rng.integers(0, pins, n).astype(np.int32),
-                **{name: rng.normal(size=n).astype(np.float32) for name in MATCH_FEATURES}}
+        columns = {
+            "query_index": rng.integers(0, queries, n).astype(np.int32),
+            "pin_index": rng.integers(0, pins, n).astype(np.int32),
+        }
+        for name in MATCH_FEATURES:
+            columns[name] = rng.normal(size=n).astype(np.float32)
+        return columns
 
     for i in range(shards):
         table, p = pairs(shard_rows + i), rng.dirichlet(np.ones(5), shard_rows + i).astype(np.float32)
-        common.write_parquet(features / "impressions" / f"part-{i:05d}.parquet", table)
-        common.write_parquet(labels / "impressions" / f"part-{i:05d}.parquet", {f"p{k}": p[:, k - 1] for k in range(1, 6)})
+        write_parquet(features / "impressions" / f"part-{i:05d}.parquet", table)
+        soft = {f"p{level}": p[:, level - 1] for level in range(1, 6)}
+        write_parquet(labels / "impressions" / f"part-{i:05d}.parquet", soft)
         every.append((table, p))
     table = pairs(300)
-    split = np.where(common.in_validation([f"q{i}" for i in table["query_index"]], 0.3, "eval"), "eval", "train")
-    human = {**table, "label": rng.integers(1, 6, 300).astype(np.int8), "split": split}
-    common.write_parquet(features / "labelled.parquet", human)
+    in_eval = common.in_hash_split([f"q{i}" for i in table["query_index"]], 0.3, "eval")
+    label = rng.integers(1, 6, 300).astype(np.int8)
+    human = {**table, "label": label, "split": np.where(in_eval, "eval", "train")}
+    write_parquet(features / "labelled.parquet", human)
+    p = rng.dirichlet(np.ones(5), 300).astype(np.float32)
+    write_parquet(labels / "labelled.parquet", {f"p{level}": p[:, level - 1] for level in range(1, 6)})
     for name in ("features", "labels"):
-        common.write_json(folder / name / "stage.json", {"finished": True, "identity": name, "arguments": {}, "inputs": {"features": "features"}})
+        mark_finished(folder / name, identity=name, inputs={"features": "features"})
     return every, human
+
+
+def mark_finished(folder, **about):
+    """Writes the stage.json that a stage would have written over what the folder holds now."""
+    given = {"identity": folder.name, "arguments": {}, "inputs": {}, **about}
+    write_json(folder / "stage.json", {**given, "finished": True, "outputs": list_files(folder)})

@@ -1,4 +1,5 @@
-"""A stage in a process of its own that can be killed. The fork server imports this module, so that a child begins at once."""
+"""A stage in a process of its own that can be killed. The fork server imports this module, so that a child
+begins at once."""
 
 import os
 import signal
@@ -9,11 +10,11 @@ import peft  # noqa: F401
 import sklearn.decomposition  # noqa: F401
 import sklearn.feature_extraction.text  # noqa: F401
 import torch
+from helpers import STAGES, stage
 from peft import PeftModel  # noqa: F401
 from transformers import AutoProcessor, BertModel, BlipForConditionalGeneration, LlamaModel  # noqa: F401
 
-import common
-from helpers import STAGES, stage
+from runs.stage import run_main
 
 for number in STAGES:
     stage(number)
@@ -38,5 +39,5 @@ def work(number, argv, log, rename=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = counted
-    common.run(lambda: module.main(argv))
+    run_main(lambda: module.main(argv))
     os.write(1, f"renames: {done}\n".encode())

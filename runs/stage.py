@@ -1,0 +1,512 @@
+"""What makes a stage resumable: settings, folder, lock, identity, whole writes, checkpoints, one-line errors.
+
+No method of the paper is in this file: a reader of the paper may skip it.
+
+A stage writes into a hidden folder, RUN/.NAME.unfinished-ID, which takes the place of RUN/NAME once it is
+complete. ID is the hash of the stage's settings and of the content of what it reads. So a killed stage
+continues its own work and no other's, and RUN/NAME is always whole: what --overwrite replaces stays until
+then.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import typing
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import filelock
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Stop(Exception):
+    """Ends a stage with one line: what is wrong, where, and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings: one frozen dataclass a stage; its comments are the help, its instances the presets
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a setting, as metadata of its type."""
+
+    low: float
+    high: float = math.inf
+    low_included: bool = True
+
+    def __contains__(self, value):
+        above = value >= self.low if self.low_included else value > self.low
+        return above and value < self.high
+
+    def __str__(self):
+        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and below {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Size = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, low_included=False)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings:
+    """What every stage is told."""
+
+    preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
+    run: Path = ROOT / "outputs" / "toy"  # run directory
+    overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
+
+
+# Neither can change a result: these are not part of a folder's identity …
+WITHOUT_EFFECT = {
+    "preset",
+    "run",
+    "overwrite",
+    "device",
+    "workers",
+    "memory",
+    "batch_tokens",
+    "checkpoint_steps",
+}
+# … and of these it is the content that counts, which stands among the inputs.
+PLACES = {"data", "model", "caption_model", "text_encoder", "precision"}
+
+
+def parse(presets, argv=None, description=""):
+    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
+    An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="toy")
+    name = first.parse_known_args(argv)[0].preset
+    default = presets.get(name, presets["toy"])
+    settings = tyro.cli(type(default), default=default, args=argv, description=description.split("\n")[0])
+    for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
+        value = getattr(settings, field)
+        for bounds in ranges_of(hint):
+            for each in value if isinstance(value, tuple) else [value]:
+                if each is not None and each not in bounds:
+                    flag = f"--{field.replace('_', '-')} {each}"
+                    print(f"error: {flag}: must be {bounds}", file=sys.stderr)
+                    raise SystemExit(2)
+    return settings
+
+
+def ranges_of(hint):
+    """The Range objects anywhere inside a type: tuple[Count, ...] | None -> [Range(1)]."""
+    found = [data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range)]
+    for inner in typing.get_args(hint):
+        found += ranges_of(inner)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole files and fingerprints
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary name beside `path`, renamed when the block ends well: `path` is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    """A value -> a JSON file."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path, rows):
+    """A list of values -> a file of one JSON value a line."""
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(path, columns, **options):
+    """A dict of columns, or an Arrow table -> a Parquet file."""
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", **options)
+
+
+def read_json(path):
+    """The value of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def fingerprint(path):
+    """Hash of a file's content, or of a folder's files with their names."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return hashed([[str(p.relative_to(path)), fingerprint(p)] for p in files])
+
+
+def hashed(value):
+    """Hash of a JSON value, whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def save_checkpoint(path, model, optimizer, train_state):
+    """Trainable weights, the optimizer's state (or None) and `train_state` (plain values) in one file."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    moments = optimizer.state_dict() if optimizer is not None else None
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
+        torch.save({"weights": weights, "optimizer": moments, "train_state": train_state}, f)
+
+
+@torch.no_grad()
+def load_checkpoint(path, model, optimizer=None):
+    """Puts a checkpoint's weights (and moments) in place; returns its train_state."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(saved["weights"][name])
+    if optimizer is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    return saved["train_state"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of a stage
+
+
+class Stage:
+    """A stage's folder while it is made. Attributes: `done`: finished before, nothing to do; `work`: where to
+    write; `old`: the finished folder that is going to be replaced, or None.
+
+    stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
+    Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
+    identity is refused, naming what changed, unless --overwrite."""
+
+    def __init__(self, folder, settings, inputs, main=True):
+        self.folder, self.main, self.start = Path(folder), main, time.time()
+        self.about = self.describe(settings, inputs)
+        self.done, self.old, self.intermediate = False, None, set()
+        unfinished = f".{self.folder.name}.unfinished-"
+        self.work = self.folder.with_name(unfinished + self.about["identity"][:8])
+        if not main:  # another process of the same launch holds the lock and has checked
+            return
+        self.refuse_strangers(settings)
+        self.lock = hold(self.folder, "write")
+        self.recover()
+        if self.folder.exists():
+            self.compare(read_about(self.folder, settings.overwrite), settings)
+            if self.done:
+                return
+        for temporary in list(self.work.rglob(".*")):  # half-written by a killed process
+            remove(temporary)
+        write_json(self.work / "stage.json", self.about)
+
+    def describe(self, settings, inputs):
+        """The first part of stage.json."""
+        arguments = {}
+        for name, value in sorted(dataclasses.asdict(settings).items()):
+            if name not in WITHOUT_EFFECT:
+                plain = isinstance(value, (bool, int, float, str, type(None), list, tuple))
+                arguments[name] = value if plain else str(value)
+        arguments = json.loads(json.dumps(arguments))
+        counted = {k: v for k, v in arguments.items() if k not in PLACES and v is not False}
+        packages = ("torch", "transformers", "numpy", "duckdb")
+        return {
+            "stage": self.folder.name,
+            "finished": False,
+            "arguments": arguments,
+            "inputs": inputs,
+            "identity": hashed([counted, inputs]),
+            "seed": arguments.get("seed"),
+            "versions": {p: importlib.metadata.version(p) for p in packages},
+        }
+
+    def refuse_strangers(self, settings):
+        """Stop if the folder is a link to another run's, or somebody's own."""
+        if self.folder.is_symlink() and settings.overwrite:
+            owner = self.folder.resolve()
+            raise Stop(f"{self.folder} is a link to {owner}: make it anew there (--run {owner.parent})")
+        if self.folder.exists() and not (self.folder / "stage.json").exists() and any(self.folder.iterdir()):
+            raise Stop(f"{self.folder} is there and no stage made it: move it away, or use another --run")
+
+    def recover(self):
+        """Completes what a process left that was killed while it put a finished folder into its place."""
+        if (self.work / "stage.json").exists():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if read_json(self.work / "stage.json")["finished"]:
+                    self.move_into_place()
+        aside = self.folder.with_name(f".{self.folder.name}.old")
+        if aside.exists() and not self.folder.exists():
+            os.replace(aside, self.folder)
+        remove(aside)
+
+    def compare(self, before, settings):
+        """The folder is there: is it what is asked for?"""
+        if not settings.overwrite:
+            if before["identity"] != self.about["identity"]:
+                changes = "; ".join(self.changes(before))
+                raise Stop(
+                    f"{self.folder} was made with other settings or inputs ({changes}); "
+                    "--overwrite makes it anew, another --run keeps both"
+                )
+            self.done = True
+            print(f"{self.folder}: finished before with the same arguments and inputs, nothing to do "
+                  "(--overwrite makes it anew)")  # fmt: skip
+        else:
+            self.old = self.folder
+
+    def changes(self, before):
+        """What differs from the stage.json `before`, in words."""
+        found = []
+        for group, prefix in (("arguments", "--"), ("inputs", "")):
+            for key in sorted({*before[group], *self.about[group]}):
+                was, now = before[group].get(key), self.about[group].get(key)
+                if was != now and not (group == "arguments" and (was or None) == (now or None)):
+                    name = key.replace("_", "-") if prefix else key
+                    found.append(f"{prefix}{name} was {was!r}, is {now!r}")
+        return found
+
+    def reuse(self, name):
+        """Brings old/NAME (a cache keyed by content) into the work folder, by hard links if possible."""
+        if self.old is None or not (self.old / name).exists() or (self.work / name).exists():
+            return
+        temporary = self.work / f".{name}.tmp"
+        shutil.copytree(self.old / name, temporary, copy_function=link_or_copy)
+        os.replace(temporary, self.work / name)
+
+    def discard(self, *names):
+        """Marks files or folders of the work folder as intermediate results: finish() removes them."""
+        self.intermediate |= set(names)
+
+    def finish(self, **facts):
+        """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
+        place."""
+        if not self.main:
+            return
+        outputs = list_files(self.work, self.intermediate)
+        seconds = round(time.time() - self.start, 1)
+        finished = {**self.about, **facts, "finished": True, "seconds": seconds, "outputs": outputs}
+        write_json(self.work / "stage.json", finished)
+        self.move_into_place()
+        self.lock = None
+        print(f"wrote {self.folder}  ({seconds:.0f} s)")
+
+    def move_into_place(self):
+        """The finished work folder, less its intermediate results, takes the place of what was there."""
+        listed = {"stage.json", *read_json(self.work / "stage.json")["outputs"]}
+        for path in sorted(self.work.rglob("*"), reverse=True):  # a folder comes after what is in it
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and str(path.relative_to(self.work)) not in listed:
+                path.unlink()
+        aside = self.folder.with_name(f".{self.folder.name}.old")
+        if self.folder.exists():
+            remove(aside)
+            os.replace(self.folder, aside)
+        os.replace(self.work, self.folder)
+        remove(aside)
+        for other in self.folder.parent.glob(f".{self.folder.name}.unfinished-*"):
+            remove(other)
+
+
+def start_stage(accelerator, folder, settings, inputs):
+    """Stage for several processes: the main one takes the lock and decides for all. None: nothing to do."""
+    from accelerate.utils import broadcast_object_list
+
+    stage, verdict = None, ["go"]
+    if accelerator.is_main_process:
+        try:
+            stage = Stage(folder, settings, inputs)
+            verdict = ["done" if stage.done else "go"]
+        except (Stop, OSError) as error:
+            stage, verdict = error, ["stopped"]
+    broadcast_object_list(verdict)
+    if isinstance(stage, Exception):
+        raise stage
+    if verdict[0] == "stopped":
+        sys.exit(1)  # the main process says why
+    if verdict[0] == "done":
+        return None
+    return stage or Stage(folder, settings, inputs, main=False)
+
+
+class Finished(dict):
+    """stage.json of a finished stage; holds a lock on its folder as long as it lives."""
+
+
+def require_finished(folder, command, reads=("*",)):
+    """stage.json of an earlier stage. Stop, naming `command`, if it is missing or unfinished, or if one of
+    its files whose name fits a pattern of `reads` is not what the stage wrote."""
+    folder = Path(folder)
+    again = f"make it again with: python {command} --overwrite"
+    if not (folder / "stage.json").exists():
+        raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
+    about = Finished(read_about(folder))
+    about.lock = hold(folder, "read")
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one checks
+        return about
+    for name, made in about["outputs"].items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
+            path = folder / name
+            if not path.is_file():
+                raise Stop(f"{path}: missing; {again}")
+            if path.stat().st_size != made["bytes"] or fingerprint(path) != made["hash"]:
+                raise Stop(f"{path}: not what its stage wrote; {again}")
+    return about
+
+
+def read_about(folder, damaged_is_fine=False):
+    """stage.json of a finished folder, checked. damaged_is_fine: it is going to be replaced."""
+    path = Path(folder) / "stage.json"
+    with contextlib.suppress(ValueError, TypeError):
+        about = dict(read_json(path))
+        kinds = {"finished": bool, "identity": str, "arguments": dict, "inputs": dict, "outputs": dict}
+        if all(isinstance(about.get(key), kind) for key, kind in kinds.items()) and about["finished"]:
+            return about
+    if damaged_is_fine:
+        return {}
+    raise Stop(f"{path}: not what its stage wrote; make {folder} again with --overwrite")
+
+
+def hold(folder, mode):
+    """A lock on a stage's folder: 'write' for the one that makes it, 'read' for those that read it. Released
+    when the returned object goes. None where no lock can be written: such a folder is read only."""
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    if mode == "read" and not os.access(folder.parent, os.W_OK):
+        return None
+    lock = filelock.ReadWriteLock(path, timeout=0, blocking=False, is_singleton=False)
+    try:
+        (lock.acquire_write if mode == "write" else lock.acquire_read)()
+    except filelock.Timeout:
+        other = "is at work here or reads it" if mode == "write" else "is making it anew"
+        raise Stop(f"{folder}: another process {other}; wait for it, or use another --run") from None
+    return lock
+
+
+def list_files(folder, without=()):
+    """{name: {"bytes", "hash"; of Parquet "rows"}} of a folder's files but stage.json; `without`: top-level
+    names."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder)
+        if name.parts[0] not in without and str(name) != "stage.json":
+            found[name.as_posix()] = {"bytes": path.stat().st_size, "hash": fingerprint(path)}
+            if path.suffix == ".parquet":
+                found[name.as_posix()]["rows"] = pq.read_metadata(path).num_rows
+    return found
+
+
+def link_or_copy(source, target):
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def remove(path):
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_main(main):
+    """Runs a stage's main(). What went wrong: one line on stderr and exit status 1 (interrupted: 130)."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except Stop as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            sys.exit("error: the disk is full; what was finished is whole, the same command continues")
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
+        raise
+
+
+def first_line(error):
+    """The first line of an exception's text, without control characters."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return "".join(c for c in text if c.isprintable())[:300]
+
+
+def quiet_libraries():
+    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes|peft|torch.utils.checkpoint")
+
+
+def progress_bar(**options):
+    """tqdm; where nobody watches (output into a file), a line every half minute."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed}, {rate_fmt}{postfix}\n"
+        options = {"mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
+    return tqdm(**options)
+
+
+def pick_device(name):
+    """'auto' -> cuda where there is one, else cpu. Stop for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda: PyTorch sees no GPU here; --device cpu or auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def pick_dtype(name, device):
+    """'auto' -> bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16, AMX), else fp32."""
+    if name == "auto":
+        on_gpu = torch.device(device).type == "cuda"
+        fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def dtype_name(dtype):
+    """torch.bfloat16 -> 'bfloat16'"""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,453 @@
+"""runs/stage.py: settings, whole files, a stage's folder through kills and refusals, one-line errors."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, stop_line
+from torch import nn
+
+from runs import stage as plumbing
+from runs.stage import Count, Share, Size, Stage, StageSettings, Stop, parse, require_finished, whole_file
+
+
+@dataclass(frozen=True)
+class Settings(StageSettings):
+    """A stage of the tests."""
+
+    epochs: Count = 3  # passes over the rows
+    hidden: tuple[Count, ...] = (8, 4)  # widths
+    warmup: Share = 0.1  # share of the steps
+    rows: Count | None = None  # rows (default: all)
+    merge: bool = True  # merge
+    compile: bool = False  # compile
+    workers: Size = 0  # cannot change a result
+    seed: Size = 0  # seed
+
+
+PRESETS = {"toy": Settings(), "small": Settings(), "paper": replace(Settings(), preset="paper", epochs=9)}
+
+
+def settings_of(run, **more):
+    return replace(Settings(), run=run, **more)
+
+
+def make(run, text="one", inputs=None, **more):
+    """A finished folder RUN/s with one file."""
+    stage = Stage(run / "s", settings_of(run, **more), inputs or {"data": "d"})
+    (stage.work / "file.txt").write_text(text)
+    stage.finish(rows=1)
+    return run / "s"
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_presets_fill_in_and_flags_win():
+    assert parse(PRESETS, []).epochs == 3
+    assert parse(PRESETS, ["--preset", "paper"]).epochs == 9
+    assert parse(PRESETS, ["--preset=paper"]).epochs == 9
+    given = parse(PRESETS, ["--preset", "paper", "--epochs", "7", "--hidden", "5", "--no-merge"])
+    assert (given.epochs, given.hidden, given.merge, given.preset) == (7, (5,), False, "paper")
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--unknown"], "unknown"),
+        (["--overwrit"], "overwrit"),
+        (["--preset", "nonsense"], "preset"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--epochs", "1.5"], "epochs"),
+        (["--rows", "-5"], "rows"),
+        (["--hidden", "4", "0"], "--hidden 0"),
+        (["--hidden", "256,x"], "hidden"),
+        (["--warmup", "1"], "--warmup 1.0: must be at least 0 and below 1"),
+        (["--warmup", "nan"], "--warmup nan"),
+        (["--seed", "-1"], "seed"),
+    ],
+)
+def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(PRESETS, argv)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_help_shows_the_values_of_the_preset_in_force(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(PRESETS, ["--preset", "paper", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "passes over the rows (default: 9)" in text and "--run" in text and "--overwrite" in text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole files, fingerprints, checkpoints
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "f") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "f").read_text() == "old"
+    with whole_file(tmp_path / "f") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "f").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_fingerprint_sees_every_byte_and_name(tmp_path):
+    folder, seen = tmp_path / "a", set()
+    folder.mkdir()
+    (folder / "x").write_bytes(b"1" * 100)
+    seen.add(plumbing.fingerprint(folder))
+    assert plumbing.fingerprint(folder) in seen
+    seen.add(plumbing.fingerprint(folder / "x"))
+    (folder / "x").write_bytes(b"1" * 99 + b"2")
+    seen.add(plumbing.fingerprint(folder))
+    (folder / "x").rename(folder / "y")
+    seen.add(plumbing.fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_fingerprint_of_a_large_file_sees_a_byte_anywhere(tmp_path):
+    """300 MB: earlier only samples of files over 256 MiB were read."""
+    path = tmp_path / "large"
+    with open(path, "wb") as f:
+        f.truncate(300_000_000)
+    first = plumbing.fingerprint(path)
+    with open(path, "r+b") as f:
+        f.seek(1_700_001)
+        f.write(b"x")
+    assert plumbing.fingerprint(path) != first
+
+
+def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
+    torch.manual_seed(0)
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak": 0.5}], lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"step": 4, "log": [{"loss": 0.5}], "best": None}
+    plumbing.save_checkpoint(tmp_path / "c.pt", model, optimizer, state)
+    second = torch.optim.AdamW([{"params": other.parameters(), "peak": 0.5}], lr=0.9)
+    assert plumbing.load_checkpoint(tmp_path / "c.pt", other, second) == state
+    assert torch.equal(model.weight, other.weight)
+    moments = [optimizer.state[model.weight]["exp_avg"], second.state[other.weight]["exp_avg"]]
+    assert torch.equal(*moments) and second.param_groups[0]["lr"] == 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A stage's folder
+
+
+def test_finished_once_is_finished(tmp_path, capsys):
+    folder = make(tmp_path)
+    about = plumbing.read_json(folder / "stage.json")
+    assert about["finished"] and about["rows"] == 1 and about["outputs"]["file.txt"]["bytes"] == 3
+    assert {"arguments", "inputs", "seed", "versions", "seconds", "identity"} <= about.keys()
+    assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
+    assert "nothing to do" in capsys.readouterr().out
+    assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
+
+
+def test_other_settings_and_inputs_are_named(tmp_path):
+    folder = make(tmp_path)
+    line = stop_line(Stage, folder, settings_of(tmp_path, epochs=4, compile=True), {"data": "e"})
+    assert "--epochs was 3, is 4" in line and "--compile was False, is True" in line
+    assert "data was 'd', is 'e'" in line and "--overwrite" in line
+
+
+def test_settings_that_cannot_change_a_result_are_free(tmp_path):
+    folder = make(tmp_path, workers=1)
+    assert Stage(folder, settings_of(tmp_path, workers=8, preset="paper"), {"data": "d"}).done
+
+
+def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
+    folder = make(tmp_path)
+    about = plumbing.read_json(folder / "stage.json")
+    assert about["arguments"].pop("compile") is False  # an earlier version had no --compile
+    plumbing.write_json(folder / "stage.json", about)
+    assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
+
+
+def test_killed_work_continues_and_half_written_files_go(tmp_path):
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    (stage.work / "labels").mkdir()
+    (stage.work / "labels" / ".part-0.parquet.tmp").write_text("half")
+    (stage.work / ".tmpAb3x").write_text("half, by a library's own naming")
+    (stage.work / "labels" / "part-1.txt").write_text("whole")
+    del stage
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    assert names(stage.work) == ["labels/part-1.txt", "stage.json"]
+
+
+def test_intermediate_results_go_only_when_the_rest_is_whole(tmp_path, monkeypatch):
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    for name in ("checkpoint.pt", "work/a/b", "file.txt"):
+        (stage.work / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.work / name).write_text("x")
+    stage.discard("checkpoint.pt", "work")
+    assert (stage.work / "checkpoint.pt").exists()
+    stage.finish()
+    assert names(tmp_path / "s") == ["file.txt", "stage.json"]
+    assert not (tmp_path / "s" / "work").exists()
+
+
+def test_overwrite_leaves_the_old_folder_until_the_new_one_is_finished(tmp_path):
+    folder = make(tmp_path, "old")
+    stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
+    assert stage.old == folder and (folder / "file.txt").read_text() == "old"
+    (stage.work / "file.txt").write_text("new")
+    del stage  # killed: the old folder counts, and the same command continues what it had begun
+    assert require_finished(folder, "x.py")["arguments"]["seed"] == 0
+    stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
+    assert (stage.work / "file.txt").read_text() == "new"
+    stage.finish()
+    assert (folder / "file.txt").read_text() == "new"
+    assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_the_new_folder_takes_its_place(tmp_path, monkeypatch, moment, when):
+    """At each rename of finish(): stage.json, the old folder aside, the new one into its place."""
+    folder, rename, done = make(tmp_path, "old"), os.replace, 0
+    settings = settings_of(tmp_path, overwrite=True, seed=5)
+    stage = Stage(folder, settings, {"data": "d"})
+    (stage.work / "file.txt").write_text("new")
+
+    def killed(*paths):
+        nonlocal done
+        done += 1
+        if (done, when) == (moment, "before"):
+            raise KeyboardInterrupt
+        rename(*paths)
+        if (done, when) == (moment, "after"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.finish()
+    monkeypatch.undo()
+    del stage
+    began = (moment, when) != (1, "before")  # its stage.json says finished: the next start completes it
+    stage = Stage(folder, replace(settings, overwrite=not began), {"data": "d"})
+    assert stage.done == began
+    if not stage.done:
+        stage.finish()
+    assert (folder / "file.txt").read_text() == "new"
+    assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
+
+
+def test_work_of_other_settings_is_left_alone_until_the_stage_is_finished(tmp_path):
+    first = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    (first.work / "file.txt").write_text("first")
+    work = first.work
+    del first
+    second = Stage(tmp_path / "s", settings_of(tmp_path, seed=1), {})  # a first try refuses no second one
+    assert (work / "file.txt").exists() and second.work != work
+    second.finish()
+    assert not work.exists()
+
+
+def test_a_cache_is_reused(tmp_path):
+    folder = make(tmp_path)
+    (folder / "captions" / "m").mkdir(parents=True)
+    (folder / "captions" / "m" / "part-0").write_text("kept")
+    stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
+    stage.reuse("captions")
+    stage.reuse("nothing")
+    assert names(stage.work) == ["captions/m/part-0", "stage.json"]
+
+
+def test_a_link_to_another_run_is_not_written_through(tmp_path):
+    folder = make(tmp_path / "owner")
+    (tmp_path / "borrower").mkdir()
+    (tmp_path / "borrower" / "s").symlink_to(folder)
+    settings = settings_of(tmp_path / "borrower", overwrite=True)
+    line = stop_line(Stage, tmp_path / "borrower" / "s", settings, {"data": "d"})
+    assert "link" in line and str(tmp_path / "owner") in line and (folder / "file.txt").exists()
+    assert Stage(tmp_path / "borrower" / "s", replace(settings, overwrite=False), {"data": "d"}).done
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_no_stage_made_is_never_emptied(tmp_path, overwrite):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("mine")
+    line = stop_line(Stage, tmp_path / "s", settings_of(tmp_path, overwrite=overwrite), {})
+    assert "no stage made it" in line and (tmp_path / "s" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{", '{"finished": true}', "\x00\xff", '{"a": 1'])
+def test_a_damaged_stage_json_is_one_line(tmp_path, content):
+    folder = make(tmp_path)
+    (folder / "stage.json").write_bytes(content.encode("latin-1"))
+    for call in (
+        lambda: require_finished(folder, "01.py --run x"),
+        lambda: Stage(folder, settings_of(tmp_path), {"data": "d"}),
+    ):
+        line = stop_line(call)
+        assert "stage.json" in line and "--overwrite" in line
+    stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "d"})
+    stage.finish()
+    assert require_finished(folder, "01.py")["finished"]
+
+
+def test_what_its_stage_did_not_write_is_named(tmp_path):
+    folder = make(tmp_path, "0123456789")
+    data = bytearray((folder / "file.txt").read_bytes())
+    data[4] ^= 1
+    (folder / "file.txt").write_bytes(bytes(data))
+    line = stop_line(require_finished, folder, "01.py --run x")
+    assert "file.txt" in line and "python 01.py --run x --overwrite" in line
+    assert require_finished(folder, "01.py", reads=("other*",))["finished"]  # only what is read is checked
+    (folder / "file.txt").unlink()
+    assert "file.txt: missing" in stop_line(require_finished, folder, "01.py")
+
+
+def test_missing_and_unfinished_name_the_command(tmp_path):
+    assert "python 01.py --run x" in stop_line(require_finished, tmp_path / "s", "01.py --run x")
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    assert "missing or unfinished" in stop_line(require_finished, tmp_path / "s", "01.py --run x")
+    del stage
+
+
+def test_one_writes_or_many_read(tmp_path):
+    folder = make(tmp_path)
+    overwrite = settings_of(tmp_path, overwrite=True)
+    one, two = require_finished(folder, "01.py"), require_finished(folder, "01.py")
+    line = stop_line(Stage, folder, overwrite, {"data": "d"})
+    assert "another process" in line and str(folder) in line
+    del one, two
+    stage = Stage(folder, overwrite, {"data": "d"})
+    assert "making it anew" in stop_line(require_finished, folder, "01.py")
+    assert "another process" in stop_line(Stage, folder, overwrite, {"data": "d"})
+    del stage
+    assert require_finished(folder, "01.py")
+
+
+def test_another_process_is_seen(tmp_path):
+    folder = make(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; from runs.stage import hold; "
+        "lock = hold(Path(sys.argv[1]), 'write'); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert "making it anew" in stop_line(require_finished, folder, "01.py")
+    finally:
+        other.kill()
+        other.wait()
+    assert require_finished(folder, "01.py")  # a killed process holds nothing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One-line errors
+
+
+def ended(main):
+    with pytest.raises(SystemExit) as end:
+        plumbing.run_main(main)
+    return end.value.code
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_what_went_wrong_is_one_line(tmp_path, capsys):
+    assert ended(raises(Stop("the line"))) == "error: the line"
+    assert ended(raises(KeyboardInterrupt())) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+    assert "the disk is full" in ended(raises(full))
+    assert "the disk is full" in ended(
+        raises(RuntimeError("I/O error: No space left on device (os error 28)"))
+    )
+    assert ended(raises(OSError(errno.EROFS, "Read-only file system", "/x/y"))).startswith(
+        "error: /x/y: cannot"
+    )
+    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+        plumbing.run_main(raises(ZeroDivisionError()))
+
+
+def test_a_pipe_that_is_closed_is_quiet(tmp_path):
+    code = (
+        "from runs.stage import run_main\n"
+        "def main():\n    for i in range(100_000): print('a line', i, flush=True)\n"
+        "run_main(main)"
+    )
+    command = f'{sys.executable} -c "$CODE" | head -1'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "CODE": code}, capture_output=True, text=True
+    )
+    assert done.stdout == "a line 0\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_disk_full_or_read_only_leaves_earlier_results_whole(tmp_path, monkeypatch, number):
+    plumbing.write_json(tmp_path / "metrics.json", {"a": 1})
+    before = (tmp_path / "metrics.json").read_bytes()
+
+    def full(self, *args, **options):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    line = ended(lambda: plumbing.write_json(tmp_path / "metrics.json", {"b": 2}))
+    assert line.startswith("error: ") and "\n" not in line
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_checkpoint_on_a_full_disk_is_the_same_line(tmp_path, monkeypatch):
+    model = nn.Linear(300, 300)
+    (tmp_path / ".c.pt.tmp").symlink_to("/dev/full")
+    line = ended(lambda: plumbing.save_checkpoint(tmp_path / "c.pt", model, None, {}))
+    assert "the disk is full" in line
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in stop_line(plumbing.pick_device, "cuda")
+    assert plumbing.pick_device("auto").type == "cpu"
+
+
+def test_progress_in_a_file_is_lines(tmp_path):
+    code = (
+        "from runs.stage import progress_bar\n"
+        "bar = progress_bar(total=200_000, desc='rows', unit=' rows')\n"
+        "for i in range(200_000): bar.update()\n"
+        "bar.close()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stderr.replace("\r", "\n").split("\n") if line.strip()]
+    assert 1 <= len(lines) <= 3 and "200000" in lines[-1]
+
+
+def test_the_settings_of_a_finished_folder_are_plain_json(tmp_path):
+    folder = make(tmp_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    json.loads((folder / "stage.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
