@@ -88,19 +88,21 @@ class PairText:
         }
 
     def token_ids(self, texts, chunk=8_192):
-        """Token ids of each text, without special tokens. By chunks: a tokenizer's record of a text is much
-        larger than its ids."""
+        """Token ids of each text. What a user writes never becomes a special token: "[SEP]" in a query is
+        brackets and letters. By chunks: a tokenizer's record of a text is much larger than its ids."""
         ids = []
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is not None:
             fast.no_truncation()
             fast.no_padding()
+            fast.encode_special_tokens = True
         for start in range(0, len(texts), chunk):
             some = texts[start : start + chunk]
             if fast is not None:
                 ids += [record.ids for record in fast.encode_batch_fast(some, add_special_tokens=False)]
             else:
-                ids += self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+                options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+                ids += self.tokenizer(some, **options)["input_ids"]
         return ids
 
     def queries(self, texts):
