@@ -1,6 +1,9 @@
 # Sourced by the other recipes: goes to the project's folder and makes `python` one that has requirements.txt.
 # Uses the active virtual or conda environment if there is one, otherwise .venv, which it makes.
 set -euo pipefail
+HERE="$PWD"  # where the user stands: relative paths are meant from there
+from_here() { if [[ "$1" = /* || ! -e "$HERE/$1" ]]; then echo "$1"; else echo "$HERE/$1"; fi; }  # a hub id stays as it is
+if [[ -n "${RUN:-}" && "$RUN" != /* ]]; then RUN="$HERE/$RUN"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     if [ ! -d .venv ]; then

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The whole method on the toy dataset: raw tables -> teacher -> soft labels -> student -> report.
 # Hardware: two CPU cores, 4 GB. Time: see README.md. Ends with outputs/toy/report/report.md.
-# Run it again at any time: finished stages say so and do nothing, a killed one continues. RUN=DIR puts the run elsewhere.
+# Run it again at any time: finished stages say so and do nothing, a killed one continues.
+# RUN=DIR puts the run elsewhere.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 RUN="${RUN:-outputs/toy}"
 
 run python data/make_toy.py
 SECONDS=0
-run python 01_build_features.py --run "$RUN"               # captions, text from logs, embeddings, match features
-run python 02_train_teacher.py --run "$RUN"                # QLoRA on 6,000 English human labels
-run python 03_label.py --run "$RUN"                        # soft labels for 40,000 impressions in four languages
-run python 04_train_student.py --run "$RUN" --labels human # the baseline: the same network on the human labels alone
-run python 04_train_student.py --run "$RUN"                # the student
-run python 05_evaluate.py --run "$RUN"                     # every system on the human evaluation labels
+run python 01_build_features.py --run "$RUN"                # captions, text from logs, embeddings, match features
+run python 02_train_teacher.py --run "$RUN"                 # QLoRA on 6,000 English human labels
+run python 03_label.py --run "$RUN"                         # soft labels for 40,000 impressions in four languages
+run python 04_train_student.py --run "$RUN" --labels human  # the baseline: the same network on human labels alone
+run python 04_train_student.py --run "$RUN"                 # the student
+run python 05_evaluate.py --run "$RUN"                      # every system on the human evaluation labels
 echo; echo "five stages: $SECONDS s"

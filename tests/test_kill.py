@@ -1,6 +1,7 @@
-"""Each stage killed with SIGKILL at random moments and at renames of files, then finished: the same files as an undisturbed run's.
+"""Each stage killed with SIGKILL at random moments and at renames of files, then finished: the same files as
+an undisturbed run's.
 
-    KILL_ENDS=20 python -m pytest tests/test_kill.py      every kill is followed by an end of its own: 5 stages, 100 kills, 100 ends
+    KILL_ENDS=20 python -m pytest tests/test_kill.py   an end after every kill: 100 of each
 """
 
 import multiprocessing
@@ -10,14 +11,16 @@ import signal
 import sys
 import time
 
+import kill_child
 import numpy as np
 import pytest
-
-import common
-import kill_child
 from helpers import TOY_MODELS, synthetic
 
-KILLS, ENDS = (1, int(os.environ["KILL_ENDS"])) if "KILL_ENDS" in os.environ else (10, 1)  # kills before an end, ends a stage
+from runs.stage import read_json
+
+KILLS, ENDS = 10, 1  # kills before an end, ends a stage
+if "KILL_ENDS" in os.environ:
+    KILLS, ENDS = 1, int(os.environ["KILL_ENDS"])
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["kill_child"])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the fork server looks for it
@@ -43,11 +46,17 @@ def start(number, argv, log, rename=None, after=None):
 
 
 def content(folder):
-    """{file: bytes} of what a stage made; of stage.json all but the time it took."""
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
-    about = common.read_json(folder / "stage.json")
+    """{file: bytes} of what a stage made, hidden files of the run directory included; of stage.json all but
+    the time it took."""
+    files = {}
+    for path in sorted(folder.parent.rglob("*")):
+        name = path.relative_to(folder.parent).as_posix()
+        ours = name.startswith((folder.name + "/", f".{folder.name}."))
+        if path.is_file() and ours:
+            files[name] = path.read_bytes() if ".lock" not in name else b""
+    about = read_json(folder / "stage.json")
     assert about["finished"]
-    files["stage.json"] = {k: v for k, v in about.items() if k != "seconds"}
+    files[f"{folder.name}/stage.json"] = {k: v for k, v in about.items() if k != "seconds"}
     return files
 
 
@@ -66,7 +75,8 @@ def killed_and_finished(number, argv, undisturbed, disturbed, folder, tmp_path, 
             if (done + end) % 2:
                 how = {"after": rng.uniform(0.1, 0.9) * seconds}
             else:
-                how = {"rename": (int(rng.integers(1, max(2, renames // min(KILLS, 2)))), ["before", "after"][rng.integers(2)])}
+                which = int(rng.integers(1, max(2, renames // min(KILLS, 2))))
+                how = {"rename": (which, ["before", "after"][rng.integers(2)])}
             code = start(number, ["--run", disturbed, *argv], log, **how)
             assert code in (0, -signal.SIGKILL), log.read_text()
             done += code != 0
@@ -86,7 +96,8 @@ def two_runs(tmp_path, make):
 
 
 def test_01_killed(toy, models, tmp_path):
-    argv = ["--data", toy, "--caption-model", TOY_MODELS / "blip", "--text-encoder", models["bert"], "--shard-rows", "250", "--image-batch", "16", "--device", "cpu"]
+    models_of_01 = ["--caption-model", TOY_MODELS / "blip", "--text-encoder", models["bert"]]
+    argv = ["--data", toy, *models_of_01, "--shard-rows", "250", "--image-batch", "16", "--device", "cpu"]
     killed_and_finished("01", argv, *two_runs(tmp_path, lambda run: None), "features", tmp_path, seed=1)
 
 
@@ -95,7 +106,19 @@ def trained(features, models, tmp_path_factory):
     """02 on an undisturbed and on a killed run, compared."""
     folder = tmp_path_factory.mktemp("killed")
     runs = two_runs(folder, lambda run: (run / "features").symlink_to(features))
-    argv = ["--model", models["llama"], "--rows", "64", "--epochs", "3", "--batch-rows", "8", "--max-tokens", "48", "--checkpoint-steps", "2", "--lora-dropout", "0.1", "--device", "cpu"]
+    argv = [
+        "--model",
+        models["llama"],
+        "--rows",
+        "64",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "8",
+        "--max-tokens",
+        "48",
+    ]
+    argv += ["--checkpoint-steps", "2", "--lora-dropout", "0.1", "--device", "cpu"]
     killed_and_finished("02", argv, *runs, "teacher", folder, seed=2)
     return runs
 
@@ -106,7 +129,9 @@ def test_02_killed(trained):
 
 @pytest.fixture(scope="module")
 def labelled(trained, tmp_path_factory):
-    killed_and_finished("03", ["--device", "cpu"], *trained, "labels", tmp_path_factory.mktemp("labels"), seed=3)
+    killed_and_finished(
+        "03", ["--device", "cpu"], *trained, "labels", tmp_path_factory.mktemp("labels"), seed=3
+    )
     return trained
 
 
@@ -116,11 +141,13 @@ def test_03_killed(labelled):
 
 def test_05_killed(labelled, tmp_path):
     for run in labelled:
-        assert start("04", ["--run", run, "--epochs", "1", "--device", "cpu"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        argv = ["--run", run, "--epochs", "1", "--device", "cpu"]
+        assert start("04", argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     killed_and_finished("05", [], *labelled, "report", tmp_path, seed=5)
 
 
 def test_04_killed(tmp_path):
     runs = two_runs(tmp_path, lambda run: synthetic(run, shards=6, shard_rows=300))
-    argv = ["--epochs", "4", "--batch-rows", "32", "--window", "2", "--checkpoint-steps", "3", "--device", "cpu"]
+    argv = ["--epochs", "4", "--batch-size", "32", "--shuffle-window", "2", "--checkpoint-steps", "3"]
+    argv += ["--device", "cpu"]
     killed_and_finished("04", argv, *runs, "student", tmp_path, seed=4)
