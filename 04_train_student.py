@@ -1,336 +1,376 @@
-"""Stage 04: soft labels -> the student, a feed-forward network on precomputed features, cheap enough to serve.
+"""Stage 04: soft labels -> the student, a feed-forward network on precomputed features, cheap to serve.
 
-Paper: "Distill LLM into Servable Student Model". The student learns the teacher's probabilities of the five levels on unlabelled impressions
-(knowledge distillation). The paper does not give the loss; ours is Hinton et al., 2015: KL divergence at temperature T, times T squared.
+Paper: "Distill LLM into Servable Student Model". The student learns the teacher's probabilities of the five
+levels on unlabelled impressions (knowledge distillation). The paper does not give the loss; ours is Hinton et
+al., 2015: KL divergence at temperature T, times T squared.
 
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
-Writes  RUN/student/    model.safetensors, features.json (feature spec with normalisation), training_log.jsonl, stage.json
+Writes  RUN/student/    model.safetensors, features.json (inputs, normalization), training_log.jsonl
 
 Toy     python 04_train_student.py
-        python 04_train_student.py --labels human          the same network on the human labels alone, into RUN/student_human_labels/
+        python 04_train_student.py --labels human     the same network on the human labels alone
         python 04_train_student.py --rows 6000 --name student_6000
 Paper   python 04_train_student.py --preset paper --run /runs/search
+
+Shapes: B rows, F match features, C = 5 levels, D embedding size, K categories.
 """
 
-import argparse
-import json
 import math
-import queue
-import threading
+import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import nn
-from tqdm import tqdm
 
-import common
-from common import C, MATCH_FEATURES, Stage, Stop, Student, StudentInputs
+from common import MATCH_FEATURES, NUM_LEVELS, Student, StudentInputs, in_hash_split, linear_warmup_decay
+from runs.stage import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
 
-PRESETS = {
-    "toy": dict(hidden="256,128", category_dim=8, dropout=0.1, epochs=20, batch_rows=256, lr=1e-3, weight_decay=1e-4, warmup=0.05,
-                temperature=1.0, window=4, checkpoint_steps=500),
-    "paper": dict(
-        hidden="1024,512,256", category_dim=32, dropout=0.1,  # not stated in the paper; our choice
-        epochs=3, batch_rows=4_096, lr=1e-3, weight_decay=1e-5, warmup=0.01,  # not stated in the paper; our choice
-        temperature=1.0,  # not stated in the paper; at 1 the gradient is that of soft cross-entropy
-        window=8,  # our choice
-        checkpoint_steps=2_000,  # our choice
-    ),
-}
-HELD_OUT = 0.05  # share of the queries that choose the epoch
+# isort: split
+from runs.stage import Stage, Stop, load_checkpoint, progress_bar, require_finished, run_main
+
+# isort: split
+from runs.stage import save_checkpoint, write_jsonl
+
+
+@dataclass(frozen=True)
+class Settings(StageSettings):
+    """What stage 04 is told."""
+
+    labels: Literal["teacher", "human"] = "teacher"  # soft labels of impressions, or human training labels
+    name: str | None = None  # output folder below RUN (default: student, or student_human_labels)
+    rows: Count | None = None  # train on a random N impressions (default: all)
+    languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
+
+    hidden: tuple[Count, ...] = (256, 128)  # widths of the hidden layers
+    category_dim: Count = 8  # size of the embedding of a categorical column
+    dropout: Share = 0.1  # share of the hidden units left out in a training step
+    temperature: Positive = 1.0  # softens teacher and student alike; 1 leaves the probabilities as they are
+
+    epochs: Count = 20  # passes over the training rows
+    batch_size: Count = 256  # rows a step
+    lr: Positive = 1e-3  # peak learning rate
+    weight_decay: NonNegative = 1e-4  # of AdamW
+    warmup: Share = 0.05  # share of training with a rising learning rate; then it falls linearly to 0
+    shuffle_window: Count = 4  # shards shuffled together; their rows are held in memory
+    checkpoint_steps: Count = 500  # steps between two checkpoints to resume from
+    device: Device = "auto"  # where the student is trained
+    seed: Size = 0  # of weights, held-out queries, row order and dropout
+
+
+TOY = Settings()
+PAPER = replace(
+    TOY,
+    hidden=(1024, 512, 256),  # not stated in the paper; our choice
+    category_dim=32,  # not stated; our choice
+    temperature=1.0,  # not stated; at 1 the gradient is that of soft cross-entropy
+    epochs=3,  # not stated; our choice
+    batch_size=4_096,  # not stated; our choice
+    weight_decay=1e-5,  # not stated; our choice
+    warmup=0.01,  # not stated; our choice
+    shuffle_window=8,  # our choice
+    checkpoint_steps=2_000,  # our choice
+)
+PRESETS = {"toy": TOY, "small": TOY, "paper": PAPER}
+HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries that choose the epoch
 HELD_OUT_ROWS = 100_000  # about, at most
+READS = ("*.parquet", "*_embedding.npy")  # files of features/ and labels/
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--labels", choices=("teacher", "human"), default="teacher", help="learn soft labels of impressions (default), or the human training labels")
-    p.add_argument("--name", metavar="NAME", help="output folder below RUN (default: student, or student_human_labels)")
-    p.add_argument("--rows", type=int, metavar="N", help="train on a random N impressions (default: all)")
-    p.add_argument("--languages", metavar="A,B,…", help="train on impressions of queries in these languages only (default: all)")
-    p.add_argument("--hidden", metavar="A,B,…", help="widths of the hidden layers")
-    p.add_argument("--category-dim", type=int, metavar="D", help="size of the embedding of a categorical column")
-    p.add_argument("--dropout", type=float, metavar="P")
-    p.add_argument("--epochs", type=int, metavar="N")
-    p.add_argument("--batch-rows", type=int, metavar="B")
-    p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--weight-decay", type=float)
-    p.add_argument("--warmup", type=float, metavar="SHARE", help="share of training with rising learning rate; then it falls linearly to 0")
-    p.add_argument("--temperature", type=float, metavar="T", help="softens teacher and student alike; 1 leaves the probabilities as they are")
-    p.add_argument("--window", type=int, metavar="N", help="shards shuffled together; their rows are held in memory")
-    p.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between two checkpoints to resume from")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.add_argument("--seed", type=int, default=0)
-    args = common.parse(p, PRESETS, argv)
-    args.name = args.name or ("student" if args.labels == "teacher" else "student_human_labels")
-    if not args.name.startswith("student"):
-        p.error("--name must begin with 'student': stage 05 finds students by it")
-    args.hidden = [int(w) for w in args.hidden.split(",")]
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
 def soften(p, temperature):
-    """Probabilities [B, C] at temperature T: p^(1/T), normalised. It is what a softmax over the logits divided by T gives."""
+    """Probabilities [B, C] at temperature T: p^(1/T), normalized, as a softmax over logits / T gives them."""
     return (p.log() / temperature).softmax(dim=1)
 
 
 def distillation_loss(logits, soft_labels, temperature=1.0):
     """KL(teacher || student), mean over rows: student logits [B, C], teacher probabilities [B, C] -> scalar.
 
-    Both are softened by the temperature T, and the loss is multiplied by T^2 so that its gradient keeps its size (Hinton et al., 2015,
-    section 2). With one-hot labels and T = 1 this is cross-entropy."""
+    Both are softened by the temperature T, and the loss is multiplied by T^2 so that its gradient keeps its
+    size (Hinton et al., 2015, section 2). With one-hot labels and T = 1 this is cross-entropy."""
     target = soft_labels if temperature == 1 else soften(soft_labels, temperature)
     log_student = (logits / temperature).log_softmax(dim=1)
-    return temperature**2 * (torch.special.xlogy(target, target) - target * log_student).sum(dim=1).mean()
+    negative_entropy = torch.special.xlogy(target, target)
+    return temperature**2 * (negative_entropy - target * log_student).sum(dim=1).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows: (query_index, pin_index, match features [F], target [C]) from pairs of feature and label shards
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+
+ROW = np.dtype(
+    [
+        ("query", np.int32),  # row of queries.parquet
+        ("pin", np.int32),  # row of pins.parquet
+        ("match", np.float32, len(MATCH_FEATURES)),
+        ("target", np.float32, NUM_LEVELS),  # probability of each level
+    ]
+)
 
 
-class Rows:
-    """Streams training rows. A shard is read whole, `window` shards at a time: memory does not grow with their number.
+class TrainingRows:
+    """Streams training rows. A shard is read whole, `shuffle_window` shards at a time: memory does not grow
+    with their number.
 
-    Shuffling: shards in random order, rows shuffled inside a window. Two rows of shards in different windows never meet in a batch; with
-    impressions in log order that costs little as long as a window spans many queries."""
+    Shards come in random order, rows are shuffled inside a window. Two rows of shards in different windows
+    never meet in a batch; with impressions in log order that costs little as long as a window spans many
+    queries."""
 
-    def __init__(self, args, features, labels):
-        self.args, self.features = args, features
+    def __init__(self, settings, features, labels):
+        self.settings, self.features = settings, features
         queries = pq.read_table(features / "queries.parquet", columns=["query_id", "language"])
-        self.held_out_query = common.in_validation(queries["query_id"].to_pylist(), HELD_OUT if args.labels == "teacher" else 0.1, f"student:{args.seed}")
-        wanted = np.array(queries["language"].to_pylist(), dtype=object)
-        self.wanted_query = np.isin(wanted, args.languages.split(",")) if args.languages else np.ones(len(wanted), dtype=bool)
-        if args.labels == "human":
-            self.shards = [(features / "labelled.parquet", None)]
-        else:
-            self.shards = [(p, labels / "impressions" / p.name) for p in sorted((features / "impressions").glob("part-*.parquet"))]
-        self.keep, self.kept, self.read_rows = None, None, 0
+        ids, languages = queries["query_id"].to_pylist(), queries["language"].to_pylist()
+        self.is_held_out = in_hash_split(ids, HELD_OUT[settings.labels], f"student:{settings.seed}")
+        wanted = set(settings.languages or languages)
+        self.is_wanted = np.array([language in wanted for language in languages])
+        self.shards = [(features / "labelled.parquet", None)]
+        if settings.labels == "teacher":
+            pairs = sorted((features / "impressions").glob("part-*.parquet"))
+            self.shards = [(path, labels / "impressions" / path.name) for path in pairs]
+        self.counts = []  # training rows of each shard; survey() fills it
 
-    def read(self, i):
-        """Shard i as dict of arrays: query, pin [N] int64, match [N, F], target [N, C] float32, and training/held-out masks."""
-        path, label_path = self.shards[i]
+    def read(self, shard):
+        """All rows of a shard, and two masks of them: to train on, held out."""
+        path, label_path = self.shards[shard]
         table = pq.read_table(path)
-        query = table["query_index"].to_numpy().astype(np.int64)
-        match = np.stack([table[name].to_numpy() for name in MATCH_FEATURES], 1)
+        rows = np.empty(len(table), ROW)
+        rows["query"], rows["pin"] = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
+        for column, name in enumerate(MATCH_FEATURES):
+            rows["match"][:, column] = table[name].to_numpy()
+        used = self.is_wanted[rows["query"]]
         if label_path is None:
-            target = np.eye(C, dtype=np.float32)[table["label"].to_numpy() - 1]
-            use = np.array(table["split"].to_pylist()) == "train"
+            rows["target"] = np.eye(NUM_LEVELS)[table["label"].to_numpy() - 1]
+            used &= table["split"].to_numpy() == "train"
         else:
             labels = pq.read_table(label_path)
-            if len(labels) != len(table):
-                raise Stop(f"{label_path} has {len(labels):,} rows, {path} {len(table):,}: run 03_label.py --overwrite")
-            target = np.stack([labels[f"p{level}"].to_numpy() for level in range(1, C + 1)], 1)
-            use = np.ones(len(table), dtype=bool)
-        use &= self.wanted_query[query]
-        held = self.held_out_query[query]
-        return {"query": query, "pin": table["pin_index"].to_numpy().astype(np.int64), "match": match, "target": target, "train": use & ~held, "held": use & held}
+            if len(labels) != len(rows):
+                sizes = f"{label_path} has {len(labels):,} rows, {path} {len(rows):,}"
+                raise Stop(f"{sizes}: run 03_label.py --overwrite")
+            for level in range(NUM_LEVELS):
+                rows["target"][:, level] = labels[f"p{level + 1}"].to_numpy()
+        held_out = self.is_held_out[rows["query"]]
+        return rows, used & ~held_out, used & held_out
 
     def survey(self):
-        """One pass: counts training rows a shard, deals --rows to shards, finds the mean and standard deviation of the match features
-        and takes the held-out rows, of every shard at most its share of HELD_OUT_ROWS: logs change over time. Returns mean, std [F] and the held-out rows."""
-        counts, total, squares, held, share = [], 0.0, 0.0, [], math.ceil(HELD_OUT_ROWS / max(len(self.shards), 1))
-        for i in tqdm(range(len(self.shards)), desc="survey", unit=" shards"):
-            shard = self.read(i)
-            rows = shard["match"][shard["train"]].astype(np.float64)
-            counts.append(len(rows))
-            total, squares = total + rows.sum(0), squares + (rows**2).sum(0)
-            taken = np.flatnonzero(shard["held"])[:share]
-            held.append({k: shard[k][taken] for k in ("query", "pin", "match", "target")})
+        """One pass: counts the training rows of each shard and deals --rows to them. Returns mean and
+        standard deviation [F] of the match features, and the held-out rows: of every shard at most its share
+        of HELD_OUT_ROWS, for logs change over time."""
+        counts, total, squares, held_out = [], 0.0, 0.0, []
+        for shard in progress_bar(iterable=range(len(self.shards)), desc="survey", unit=" shards"):
+            rows, train, held = self.read(shard)
+            match = rows["match"][train].astype(np.float64)
+            counts.append(len(match))
+            total, squares = total + match.sum(0), squares + (match**2).sum(0)
+            held_out.append(rows[held][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
         n = sum(counts)
         if n == 0:
-            raise Stop(f"no rows to train on in {self.features}" + (f" for --languages {self.args.languages}" if self.args.languages else ""))
-        rng = np.random.default_rng([self.args.seed, 1])
-        self.keep = counts if not self.args.rows or self.args.rows >= n else rng.multivariate_hypergeometric(counts, self.args.rows, method="marginals").tolist()
+            wanted = " ".join(["", "for --languages", *self.settings.languages])
+            raise Stop(f"no rows to train on in {self.features}" + wanted * bool(self.settings.languages))
+        if self.settings.rows and self.settings.rows < n:
+            dealer = np.random.default_rng([self.settings.seed, 1])
+            counts = dealer.multivariate_hypergeometric(counts, self.settings.rows, method="marginals")
+        self.counts = [int(count) for count in counts]
         mean = total / n
         std = np.sqrt(np.maximum(squares / n - mean**2, 0))
-        return mean.tolist(), np.where(std > 1e-6, std, 1.0).tolist(), {k: np.concatenate([h[k] for h in held]) for k in held[0]}
+        return mean, np.where(std > 1e-6, std, 1.0), np.concatenate(held_out)
 
     @property
     def total(self):
-        return sum(self.keep)
+        """Training rows of an epoch."""
+        return sum(self.counts)
 
-    def training_rows(self, i):
-        """The training rows of shard i, --rows applied."""
-        shard = self.read(i)
-        rows = np.flatnonzero(shard["train"])
-        if self.keep[i] < len(rows):
-            rows = np.sort(np.random.default_rng([self.args.seed, 2, i]).permutation(rows)[:self.keep[i]])
-        return {k: shard[k][rows] for k in ("query", "pin", "match", "target")}
+    def training_rows(self, shard):
+        """The training rows of a shard, --rows applied: the same in every epoch."""
+        rows, train, _ = self.read(shard)
+        chosen = np.flatnonzero(train)
+        if self.counts[shard] < len(chosen):
+            chooser = np.random.default_rng([self.settings.seed, 2, shard])
+            chosen = np.sort(chooser.permutation(chosen)[: self.counts[shard]])
+        return rows[chosen]
 
-    def read_window(self, window):
-        """The training rows of the shards `window`, one after another. A column of the shards is let go as soon as it is joined."""
-        parts = [self.training_rows(i) for i in window]
-        return {k: np.concatenate([part.pop(k) for part in parts]) for k in tuple(parts[0])}
+    def read_window(self, shards):
+        """The training rows of some shards, one after another."""
+        window = np.empty(sum(self.counts[shard] for shard in shards), ROW)
+        start = 0
+        for shard in shards:
+            window[start : start + self.counts[shard]] = self.training_rows(shard)
+            start += self.counts[shard]
+        return window
 
     def batches(self, epoch, skip=0):
-        """One epoch's batches as dicts of arrays, without the first `skip`."""
-        args, rng = self.args, np.random.default_rng([self.args.seed, 3, epoch])
+        """One epoch's batches of rows, without the first `skip`."""
+        size = self.settings.batch_size
+        rng = np.random.default_rng([self.settings.seed, 3, epoch])
         order = rng.permutation(len(self.shards))
-        for start in range(0, len(order), args.window):
-            window = order[start:start + args.window]
-            n = sum(self.keep[i] for i in window)
-            shuffled = rng.permutation(n)
-            steps = math.ceil(n / args.batch_rows)
-            if skip >= steps:
-                skip -= steps
-                continue
-            rows = None  # the window before: not held while this one is read
-            rows = self.read_window(window)
-            for step in range(skip, steps):
-                at = shuffled[step * args.batch_rows:(step + 1) * args.batch_rows]
-                yield {k: v[at] for k, v in rows.items()}
-            skip = 0
+        for start in range(0, len(order), self.settings.shuffle_window):
+            shards = order[start : start + self.settings.shuffle_window]
+            shuffled = rng.permutation(sum(self.counts[shard] for shard in shards))
+            first, skip = skip * size, max(skip - math.ceil(len(shuffled) / size), 0)
+            if first < len(shuffled):
+                window = None  # the one before is not held while this one is read
+                window = self.read_window(shards)
+                for at in range(first, len(shuffled), size):
+                    yield window[shuffled[at : at + size]]
 
 
-def ahead(batches, prepare, depth=4):
-    """prepare(batch) for each batch, done in a thread `depth` batches ahead of the training step (NumPy's gathers release the interpreter lock)."""
-    todo, stop = queue.Queue(depth), threading.Event()
-
-    def work():
-        try:
-            for batch in batches:
-                if stop.is_set():
-                    return
-                todo.put((prepare(batch), None))
-            todo.put((None, None))
-        except BaseException as e:  # handed to the training thread
-            todo.put((None, e))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, error = todo.get()
-            if error is not None:
-                raise error
-            if batch is None:
-                return
+def ahead(batches, depth=4):
+    """What a generator yields, made by a thread up to `depth` items before its use (while NumPy gathers,
+    other threads run)."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, batches, None))
             yield batch
-    finally:
-        stop.set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def tensors(inputs, batch, device):
-    """A batch of row numbers -> embeddings [B, sum of D], categories [B, K], match features [B, F], target [B, C]."""
-    embeddings, categories = inputs.gather(batch["query"], batch["pin"])
-    return tuple(t.to(device, non_blocking=True) for t in (embeddings, categories, torch.from_numpy(batch["match"]), torch.from_numpy(batch["target"])))
+def tensors(inputs, rows, device):
+    """Rows -> embeddings [B, sum of D], categories [B, K], match features [B, F], target [B, C]."""
+    columns = [*inputs.gather(rows["query"], rows["pin"])]
+    columns += [torch.from_numpy(np.ascontiguousarray(rows[name])) for name in ("match", "target")]
+    return [column.to(device, non_blocking=True) for column in columns]
 
 
 @torch.inference_mode()
-def held_out_scores(student, inputs, held, device, chunk=16_384):
-    """KL(target || student) at temperature 1 and agreement of the most probable level, over the held-out rows."""
+def held_out_scores(student, inputs, held_out, device, chunk=16_384):
+    """KL(target || student) at temperature 1 and agreement of the most probable level, over held-out rows."""
     student.eval()
     loss = right = 0.0
-    for start in range(0, len(held["query"]), chunk):
-        embeddings, categories, match, target = tensors(inputs, {k: v[start:start + chunk] for k, v in held.items()}, device)
-        logits = student(embeddings, categories, match)
+    for start in range(0, len(held_out), chunk):
+        *features, target = tensors(inputs, held_out[start : start + chunk], device)
+        logits = student(*features)
         loss += distillation_loss(logits, target).item() * len(target)
         right += (logits.argmax(1) == target.argmax(1)).sum().item()
-    return loss / len(held["query"]), right / len(held["query"])
+    return loss / len(held_out), right / len(held_out)
 
 
-def train(student, rows, inputs, held, args, device, folder):
-    """The training loop; leaves the weights of the epoch with the lowest held-out KL in `student`. Returns its log and best epoch."""
-    optimiser = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    position = {"epoch": 0, "step": 0, "rows": 0, "best": None, "log": []}
-    if (folder / "checkpoint.safetensors").exists():
-        position = common.load_checkpoint(folder / "checkpoint.safetensors", student, optimiser)
-        print(f"continuing in epoch {position['epoch'] + 1}, after {position['rows']:,} rows")
-    planned = rows.total * args.epochs
-    bar = tqdm(total=planned, initial=position["rows"], desc="student", unit=" rows", unit_scale=True)
-    for epoch in range(position["epoch"], args.epochs):
-        loss_sum = loss_rows = 0
-        for embeddings, categories, match, target in ahead(rows.batches(epoch, position["step"]), lambda b: tensors(inputs, b, device)):
-            # Every step draws its dropout from a seed of its own, so that a resumed run equals an undisturbed one.
-            torch.manual_seed((args.seed * 1_009 + epoch) * 10_000_019 + position["step"])
+def train(student, rows, inputs, held_out, settings, device, work):
+    """The training loop. Leaves the weights of the epoch with the lowest held-out KL in `student`; returns
+    its log and that epoch. Checkpoints go into the folder `work`."""
+    optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    train_state = {"epoch": 0, "step": 0, "rows": 0, "best": None, "log": []}
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        train_state = load_checkpoint(checkpoint, student, optimizer)
+        print(f"continuing in epoch {train_state['epoch'] + 1}, after {train_state['rows']:,} rows")
+    planned = rows.total * settings.epochs
+    bar = progress_bar(total=planned, initial=train_state["rows"], desc="student", unit=" rows")
+    while train_state["epoch"] < settings.epochs:
+        epoch = train_state["epoch"]
+        batches = rows.batches(epoch, skip=train_state["step"])
+        for *features, target in ahead(tensors(inputs, batch, device) for batch in batches):
+            progress = train_state["rows"] / planned
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * linear_warmup_decay(progress, settings.warmup)
+            # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
+            torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + train_state["step"])
             student.train()
-            loss = distillation_loss(student(embeddings, categories, match), target, args.temperature)
-            optimiser.zero_grad(set_to_none=True)
+            loss = distillation_loss(student(*features), target, settings.temperature)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for group in optimiser.param_groups:
-                group["lr"] = args.lr * common.lr_factor(position["rows"] / planned, args.warmup)
-            optimiser.step()
-            position["step"] += 1
-            position["rows"] += len(target)
+            optimizer.step()
+            train_state["step"] += 1
+            train_state["rows"] += len(target)
             bar.update(len(target))
-            if position["step"] % 50 == 0:
-                loss_sum, loss_rows = loss_sum + loss.item(), loss_rows + 1
-                if not math.isfinite(loss_sum):
-                    raise Stop(f"the loss is not finite in epoch {epoch + 1}, step {position['step']}: lower --lr")
-                bar.set_postfix(loss=f"{loss_sum / loss_rows:.4f}")
-            if position["step"] % args.checkpoint_steps == 0:
-                common.save_checkpoint(folder / "checkpoint.safetensors", student, optimiser, position)
-        kl, agreement = held_out_scores(student, inputs, held, device)
-        if not math.isfinite(kl):
-            raise Stop(f"the held-out loss is not finite after epoch {epoch + 1}: lower --lr")
-        position["log"].append({"epoch": epoch + 1, "rows": position["rows"], "held_out_kl": round(kl, 6), "held_out_agreement": round(agreement, 6)})
-        if position["best"] is None or kl < position["best"]["kl"]:
-            position["best"] = {"epoch": epoch + 1, "kl": kl, "agreement": agreement}
-            common.save_checkpoint(folder / "best.safetensors", student, None, position["best"])
-        position |= {"epoch": epoch + 1, "step": 0}
-        common.save_checkpoint(folder / "checkpoint.safetensors", student, optimiser, position)
+            if train_state["step"] % 50 == 0:
+                bar.set_postfix(loss=f"{finite(loss.item(), epoch):.4f}")
+            if train_state["step"] % settings.checkpoint_steps == 0:
+                save_checkpoint(checkpoint, student, optimizer, train_state)
+        kl, agreement = held_out_scores(student, inputs, held_out, device)
+        scores = {"epoch": epoch + 1, "kl": finite(kl, epoch), "agreement": agreement}
+        train_state["log"].append({"rows": train_state["rows"], **scores})
+        if train_state["best"] is None or kl < train_state["best"]["kl"]:
+            train_state["best"] = scores
+            save_checkpoint(work / "best.pt", student, None, scores)
+        train_state |= {"epoch": epoch + 1, "step": 0}
+        save_checkpoint(checkpoint, student, optimizer, train_state)
     bar.close()
-    common.load_checkpoint(folder / "best.safetensors", student)
-    return position
+    load_checkpoint(work / "best.pt", student)
+    return train_state
+
+
+def finite(loss, epoch):
+    """The loss itself; Stop if it is not a finite number."""
+    if not math.isfinite(loss):
+        raise Stop(f"the loss is not finite in epoch {epoch + 1}: lower --lr")
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def inherited(settings):
+    """What is read, checked: {"features": its stage.json, "labels": its stage.json}."""
+    run = settings.run
+    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", READS)}
+    if settings.labels == "teacher":
+        command = f"03_label.py --run {run}"
+        read["labels"] = require_finished(run / "labels", command, READS)
+        if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
+            raise Stop(f"{run / 'labels'}: of other features than those here; python {command} --overwrite")
+        if read["labels"]["arguments"].get("only_labelled"):
+            raise Stop(f"{run / 'labels'}: made with --only-labelled; python {command} --overwrite")
+    return read
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    device = common.pick_device(args.device)
-    features, labels, folder = args.run / "features", args.run / "labels", args.run / args.name
-
-    # 1. What is inherited
-    made = common.need(features, f"01_build_features.py --run {args.run}")
-    inherited = {"features": made["identity"]}
-    if args.labels == "teacher":
-        labelled = common.need(labels, f"03_label.py --run {args.run}")
-        if labelled["inputs"]["features"] != made["identity"]:
-            raise Stop(f"{labels} was made from other features than {features} holds now: run 03_label.py --overwrite")
-        if labelled["arguments"].get("only_labelled"):
-            raise Stop(f"{labels} has no impressions (made with --only-labelled): make them with: python 03_label.py --run {args.run} --overwrite")
-        inherited["labels"] = labelled["identity"]
-    stage = Stage(folder, args, inherited)
+    # 1. Settings, what is inherited, and the folder
+    settings = parse(PRESETS, argv, __doc__)
+    name = settings.name or {"teacher": "student", "human": "student_human_labels"}[settings.labels]
+    if not re.fullmatch(r"student[\w.+-]*", name):
+        raise Stop(f"--name {name}: one folder's name, that begins with 'student'")
+    settings = replace(settings, name=name)
+    device, features = pick_device(settings.device), settings.run / "features"
+    read = inherited(settings)
+    identities = {folder: about["identity"] for folder, about in read.items()}
+    stage = Stage(settings.run / name, settings, identities)
     if stage.done:
         return
 
     # 2. Rows and inputs
-    rows = Rows(args, features, labels)
-    mean, std, held = rows.survey()
-    if not len(held["query"]):
-        raise Stop(f"no query of {features} falls into the held-out {HELD_OUT:.0%}: more queries are needed")
+    rows = TrainingRows(settings, features, settings.run / "labels")
+    mean, std, held_out = rows.survey()
+    if not len(held_out):
+        raise Stop(f"no query of {features} is held out: more queries are needed")
     inputs = StudentInputs(features).to(device)
-    spec = {"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": args.category_dim, "match": list(MATCH_FEATURES),
-            "mean": mean, "std": std, "hidden": args.hidden, "dropout": args.dropout}
 
     # 3. The network
-    torch.manual_seed(args.seed)
+    spec = {
+        "embeddings": inputs.dims,
+        "categories": inputs.categories,
+        "category_dim": settings.category_dim,
+        "match": list(MATCH_FEATURES),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "hidden": list(settings.hidden),
+        "dropout": settings.dropout,
+    }
+    torch.manual_seed(settings.seed)
     student = Student(spec).to(device)
-    print(f"{'soft labels of the teacher' if args.labels == 'teacher' else 'human labels'}: {rows.total:,} rows, {len(held['query']):,} held out; {device}")
-    print("inputs: " + ", ".join(f"{name} {dim}" for name, dim in inputs.dims.items()) +
-          f", {len(inputs.categories)} categories x {args.category_dim}, {len(MATCH_FEATURES)} match features; "
-          f"{sum(p.numel() for p in student.parameters()) / 1e3:,.0f} k parameters")
+    sizes = ", ".join(f"{source} {size}" for source, size in inputs.dims.items())
+    print(f"{settings.labels}'s labels: {rows.total:,} rows, {len(held_out):,} held out; {device}")
+    print(f"inputs: {sizes}, {len(inputs.categories)} categories, {len(mean)} match features")
+    print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
 
     # 4. Distillation
-    position = train(student, rows, inputs, held, args, device, folder)
+    train_state = train(student, rows, inputs, held_out, settings, device, stage.work)
 
     # 5. Save
-    student.save(folder)
-    with common.atomic(folder / "training_log.jsonl") as tmp:
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in position["log"]))
-    best = position["best"]
-    print(f"kept epoch {best['epoch']}: held-out KL {best['kl']:.4f}, same most probable level {100 * best['agreement']:.1f} %")
-    stage.finish(rows={"train": rows.total, "held_out": len(held["query"])}, best=best)
-    for name in ("checkpoint.safetensors", "best.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    student.save(stage.work)
+    write_jsonl(stage.work / "training_log.jsonl", train_state["log"])
+    best, right = train_state["best"], 100 * train_state["best"]["agreement"]
+    print(f"kept epoch {best['epoch']}: held-out KL {best['kl']:.4f}, same most probable level {right:.1f} %")
+    stage.discard("checkpoint.pt", "best.pt")
+    stage.finish(rows={"train": rows.total, "held_out": len(held_out)}, best=best)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run_main(main)

@@ -1,14 +1,18 @@
 """Metrics against scikit-learn, SciPy and counts by hand; the bootstrap against what must hold of it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from helpers import stage
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr
-from sklearn.metrics import accuracy_score, ndcg_score, roc_auc_score
+from sklearn.metrics import accuracy_score, roc_auc_score
+from torch.nn.functional import kl_div
 
-from helpers import stage
+from runs import report
 
 evaluate = stage("05")
 
@@ -35,31 +39,54 @@ def test_auroc_equals_scikit_learn(seed, ties):
     y, p, w = example(seed, ties=ties)
     score = p[:, 3:].sum(1)
     for weight in (np.ones(len(y)), w):
-        assert evaluate.auroc(y >= 4, evaluate.ranked(score), weight) == pytest.approx(roc_auc_score(y >= 4, score, sample_weight=weight), abs=1e-12)
+        assert evaluate.auroc(y >= 4, evaluate.ranked(score), weight) == pytest.approx(
+            roc_auc_score(y >= 4, score, sample_weight=weight), abs=1e-12
+        )
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30))
 def test_auroc_by_counting_pairs(rows):
     positive, score, w = (np.array(c) for c in zip(*rows))
     got = evaluate.auroc(positive, evaluate.ranked(score), w.astype(float))
-    pairs = [(wa * wb, (a > b) + 0.5 * (a == b)) for a, pa, wa in zip(score, positive, w) if pa for b, pb, wb in zip(score, positive, w) if not pb]
+    pairs = [
+        (wa * wb, (a > b) + 0.5 * (a == b))
+        for a, pa, wa in zip(score, positive, w)
+        if pa
+        for b, pb, wb in zip(score, positive, w)
+        if not pb
+    ]
     total = sum(weight for weight, _ in pairs)
-    assert np.isnan(got) if total == 0 else got == pytest.approx(sum(weight * won for weight, won in pairs) / total)
+    assert (
+        np.isnan(got)
+        if total == 0
+        else got == pytest.approx(sum(weight * won for weight, won in pairs) / total)
+    )
+
+
+def mean_dcg(gain, score, k):
+    """DCG@k over all orders of equal scores, by trying them all."""
+    found = []
+    for order in itertools.permutations(range(len(gain))):
+        if all(score[a] >= score[b] for a, b in itertools.pairwise(order)):
+            found.append(sum(gain[row] / np.log2(place + 2) for place, row in enumerate(order[:k])))
+    return np.mean(found)
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
 @pytest.mark.parametrize("seed", range(5))
-def test_ndcg_equals_scikit_learn(seed, k):
-    """scikit-learn takes gains as they are and, like ours, gives equal scores their mean gain."""
+def test_ndcg_is_the_mean_over_the_orders_of_equal_scores(seed, k):
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(2, 60))
-    y, score = rng.integers(1, 6, n), rng.integers(0, 4, n) if seed % 2 else rng.normal(size=n)
-    gain = np.array([0, 1, 3, 7, 15])[y - 1]
-    assert evaluate.ndcg(y, score, k) == pytest.approx(ndcg_score([gain], [score], k=k), abs=1e-12)
+    n = int(rng.integers(2, 7))
+    y, score = rng.integers(1, 6, n), rng.integers(0, 3, n)
+    gain = [0, 1, 3, 7, 15]
+    gain = [gain[level - 1] for level in y]
+    expected = mean_dcg(gain, score, k) / mean_dcg(gain, gain, k)
+    assert evaluate.ndcg(y, score, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_ndcg_by_hand():
-    assert evaluate.ndcg(np.array([5, 1, 3]), np.array([3.0, 2.0, 1.0])) == pytest.approx((15 + 3 / 2) / (15 + 3 / np.log2(3)))
+    expected = (15 + 3 / 2) / (15 + 3 / np.log2(3))
+    assert evaluate.ndcg(np.array([5, 1, 3]), np.array([3.0, 2.0, 1.0])) == pytest.approx(expected)
     assert np.isnan(evaluate.ndcg(np.array([1, 1]), np.array([2.0, 1.0])))  # no gain to be had
     assert evaluate.ndcg(np.array([4]), np.array([0.0])) == 1
     assert evaluate.ndcg(np.array([1] * 20 + [5]), -np.arange(21.0)) == 0  # place 21 is not counted
@@ -69,9 +96,11 @@ def test_ece_by_hand():
     """Bins of 1/15. Two rows in the bin of 0.9, one right; one row at 0.5, right; one at 1.0, right."""
     p = np.array([[0.9, 0.1, 0, 0, 0], [0.91, 0.09, 0, 0, 0], [0.5, 0.3, 0.2, 0, 0], [0, 0, 0, 0, 1.0]])
     y = np.array([1, 2, 1, 5])
-    assert evaluate.ece(y, p, np.ones(4)) == pytest.approx((2 * abs((0.9 + 0.91) / 2 - 0.5) + abs(0.5 - 1) + 0) / 4)
+    expected = (2 * abs((0.9 + 0.91) / 2 - 0.5) + abs(0.5 - 1) + 0) / 4
+    assert evaluate.ece(y, p, np.ones(4)) == pytest.approx(expected)
     assert evaluate.ece(y, p, np.array([1.0, 0, 0, 1])) == pytest.approx((abs(0.9 - 1) + 0) / 2)
-    apart = np.array([[0.35, 0.65, 0, 0, 0], [0.25, 0.75, 0, 0, 0]])  # bins 9 and 11: errors of either sign do not cancel
+    # Bins 9 and 11: errors of either sign do not cancel
+    apart = np.array([[0.35, 0.65, 0, 0, 0], [0.25, 0.75, 0, 0, 0]])
     assert evaluate.ece(np.array([2, 1]), apart, np.ones(2)) == pytest.approx((0.35 + 0.75) / 2)
 
 
@@ -79,32 +108,46 @@ def test_ece_by_hand():
 def test_kl_equals_scipy_and_torch(seed):
     _, p, w = example(seed)
     teacher = np.random.default_rng(seed + 9).dirichlet(np.ones(5), len(p))
-    assert evaluate.kl(teacher, p, np.ones(len(p))) == pytest.approx(torch.nn.functional.kl_div(torch.from_numpy(p).log(), torch.from_numpy(teacher), reduction="batchmean").item())
+    expected = kl_div(torch.from_numpy(p).log(), torch.from_numpy(teacher), reduction="batchmean").item()
+    assert evaluate.kl(teacher, p, np.ones(len(p))) == pytest.approx(expected)
     assert evaluate.kl(teacher, p, w) == pytest.approx((rel_entr(teacher, p).sum(1) * w).sum() / w.sum())
     assert evaluate.kl(p, p, w) == pytest.approx(0, abs=1e-9)
     assert np.isfinite(evaluate.kl(np.eye(5)[:2], np.eye(5)[1:3], np.ones(2)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Intervals
+
+
+def with_intervals(y, p, score, query, resamples, seed, teacher=None):
+    """{metric: Interval} of one system."""
+    value, drawn = evaluate.Measured(y, p, score, query, teacher).bootstrap(resamples, seed)
+    return {metric: evaluate.interval(value[metric], drawn[metric]) for metric in value}
 
 
 def sample(seed=0, queries=30, rows=8):
     y, p, _ = example(seed, queries * rows)
-    return y, p, evaluate.expected_level(p), np.random.default_rng(seed).permutation(np.repeat(np.arange(queries) * 7, rows))
+    return (
+        y,
+        p,
+        evaluate.expected_level(p),
+        np.random.default_rng(seed).permutation(np.repeat(np.arange(queries) * 7, rows)),
+    )
 
 
 def test_interval_holds_the_value_and_depends_on_the_seed_alone():
     y, p, score, query = sample()
     teacher = np.random.default_rng(1).dirichlet(np.ones(5), len(y))
-    one = evaluate.with_intervals(y, p, score, query, 200, 3, teacher)
-    assert list(one) == list(evaluate.METRICS)
+    one = with_intervals(y, p, score, query, 200, 3, teacher)
+    assert list(one) == list(report.METRICS)
     for m in one.values():
-        assert m["low"] < m["value"] < m["high"]
-    assert one == evaluate.with_intervals(y, p, score, query, 200, 3, teacher)
-    assert one != evaluate.with_intervals(y, p, score, query, 200, 4, teacher)
+        assert m.low < m.value < m.high
+    assert one == with_intervals(y, p, score, query, 200, 3, teacher)
+    assert one != with_intervals(y, p, score, query, 200, 4, teacher)
     shuffled = np.random.default_rng(5).permutation(len(y))
-    again = evaluate.with_intervals(y[shuffled], p[shuffled], score[shuffled], query[shuffled], 200, 3, teacher[shuffled])
+    again = with_intervals(
+        y[shuffled], p[shuffled], score[shuffled], query[shuffled], 200, 3, teacher[shuffled]
+    )
     for name, m in one.items():
         assert again[name] == pytest.approx(m, abs=2e-6)
 
@@ -112,10 +155,10 @@ def test_interval_holds_the_value_and_depends_on_the_seed_alone():
 def test_interval_of_a_constant_is_that_constant():
     y = np.tile([5, 1, 3], 20)
     p, query = np.eye(5)[y - 1], np.repeat(np.arange(20), 3)  # always right
-    out = evaluate.with_intervals(y, p, y.astype(float), query, 50, 0)
+    out = with_intervals(y, p, y.astype(float), query, 50, 0)
     for name in ("accuracy", "within_one", "auroc_3", "auroc_4", "auroc_5", "ndcg_20"):
-        assert out[name] == {"value": 1, "low": 1, "high": 1}
-    assert out["ece"] == {"value": 0, "low": 0, "high": 0}
+        assert out[name] == (1, 1, 1)
+    assert out["ece"] == (0, 0, 0)
 
 
 def test_interval_is_wider_over_queries_than_over_rows():
@@ -124,10 +167,13 @@ def test_interval_is_wider_over_queries_than_over_rows():
     right = np.repeat(rng.random(40) < 0.5, 25)
     y, query = np.ones(1000, int), np.repeat(np.arange(40), 25)
     p = np.where(right[:, None], np.eye(5)[0], np.eye(5)[1])
-    width = {name: evaluate.with_intervals(y, p, np.zeros(1000), q, 400, 0)["accuracy"] for name, q in (("queries", query), ("rows", np.arange(1000)))}
-    wide, narrow = (width[n]["high"] - width[n]["low"] for n in ("queries", "rows"))
-    assert wide == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.2)  # the normal approximation for 40 draws
-    assert narrow == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 1000), rel=0.2)
+    width = []
+    for unit in (query, np.arange(1000)):
+        m = with_intervals(y, p, np.zeros(1000), unit, 400, 0)["accuracy"]
+        width.append(m.high - m.low)
+    # The normal approximation, for 40 and for 1,000 draws
+    assert width[0] == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.2)
+    assert width[1] == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 1000), rel=0.2)
 
 
 def test_weights_are_repeated_rows():
@@ -135,21 +181,24 @@ def test_weights_are_repeated_rows():
     query = np.repeat(np.arange(12), 5)
     weight = np.random.default_rng(0).integers(0, 3, 12).astype(float)
     score = evaluate.expected_level(p)
-    query_ndcg = np.array([evaluate.ndcg(y[query == q], score[query == q]) for q in range(12)])
-    ranks = lambda p: {k: evaluate.ranked(p[:, k - 1:].sum(1)) for k in (3, 4, 5)}
-    weighted = evaluate.all_metrics(y, p, ranks(p), weight[query], query_ndcg, weight, p[::-1])
-    times = np.concatenate([np.tile(np.flatnonzero(query == q), int(weight[q])) for q in range(12)])
-    repeated = evaluate.all_metrics(y[times], p[times], ranks(p[times]), np.ones(len(times)), np.repeat(query_ndcg, weight.astype(int)), np.ones(int(weight.sum())), p[::-1][times])
-    assert weighted == pytest.approx(repeated)
+    weighted = evaluate.Measured(y, p, score, query, p[::-1]).metrics(weight)
+    rows, copy = [], []  # each query's rows as often as its weight says, each time as another query
+    for number in range(12):
+        for again in range(int(weight[number])):
+            rows.append(np.flatnonzero(query == number))
+            copy.append(np.full(5, 12 * again + number))
+    rows, copy = np.concatenate(rows), np.concatenate(copy)
+    repeated = evaluate.Measured(y[rows], p[rows], score[rows], copy, p[::-1][rows])
+    assert weighted == pytest.approx(repeated.metrics(np.ones(int(weight.sum()))))
 
 
 def test_a_metric_that_does_not_exist_is_none():
-    out = evaluate.with_intervals(np.array([1, 1]), np.eye(5)[[0, 1]], np.zeros(2), np.array([0, 1]), 20, 0)
-    assert out["auroc_3"] == out["ndcg_20"] == {"value": None, "low": None, "high": None}
-    assert out["accuracy"]["value"] == 0.5
+    out = with_intervals(np.array([1, 1]), np.eye(5)[[0, 1]], np.zeros(2), np.array([0, 1]), 20, 0)
+    assert out["auroc_3"] == out["ndcg_20"] == (None, None, None)
+    assert out["accuracy"].value == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Baselines
 
 
@@ -167,9 +216,13 @@ def test_bm25_system(levels):
     p, score = evaluate.bm25_system(train, train)
     np.testing.assert_allclose(p.sum(1), 1)
     assert (p[:, [k - 1 for k in range(1, 6) if k not in levels]] == 0).all()
-    assert np.corrcoef(evaluate.expected_level(p), label)[0, 1] > 0.9 if len(levels) > 1 else (p[:, 3] == 1).all()
+    if len(levels) > 1:
+        assert np.corrcoef(evaluate.expected_level(p), label)[0, 1] > 0.9
+    else:
+        assert (p[:, 3] == 1).all()
     np.testing.assert_array_equal(score, train["bm25"])
 
 
 def test_expected_level():
-    assert evaluate.expected_level(np.array([[0, 0, 0, 0.5, 0.5], [1, 0, 0, 0, 0]], np.float32)).tolist() == [4.5, 1]
+    p = np.array([[0, 0, 0, 0.5, 0.5], [1, 0, 0, 0, 0]], np.float32)
+    assert evaluate.expected_level(p).tolist() == [4.5, 1]

@@ -6,8 +6,10 @@ import re
 import nbformat
 import pytest
 from finished_run import finished_run
-from helpers import ROOT, stage
+from helpers import ROOT
 from nbclient import NotebookClient
+
+from runs.comparison import compare
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -18,9 +20,11 @@ def finished(features, models):
 
 
 def execute(name):
-    """Runs every cell in a fresh kernel, in the notebook's folder. Fails on the first error; returns the executed notebook."""
+    """Runs every cell in a fresh kernel, in the notebook's folder. Fails on the first error; returns the
+    executed notebook."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    where = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     return notebook
 
 
@@ -32,24 +36,33 @@ def test_walkthrough(finished, toy, monkeypatch):
     monkeypatch.setenv("WALKTHROUGH_RUN", str(finished))
     monkeypatch.setenv("WALKTHROUGH_DATA", str(toy))
     text = printed(execute("walkthrough.ipynb"))
-    accuracy = json.loads((finished / "report" / "metrics.json").read_text())["systems"]["student"]["overall"]["accuracy"]["value"]
+    accuracy = json.loads((finished / "report" / "metrics.json").read_text())["systems"]["student"][
+        "overall"
+    ]["accuracy"]["value"]
     assert f"student                accuracy {accuracy:.3f}" in text  # it is this run that it shows
     assert "[12, 40, 8]" in text
 
 
 def test_paper_findings(finished, tmp_path, monkeypatch):
-    title, into = finished.parent / "title", tmp_path / "findings"
-    for finding, arms in (("a", [f"BERT={title}", f"T5={title}", f"DeBERTa={finished}", f"Llama={finished},{title}"]),
-                          ("b", [f"human={finished}:student_human_labels", f"200={finished}:student_200", f"all={finished}:student"]),
-                          ("c", [f"teacher={finished}", f"student={finished}:student", f"fewer={finished}:student_200", f"home={finished}:student_200"]),
-                          ("d", [f"title={title}", f"+ description={title}", f"+ caption={finished}"])):
-        stage("05").main(["--compare", *arms, "--into", str(into), "--finding", finding, "--resamples", "50"])
+    into, own, title = tmp_path / "findings", (finished, "teacher"), (finished.parent / "title", "teacher")
+    all_rows, fewer = (finished, "student"), (finished, "student_200")
+    by_finding = {
+        "a": {"BERT": [title], "T5": [title], "DeBERTa": [own], "Llama": [own, title]},
+        "b": {"human": [(finished, "student_human_labels")], "200": [fewer], "all": [all_rows]},
+        "c": {"teacher": [own], "student": [all_rows], "fewer": [fewer], "home": [fewer]},
+        "d": {"title": [title], "+ description": [title], "+ caption": [own]},
+    }
+    for key, conditions in by_finding.items():
+        compare(key, conditions, into, resamples=50)
     monkeypatch.setenv("FINDINGS", str(into))
     notebook = execute("paper_findings.ipynb")
     summary = "".join(notebook.cells[-2].outputs[0]["data"]["text/markdown"])
     assert len(re.findall(r"\| \*\*(yes|no)\*\* \|", summary)) == 6
-    # Verdicts come from the intervals: arms that are one and the same run differ by nothing, clearly.
-    assert "title -> + description: +0.0 [+0.0, +0.0] points; difference clear of 0: no; disjoint intervals: no" in printed(notebook)
+    # Verdicts come from the intervals: conditions that are one and the same run differ by nothing, clearly.
+    same = (
+        "title -> + description: +0.0 [+0.0, +0.0] points; difference clear of 0: no; disjoint intervals: no"
+    )
+    assert same in printed(notebook)
 
 
 @pytest.mark.parametrize("name", ["walkthrough.ipynb", "paper_findings.ipynb"])
@@ -57,10 +70,31 @@ def test_committed_with_outputs(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # run once, top to bottom
+    assert [cell.execution_count for cell in cells] == list(
+        range(1, len(cells) + 1)
+    )  # run once, top to bottom
     outputs = [o for cell in cells for o in cell.outputs]
-    assert sum(o.output_type in ("display_data", "execute_result") and any(k.startswith("image/") for k in o.data) for o in outputs) >= 4
+    assert (
+        sum(
+            o.output_type in ("display_data", "execute_result")
+            and any(k.startswith("image/") for k in o.data)
+            for o in outputs
+        )
+        >= 4
+    )
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    text = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) + str(o.get("data", {}).get("text/markdown", "")) for o in outputs)
-    assert not re.search(r"(/home/|/root/|/tmp/|/Users/|/work/|[A-Z]:\\)", text), "an absolute path in an output"
+    text = ""
+    for o in outputs:
+        data = o.get("data", {})
+        text += f"{o.get('text', '')}{data.get('text/plain', '')}{data.get('text/markdown', '')}"
+    assert not re.search(r"(/home/|/root/|/tmp/|/Users/|/work/|[A-Z]:\\)", text), (
+        "an absolute path in an output"
+    )
     assert (NOTEBOOKS / name).stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("name", ["walkthrough.ipynb", "paper_findings.ipynb"])
+def test_source_is_at_most_110_wide(name):
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert [line for source in code for line in source.splitlines() if len(line) > 110] == []

@@ -1,0 +1,256 @@
+"""The paper's four findings, as experiments on a run directory that has been through the five stages.
+
+    python -m runs.findings [--run RUN]     into RUN/../findings: findings.md, findings.json, finding_a.png …
+
+(a) teachers BERT, T5, DeBERTa, Llama       (b) students on more and more impressions, beside the student on
+human labels alone      (c) teacher and student by language, the student also without impressions in other
+languages       (d) the teacher's pin text, source by source
+
+A condition is trained with several seeds; RUN itself stands for the first seed of those that equal it. Every
+experiment borrows RUN's (or MORE's) features by a symbolic link. Killed or run again, it continues: finished
+stages say so and do nothing. The toy takes half an hour on two CPU cores.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from common import FIELDS
+from runs.comparison import compare
+from runs.stage import ROOT, Count, Size, Stop, parse, read_json, run_main
+
+TOY_RUN, TOY_MODELS = ROOT / "outputs" / "toy", ROOT / "data" / "toy_models"
+STAGES = {stage[:2]: ROOT / stage for stage in ("02_train_teacher.py", "03_label.py", "04_train_student.py")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiments are told."""
+
+    run: Path = TOY_RUN  # a run that has been through the five stages
+    into: Path | None = None  # experiments and results (default: findings, beside RUN)
+    more: Path | None = None  # run for (b): the same human labels, more impressions (default: RUN)
+    models: tuple[str, ...] = tuple(
+        f"{name}={TOY_MODELS / name.lower()}" for name in ("BERT", "T5", "DeBERTa")
+    )  # teachers of (a) beside RUN's own: NAME=FOLDER or NAME=HUB-ID
+    run_teacher: str = "Llama"  # what RUN's own teacher is called in (a)
+    fields: tuple[str, ...] = ("caption", "title+description", "links", "boards", "queries")
+    # pin text of (d) in the order it is added, here the paper's; RUN's teacher must have read all of it
+    home_language: str = "en"  # language of the human training labels
+    seeds: tuple[Size, ...] = (0, 1, 2)  # of students
+    teacher_seeds: tuple[Size, ...] = ()  # of teachers (default: the same)
+    teacher_flags: str = ""  # further flags of 02: those that RUN was made with
+    student_flags: str = ""  # further flags of 04: those that RUN was made with
+    jobs: Count = 2  # experiments at a time; 1 where there is a GPU
+    resamples: Count = 1_000  # bootstrap resamples of queries and seeds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Experiments: noted first, then worked off, some at a time. A trained system is a pair (run, "teacher") or
+# (run, name of a student's folder); a condition is a label and its systems, one a seed.
+
+
+class Experiments:
+    """Teachers and students to be trained in folders below INTO."""
+
+    def __init__(self, settings):
+        self.settings, self.noted = settings, {}  # name -> command lines of stages
+        self.seeds = settings.seeds
+        self.teacher_seeds = settings.teacher_seeds or settings.seeds
+
+    def link(self, folder, run, *names):
+        """INTO/folder, with links to some folders of a run."""
+        target = self.settings.into / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if not (target / name).exists():
+                (target / name).symlink_to((run / name).resolve())
+        return target
+
+    def teachers(self, name, *flags, run_is_first=False):
+        """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows."""
+        systems = []
+        for seed in self.teacher_seeds:
+            if run_is_first and seed == self.teacher_seeds[0]:
+                systems.append((self.settings.run, "teacher"))
+                continue
+            folder = self.link(f"{name}_{seed}", self.settings.run, "features")
+            own = shlex.split(self.settings.teacher_flags)
+            self.noted[folder.name] = (
+                ["02", "--run", folder, "--seed", seed, *flags, *own],
+                ["03", "--run", folder, "--only-labelled"],
+            )
+            systems.append((folder, "teacher"))
+        return systems
+
+    def students(self, run, name, *flags, first=None):
+        """A student of each seed on a run's soft labels; `first` stands for that of the first seed."""
+        folder = self.link("students" if run == self.settings.run else "more", run, "features", "labels")
+        systems = []
+        for seed in self.seeds:
+            if first and seed == self.seeds[0]:
+                systems.append(first)
+                continue
+            student, own = f"{name}_{seed}", shlex.split(self.settings.student_flags)
+            command = ["04", "--run", folder, "--name", student, "--seed", seed, *flags, *own]
+            self.noted[f"{folder.name}_{student}"] = (command,)
+            systems.append((folder, student))
+        return systems
+
+    def work(self):
+        """Trains all that was noted, JOBS at a time; each has its log in INTO/logs."""
+        jobs = self.settings.jobs
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)
+        print(f"{len(self.noted)} experiments, {jobs} at a time, {threads} threads each")
+        with ThreadPoolExecutor(jobs) as pool:
+            running = [pool.submit(self.train, name, str(threads)) for name in self.noted]
+            for experiment in running:
+                try:
+                    experiment.result()
+                except Stop:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        self.noted = {}
+
+    def train(self, name, threads):
+        """Runs the stages of one experiment."""
+        log = self.settings.into / "logs" / f"{name}.txt"
+        log.parent.mkdir(exist_ok=True)
+        start, environment = time.time(), {**os.environ, "OMP_NUM_THREADS": threads}
+        with open(log, "w") as out:
+            for number, *flags in self.noted[name]:
+                command = [sys.executable, str(STAGES[number]), *map(str, flags)]
+                done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+                if done.returncode:
+                    out.flush()
+                    raise Stop(f"{name} failed ({log}): {log.read_text().strip().splitlines()[-1]}")
+        print(f"  {name}: {time.time() - start:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The conditions of each finding: {label: systems}
+
+
+def teacher_conditions(experiments):
+    """(a): models; (d): sources of text. And RUN's own teacher."""
+    settings = experiments.settings
+    model = read_json(settings.run / "teacher" / "teacher.json")["model"]
+    own = experiments.teachers(f"teacher_{settings.run_teacher}", "--model", model, run_is_first=True)
+    models = {}
+    for entry in settings.models:
+        name, _, place = entry.partition("=")
+        models[name] = experiments.teachers(f"teacher_{name}", "--model", place)
+    models[settings.run_teacher] = own
+    sources, read = {}, set()
+    for group in settings.fields:
+        read |= set(group.split("+"))
+        label = f"+ {group}" if sources else group
+        fields = [field for field in FIELDS if field in read]
+        name = f"fields_to_{group.replace('+', '_')}"
+        last = group == settings.fields[-1]
+        flags = ("--model", model, "--fields", *fields)
+        sources[label] = own if last else experiments.teachers(name, *flags)
+    return own, models, sources
+
+
+def student_conditions(experiments, own_teachers):
+    """(b): growing numbers of impressions; (c): languages.
+
+    All students take as many optimizer steps as RUN's: at equal epochs the small sets would be trained too
+    little, and the curve would show that instead."""
+    settings = experiments.settings
+    run, more, home = settings.run, settings.more, settings.home_language
+    made = read_json(run / "student" / "stage.json")
+    human = read_json(run / "student_human_labels" / "stage.json")["rows"]["train"]
+    features = read_json(more / "features" / "stage.json")["rows"]
+
+    def epochs(rows):
+        return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
+
+    own = experiments.students(run, "student_all", first=(run, "student"))
+    amounts = {"student on human labels": experiments.students(
+        run, "student_human", "--labels", "human", *epochs(human))}  # fmt: skip
+    for n in sizes(features["labelled_train"], features["impressions"]):
+        flags = ("--rows", n, *epochs(n))
+        amounts[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
+    amounts["all impressions"] = own
+    if more != run:
+        flags = epochs(features["impressions"])
+        amounts["all impressions"] = experiments.students(more, "student_all", *flags)
+    steps = epochs(impressions_in(run / "features", home))
+    alone = experiments.students(run, "student_home", "--languages", home, *steps)
+    experiments.work()
+    # As few rows as in the home language alone, of all languages: tells fewer rows from fewer languages.
+    rows = read_json(alone[0][0] / alone[0][1] / "stage.json")["rows"]["train"]
+    fewer = experiments.students(run, "student_fewer", "--rows", rows, *steps)
+    experiments.work()
+    languages = {"teacher": own_teachers, "student": own, "student, fewer impressions": fewer}
+    return amounts, {**languages, f"student, fewer, {home} only": alone}
+
+
+def sizes(human, impressions):
+    """1, 3, 10, 30, 100 times the human set, as far as the impressions go; a tenth of them where that is not
+    even ten times."""
+    found = {times * human for times in (1, 3, 10, 30, 100) if times * human < 0.9 * impressions}
+    if 10 * human >= 0.9 * impressions:
+        found.add(impressions // 10)
+    return sorted(found)
+
+
+def impressions_in(features, language):
+    """Number of impressions of queries in a language."""
+    is_home = pc.equal(pq.read_table(features / "queries.parquet")["language"], language)
+    count = 0
+    for path in sorted((features / "impressions").glob("part-*.parquet")):
+        query = pq.read_table(path, columns=["query_index"])["query_index"]
+        count += pc.sum(is_home.take(query)).as_py() or 0
+    return count
+
+
+def toy_with_more():
+    """The toy world with 120,000 impressions, which the toy run's six a human label do not reach."""
+    data, run = ROOT / "data" / "toy_more", TOY_RUN.with_name("toy_more")
+    for command in (
+        ["data/make_toy.py", "--impressions", "120000", "--out", data],
+        ["01_build_features.py", "--run", run, "--data", data],
+        ["02_train_teacher.py", "--run", run],
+        ["03_label.py", "--run", run],
+    ):
+        script, *flags = command
+        subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True)
+    return run
+
+
+def main(argv=None):
+    # 1. The run
+    settings = parse({"toy": Settings()}, argv, __doc__)
+    for stage in ("features", "teacher", "labels", "student_human_labels", "student"):
+        if not (settings.run / stage / "stage.json").exists():
+            raise Stop(f"{settings.run / stage}: missing; take {settings.run} through the five stages first")
+    is_toy = settings.run.resolve() == TOY_RUN.resolve()
+    more = settings.more or (toy_with_more() if is_toy else settings.run)
+    into = settings.into or settings.run.parent / "findings"
+    settings = replace(settings, more=more, into=into)
+    into.mkdir(parents=True, exist_ok=True)
+
+    # 2. Experiments
+    experiments = Experiments(settings)
+    own, models, sources = teacher_conditions(experiments)
+    amounts, languages = student_conditions(experiments, own)
+
+    # 3. The four comparisons
+    for key, conditions in (("a", models), ("b", amounts), ("c", languages), ("d", sources)):
+        compare(key, conditions, into, settings.resamples)
+    print((into / "findings.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,245 @@
+"""runs/comparison.py, runs/findings.py and 03_label.py --only-labelled, on a tiny finished run."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from finished_run import finished_run
+from helpers import mark_finished, stage, stop_line
+
+from runs import comparison, findings
+from runs.stage import read_json, write_parquet
+
+
+@pytest.fixture
+def finished(features, models):
+    return finished_run(features, models["llama"])
+
+
+def compare(into, key, conditions, resamples=50):
+    """{label: [(run, system), …]} -> the finding's entry in findings.json."""
+    comparison.compare(key, conditions, into, resamples)
+    return read_json(into / "findings.json")[key]
+
+
+def value_of(entry, condition, **which):
+    """A metric's value, low and high."""
+    m = comparison.find(entry["table"], condition=condition, **which)
+    return {"value": m.value, "low": m.low, "high": m.high}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The comparison
+
+
+def test_one_seed_conditions_have_the_reports_figures(finished, tmp_path):
+    """Value and interval of a condition of one seed are those that stage 05 reports, overall and by
+    language."""
+    names = {"human": "student_human_labels", "all": "student", "teacher": "teacher"}
+    entry = compare(tmp_path, "b", {label: [(finished, name)] for label, name in names.items()})
+    systems = read_json(finished / "report" / "metrics.json")["systems"]
+    for label, name in names.items():
+        for metric in ("accuracy", "auroc_4", "ndcg_20"):
+            assert value_of(entry, label, metric=metric) == systems[name]["overall"][metric]
+            for language in ("en", "de", "es", "fr"):
+                expected = systems[name]["by_language"][language][metric]
+                assert value_of(entry, label, metric=metric, language=language) == expected
+    about = entry["conditions"].values()
+    assert [made["training_rows"] is None for made in about] == [False, False, True]
+    assert [made["learnt_from"] for made in about] == ["human labels", "teacher labels", "human labels"]
+
+
+def test_seeds_are_averaged_and_widen_the_interval():
+    rng = np.random.default_rng(0)
+    y, query = rng.integers(1, 6, 200), np.repeat(np.arange(20), 10)
+
+    def system(p):
+        score = comparison.evaluate.expected_level(p)
+        return comparison.System({"label": y, "query_index": query}, [], p, score, {})
+
+    right, wrong, every = system(np.eye(5)[y - 1]), system(np.eye(5)[y % 5]), np.ones(200, bool)
+    value, drawn, seeds = comparison.measure_condition([right, wrong], every, 400, 0)["accuracy"]
+    interval = comparison.evaluate.interval(value, drawn)
+    assert interval == (0.5, 0, 1) and seeds == [1, 0]  # a resample may draw one seed twice
+    value, drawn, seeds = comparison.measure_condition([right] * 3, every, 400, 0)["accuracy"]
+    assert comparison.evaluate.interval(value, drawn) == (1, 1, 1) and seeds == [1, 1, 1]
+
+
+def test_differences_are_paired(finished, tmp_path):
+    """Two conditions of the same run differ by exactly 0 in every resample, though each interval is wide."""
+    one, title = [(finished, "teacher")], [(finished.parent / "title", "teacher")]
+    entry = compare(tmp_path, "d", {"one": one, "two": one, "title": title})
+    same = comparison.find(entry["differences"], condition="two", minus="one", metric="accuracy")
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    a, b = (value_of(entry, label, metric="accuracy") for label in ("title", "one"))
+    assert b["low"] < b["high"]
+    other = comparison.find(entry["differences"], condition="title", minus="one", metric="accuracy")
+    assert other.value == pytest.approx(a["value"] - b["value"], abs=2e-6)
+    kept = value_of(entry, "one", metric="accuracy_kept", language="de")["value"]
+    de, en = (value_of(entry, "one", metric="accuracy", language=tag)["value"] for tag in ("de", "en"))
+    assert kept == pytest.approx(de / en, abs=1e-5)
+
+
+def test_findings_are_gathered_and_not_made_twice(finished, tmp_path, capsys):
+    title, all_fields = (finished.parent / "title", "teacher"), (finished, "teacher")
+    compare(tmp_path, "d", {"title": [title], "six fields": [all_fields]})
+    compare(tmp_path, "a", {"BERT": [title, title], "Llama": [all_fields]})
+    found = read_json(tmp_path / "findings.json")
+    assert list(found) == ["a", "d"]
+    assert str(finished.parent) not in (tmp_path / "findings.json").read_text()  # relative to the folder
+    seeds = comparison.find(found["a"]["table"], condition="BERT", metric="accuracy").seeds
+    assert len(seeds) == 2
+    text = (tmp_path / "findings.md").read_text()
+    assert "| 53.5 |" in text and "| 60.2 |" in text and "## (d)" in text
+    assert (tmp_path / "finding_a.png").stat().st_size > 1000
+    capsys.readouterr()
+    compare(tmp_path, "a", {"BERT": [title, title], "Llama": [all_fields]})
+    assert "nothing to do" in capsys.readouterr().out
+    compare(tmp_path, "a", {"BERT": [title], "Llama": [all_fields]})
+    assert "nothing to do" not in capsys.readouterr().out
+
+
+def test_a_condition_needs_only_what_it_uses(finished, tmp_path):
+    """A student: the features and its own folder. A teacher: labels/labelled.parquet."""
+    for name in ("student_only", "teacher_only"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "features").symlink_to((finished / "features").resolve())
+    shutil.copytree(finished / "student", tmp_path / "student_only" / "student_x")
+    without = shutil.ignore_patterns("impressions")
+    shutil.copytree(finished / "labels", tmp_path / "teacher_only" / "labels", ignore=without)
+    student, teacher = (tmp_path / "student_only", "student_x"), (tmp_path / "teacher_only", "teacher")
+    entry = compare(tmp_path / "out", "c", {"s": [student], "t": [teacher]})
+    assert list(entry["conditions"]) == ["s", "t"]
+    run = tmp_path / "student_only"
+    line = stop_line(comparison.compare, "a", {"t": [(run, "teacher")]}, tmp_path / "out")
+    assert "03_label.py" in line and str(run / "labels") in line
+
+
+def test_other_evaluation_rows_are_refused(finished, tmp_path):
+    run = tmp_path / "other"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("report", "teacher"))
+    path = run / "features" / "labelled.parquet"
+    table = pq.read_table(path)
+    label = table["label"].to_numpy().copy()
+    first = int(np.flatnonzero(np.array(table["split"].to_pylist()) == "eval")[0])
+    label[first] = label[first] % 5 + 1
+    write_parquet(path, table.set_column(table.column_names.index("label"), "label", pa.array(label)))
+    mark_finished(run / "features", **read_json(run / "features" / "stage.json"))
+    conditions = {"a": [(finished, "teacher")], "b": [(run, "teacher")]}
+    line = stop_line(comparison.compare, "a", conditions, tmp_path)
+    assert str(run) in line and "other evaluation rows" in line
+    assert not (tmp_path / "findings.json").exists()
+
+
+def test_only_labelled(finished, tmp_path):
+    """The human-labelled rows get the labels they get anyway; no student can be trained on them; completing
+    them needs --overwrite."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "features").symlink_to((finished / "features").resolve())
+    shutil.copytree(finished / "teacher", run / "teacher")
+    stage("03").main(["--run", str(run), "--only-labelled", "--device", "cpu"])
+    assert not (run / "labels" / "impressions").exists()
+    made = pq.read_table(run / "labels" / "labelled.parquet")
+    assert made.equals(pq.read_table(finished / "labels" / "labelled.parquet"))
+    about = read_json(run / "labels" / "stage.json")
+    assert about["arguments"]["only_labelled"] is True and about["rows"]["impressions"] == 0
+    line = stop_line(stage("04").main, ["--run", str(run), "--epochs", "1", "--device", "cpu"])
+    assert "--only-labelled" in line and f"python 03_label.py --run {run} --overwrite" in line
+    line = stop_line(stage("03").main, ["--run", str(run), "--device", "cpu"])
+    assert "--only-labelled was True, is False" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The driver
+
+
+@pytest.mark.parametrize("human,impressions,expected", [
+    (6_000, 40_000, [4_000, 6_000, 18_000]),
+    (6_000, 120_000, [6_000, 18_000, 60_000]),
+    (100, 1_000_000, [100, 300, 1_000, 3_000, 10_000]),
+    (1_000, 1_000, [100]),
+])  # fmt: skip
+def test_sizes(human, impressions, expected):
+    assert findings.sizes(human, impressions) == expected
+
+
+def test_impressions_in_a_language(finished):
+    features = finished / "features"
+    languages = pq.read_table(features / "queries.parquet")["language"].to_pylist()
+    query = pq.read_table(features / "impressions", columns=["query_index"])["query_index"].to_pylist()
+    expected = sum(languages[q] == "de" for q in query)
+    assert findings.impressions_in(features, "de") == expected > 0
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stages are not run: notes their command lines and gives their folders a stage.json."""
+    commands = []
+
+    def train(self, name, threads):
+        for number, *flags in self.noted[name]:
+            flags = dict(zip(map(str, flags[::2]), flags[1::2]))
+            commands.append((number, flags))
+            if number == "04":
+                folder = flags["--run"] / flags["--name"]
+                folder.mkdir(exist_ok=True)
+                mark_finished(folder, rows={"train": 77})
+
+    monkeypatch.setattr(findings.Experiments, "train", train)
+    return commands
+
+
+def test_experiments_of_the_paper(finished, tmp_path, trained, monkeypatch):
+    """The paper's order of text sources, no experiment that RUN stands for, equal steps."""
+    compared = {}
+
+    def note(key, conditions, into, resamples):
+        compared[key] = conditions
+        (into / "findings.md").write_text("done")
+
+    monkeypatch.setattr(findings, "compare", note)
+    seeds = ["--seeds", "0", "1", "--teacher-seeds", "5", "6"]
+    findings.main(["--run", str(finished), "--into", str(tmp_path / "out"), *seeds, "--models", "BERT=x"])
+    assert list(compared["d"]) == ["caption", "+ title+description", "+ links", "+ boards", "+ queries"]
+    assert compared["d"]["+ queries"] == compared["a"]["Llama"] == compared["c"]["teacher"]
+    assert compared["a"]["Llama"][0] == (finished, "teacher") and len(compared["a"]["BERT"]) == 2
+    assert compared["c"]["student"][0] == compared["b"]["all impressions"][0] == (finished, "student")
+    teachers = [flags for number, flags in trained if number == "02"]
+    assert len(teachers) == 2 + 1 + 4 * 2  # BERT, RUN's own second seed, four amounts of text
+    assert {flags["--seed"] for flags in teachers} == {5, 6}
+    of_home = [flags for number, flags in trained if flags.get("--languages") == "en"]
+    fewer = [flags for number, flags in trained if flags.get("--name", "").startswith("student_fewer")]
+    assert [flags["--rows"] for flags in fewer] == [77, 77]
+    assert {flags["--epochs"] for flags in of_home} == {flags["--epochs"] for flags in fewer}
+
+
+def test_fields_of_the_experiments(finished, tmp_path, trained):
+    """A teacher reads its fields in the order in which RUN's reads them."""
+    into = tmp_path / "out"
+    settings = findings.Settings(run=finished, into=into, more=finished, models=(), seeds=(0,))
+    experiments = findings.Experiments(settings)
+    findings.teacher_conditions(experiments)
+    flags = {name: list(map(str, commands[0])) for name, commands in experiments.noted.items()}
+    read = flags["fields_to_title_description_0"]
+    assert read[read.index("--fields") + 1 :] == ["title", "description", "caption"]
+
+
+def test_a_failed_experiment_is_named(finished, tmp_path):
+    into = tmp_path / "out"
+    settings = findings.Settings(run=finished, into=into, more=finished, seeds=(0,), student_flags="--lr -1")
+    experiments = findings.Experiments(settings)
+    experiments.students(finished, "student_all")
+    line = stop_line(experiments.work)
+    assert "students_student_all_0" in line and "--lr" in line and "logs" in line
+
+
+def test_bad_runs_and_flags(tmp_path, capsys):
+    line = stop_line(findings.main, ["--run", str(tmp_path)])
+    assert str(tmp_path / "features") in line and "five stages" in line
+    for flags in (["--jobs", "0"], ["--seeds", "a"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as stopped:
+            findings.main(flags)
+        assert stopped.value.code == 2
