@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The five stages on real image searches that people typed, with human ratings: Wikimedia Commons
+# (data/from_commons.py says what it is, where to get it, and its licence).
+#
+#   bash runs/commons.sh SOURCE ENCODER                     a file's name is all that is known of it
+#   bash runs/commons.sh SOURCE ENCODER PICTURES BLIP       with pictures, and a captioner for them
+#
+# SOURCE:   ratedSearchResult_20211207.sql, or a CSV of it
+# ENCODER:  a small pre-trained encoder, as teacher and as text encoder: a folder or a hub id, such as
+#           sentence-transformers/all-MiniLM-L6-v2
+# PICTURES: a folder with pictures under their Commons names
+# BLIP:     a captioner, such as Salesforce/blip-image-captioning-base
+#
+# Hardware: two CPU cores, 4 GB. Time: about a quarter of an hour without pictures; see README.md.
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+USAGE="usage: bash runs/commons.sh SOURCE ENCODER [PICTURES BLIP]"
+SOURCE="$(from_here "${1:?$USAGE}")"; ENCODER="$(from_here "${2:?$USAGE}")"
+RUN="${RUN:-outputs/commons}"
+IMAGES=(); CAPTIONER=()
+if [ -n "${3:-}" ]; then
+    IMAGES=(--images "$(from_here "$3")")
+    CAPTIONER=(--caption-model "$(from_here "${4:?$USAGE}")")
+fi
+
+SECONDS=0
+run python data/from_commons.py "$SOURCE" --out data/commons ${IMAGES[@]+"${IMAGES[@]}"}
+run python 01_build_features.py --preset small --run "$RUN" --data data/commons --text-encoder "$ENCODER" \
+    ${CAPTIONER[@]+"${CAPTIONER[@]}"}
+run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64
+run python 03_label.py --preset small --run "$RUN"
+run python 04_train_student.py --preset small --run "$RUN" --labels human  # human labels alone
+run python 04_train_student.py --preset small --run "$RUN"
+run python 05_evaluate.py --preset small --run "$RUN"
+echo; echo "all: $SECONDS s"

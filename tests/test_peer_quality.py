@@ -1,0 +1,136 @@
+"""benchmarks/peer_quality.py: the same rows for the peer, and paired intervals."""
+
+import importlib.util
+import json
+
+import numpy as np
+import peer_quality
+import pyarrow.parquet as pq
+import pytest
+from helpers import mark_finished, stage, stop_line, synthetic
+
+import common
+from runs.stage import write_json
+
+TRAINED = {
+    "epochs": 1,
+    "batch_size": 8,
+    "encoder_lr": 1e-3,
+    "lr": 1e-2,
+    "warmup": 0.1,
+    "weight_decay": 0.01,
+    "rows": None,
+    "seed": 3,
+}
+
+
+@pytest.fixture
+def labelled_run(tmp_path, models):
+    """Features and labels with random content and the papers of a teacher that read title and links."""
+    synthetic(tmp_path, shards=1)
+    about = {
+        "model": str(models["bert"]),
+        "fields": ["title", "links"],
+        "max_tokens": 32,
+        "kind": "encoder",
+    }
+    write_json(tmp_path / "teacher" / "teacher.json", about)
+    mark_finished(tmp_path / "teacher", arguments=TRAINED)
+    return tmp_path
+
+
+def test_the_peer_gets_the_teachers_rows(labelled_run):
+    run = labelled_run
+    train, _ = stage("05").read_rows(run)
+    learned = peer_quality.teacher_rows(run, train, TRAINED)
+    is_held_out = common.in_hash_split([f"q{i}" for i in train["query_index"]], 0.1, "teacher:3")
+    assert 0 < is_held_out.sum() < len(is_held_out)
+    for name, column in learned.items():
+        assert (column == train[name][~is_held_out]).all()
+    assert len(peer_quality.teacher_rows(run, train, {**TRAINED, "rows": 20})["label"]) == 20
+
+
+def test_settings_are_the_teachers(labelled_run):
+    about = {"max_tokens": 32}
+    args = peer_quality.parse_args(["--run", "x"])
+    found = peer_quality.peer_settings(TRAINED, about, args)
+    assert found["learning_rate"] == 1e-3 and found["seed"] == 3 and found["max_tokens"] == 32
+    args = peer_quality.parse_args(["--run", "x", "--learning-rate", "5e-5", "--seed", "0"])
+    found = peer_quality.peer_settings(TRAINED, about, args)
+    assert found["learning_rate"] == 5e-5 and found["seed"] == 0
+
+
+def test_pair_texts(labelled_run):
+    features = labelled_run / "features"
+    pins = pq.read_table(features / "pins.parquet").to_pydict()
+    pins["title"][2], pins["links"][2], pins["boards"][2] = "red chair", "a shop", "not read"
+    pq.write_table(pq.read_table(features / "pins.parquet").from_pydict(pins), features / "pins.parquet")
+    rows = {"query_index": np.array([5, 0]), "pin_index": np.array([2, 0])}
+    texts = peer_quality.pair_texts(features, ["title", "links"], rows)
+    assert texts == [("text 5", "title: red chair links: a shop"), ("text 0", "")]
+
+
+def test_differences_are_paired():
+    """Two systems that differ on one query alone: the interval of the difference is narrow, though each one's
+    is wide, and it is the difference resample by resample."""
+    rng = np.random.default_rng(0)
+    query = np.repeat(np.arange(40), 6)
+    y = rng.integers(1, 6, len(query))
+    p = rng.dirichlet(np.ones(5), len(query))
+    right = np.eye(5)[y - 1]
+    p[query % 2 == 0] = right[query % 2 == 0]  # every second query: all right
+    better = np.where((query == 1)[:, None], right, p)
+    systems = {"teacher": (better, better @ np.arange(1, 6)), "bm25": (p, p @ np.arange(1, 6))}
+    rows = {"label": y, "query_index": query}
+    values, differences = peer_quality.measure(systems, rows, 200, seed=0)
+    assert {row["system"] for row in differences} == {"teacher − bm25"}  # the others are not there
+    wide = next(row for row in values if (row["system"], row["metric"]) == ("bm25", "accuracy"))
+    found = next(row for row in differences if row["metric"] == "accuracy")
+    expected = ((better.argmax(1) + 1 == y).mean() - (p.argmax(1) + 1 == y).mean()).round(6)
+    assert found["value"] == expected > 0
+    assert found["low"] == 0 and found["high"] < 0.1 < wide["high"] - wide["low"]
+
+
+def test_cosine():
+    """Ranks by the cosine; its probabilities follow the training labels."""
+    train = {"text_cosine": np.linspace(-1, 1, 200), "label": np.repeat([1, 5], 100)}
+    p, score = peer_quality.cosine_system(train, {"text_cosine": np.array([0.9, -0.9, 0.1])})
+    assert (score == [0.9, -0.9, 0.1]).all() and np.allclose(p.sum(1), 1)
+    assert p[0, 4] > 0.9 and p[1, 0] > 0.9 and p[2, 4] > p[2, 0]
+    train["label"] = np.full(200, 3)
+    assert (
+        peer_quality.cosine_system(train, {"text_cosine": np.zeros(2)})[0].tolist() == [[0, 0, 1, 0, 0]] * 2
+    )
+
+
+def test_without_peer(labelled_run, capsys):
+    out = labelled_run / "out.json"
+    argv = ["--run", str(labelled_run), "--without-peer", "--resamples", "20", "--json", str(out)]
+    peer_quality.main(argv)
+    found = json.loads(out.read_text())
+    assert [row["system"] for row in found["systems"][::3]] == ["majority", "bm25", "teacher", "cosine"]
+    assert {row["metric"] for row in found["systems"]} == set(peer_quality.METRICS)
+    assert "| teacher − bm25 | " in capsys.readouterr().out
+
+
+def test_a_decoder_is_no_peer(labelled_run):
+    about = labelled_run / "teacher" / "teacher.json"
+    about.write_text(about.read_text().replace("encoder", "decoder"))
+    assert "--model" in stop_line(peer_quality.main, ["--run", str(labelled_run)])
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec("datasets")),
+    reason="benchmarks/requirements.txt is not installed",
+)
+def test_a_peer_learns(models):
+    """It tells two kinds of pairs apart that share no word."""
+    words = {5: "chair", 1: "lamp"}
+    labels = np.array([5, 1] * 40)
+    pairs = [("red", f"title: {words[label]}") for label in labels]
+    settings = {"max_tokens": 16, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1}
+    settings |= {"weight_decay": 0.01, "seed": 0}
+    encoder = peer_quality.train_peer(str(models["bert"]), pairs, labels, settings)
+    p, score = peer_quality.peer_system(encoder, pairs)
+    assert np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) + 1 == labels).all()
+    assert score[labels == 5].min() > score[labels == 1].max()
