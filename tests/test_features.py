@@ -2,13 +2,13 @@
 
 import csv
 import datetime
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import TOY_MODELS, own_embeddings, small_dataset, stage, stop_line, write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,40 +17,58 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoTokenizer, BertModel
 
 import common
-from helpers import TOY_MODELS, own_embeddings, small_dataset, stage, stop_line, write_dataset
+from data.tables import RawTables
+from runs.stage import read_json
 
 build = stage("01")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokens
 
 
-@pytest.mark.parametrize("text,tokens", [
-    ("", []),
-    (" \t\n!?…", []),
-    ("Red CHAIR, 2-seat", ["red", "chair", "2", "seat"]),
-    ("snake_case", ["snake", "case"]),
-    ("STRASSE Straße", ["strasse", "strasse"]),  # case-folded, not lower-cased
-    ("ΣΊΣΥΦΟΣ", ["σίσυφοσ"]),
-    ("café", ["café"]),
-    ("cafe\u0301", ["café"]),  # the accent as a character of its own
-    ("ＡＢＣ１２", ["abc12"]),  # full width
-    ("١٢٣ 456", ["١٢٣", "456"]),
-    ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs are combining marks: they do not cut the word
-    ("كُرْسِي أحمر", ["كُرْسِي", "أحمر"]),
-    ("椅", ["椅"]),
-    ("椅子", ["椅子"]),
-    ("红色椅子", ["红色", "色椅", "椅子"]),
-    ("おしゃれ", ["おし", "しゃ", "ゃれ"]),
-    ("コーヒー", ["コー", "ーヒ", "ヒー"]),  # the long-vowel mark belongs to the run
-    ("เก้าอี้", ["เก", "ก้", "้า", "าอ", "อี", "ี้"]),
-    ("ikea椅子 new", ["ikea", "椅子", "new"]),
-    ("chair🪑red", ["chair", "red"]),
-    ("의자 빨강", ["의자", "빨강"]),  # Korean is written with spaces
-])
+@pytest.mark.parametrize(
+    "text,tokens",
+    [
+        ("", []),
+        (" \t\n!?…", []),
+        ("Red CHAIR, 2-seat", ["red", "chair", "2", "seat"]),
+        ("snake_case", ["snake", "case"]),
+        ("STRASSE Straße", ["strasse", "strasse"]),  # case-folded, not lower-cased
+        ("ΣΊΣΥΦΟΣ", ["σίσυφοσ"]),
+        ("café", ["café"]),
+        ("cafe\u0301", ["café"]),  # the accent as a character of its own
+        ("ＡＢＣ１２", ["abc12"]),  # full width
+        ("١٢٣ 456", ["١٢٣", "456"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs are combining marks: they do not cut the word
+        ("كُرْسِي أحمر", ["كُرْسِي", "أحمر"]),
+        ("椅", ["椅"]),
+        ("椅子", ["椅子"]),
+        ("红色椅子", ["红色", "色椅", "椅子"]),
+        ("おしゃれ", ["おし", "しゃ", "ゃれ"]),
+        ("コーヒー", ["コー", "ーヒ", "ヒー"]),  # the long-vowel mark belongs to the run
+        ("เก้าอี้", ["เก", "ก้", "้า", "าอ", "อี", "ี้"]),
+        ("ikea椅子 new", ["ikea", "椅子", "new"]),
+        ("chair🪑red", ["chair", "red"]),
+        ("의자 빨강", ["의자", "빨강"]),  # Korean is written with spaces
+    ],
+)
 def test_tokenize(text, tokens):
-    assert build.tokenize(text) == tokens
+    assert build.tokenize(text, characters=False) == tokens
+
+
+@pytest.mark.parametrize(
+    "text,more",
+    [
+        ("red chair", []),
+        ("椅", []),
+        ("椅子", ["椅", "子"]),
+        ("黒猫の椅子", ["黒", "猫", "の", "椅", "子"]),
+        ("เก้า", ["เ", "ก", "า"]),  # a tone mark is no character of its own
+    ],
+)
+def test_single_characters_beside_the_bigrams(text, more):
+    assert build.tokenize(text) == build.tokenize(text, characters=False) + more
 
 
 @given(st.text(max_size=40))
@@ -61,17 +79,24 @@ def test_tokens_are_case_folded_and_of_letters_and_digits(text):
     assert build.tokenize(text + " x") == build.tokenize(text) + ["x"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the logs say of a pin
 
 
+def number_rows(raw):
+    raw.number_rows("pins", "pin", reserved=common.FIELDS)
+    raw.number_rows("queries", "query", reserved=())
+
+
 def logs(tmp_path, as_of=None, k=3, **tables):
-    """text_from_logs on the small dataset with other logs -> {pin: text} for queries, boards and links, and as_of."""
-    raw = common.RawTables(write_dataset(tmp_path / "data", small_dataset() | tables), spill=tmp_path / "spill")
+    """text_from_logs on the small dataset with other logs -> {pin: text} for queries, boards and links, and
+    as_of."""
+    raw = RawTables(write_dataset(tmp_path / "data", small_dataset() | tables), spill=tmp_path / "spill")
     raw.check()
-    build.index_rows(raw)
-    end = build.text_from_logs(raw, Namespace(as_of=as_of, top_tokens=k))
-    return [dict(raw.db.execute(f"SELECT pin_id, text FROM pin_{name}").fetchall()) for name in ("queries", "boards", "links")], end
+    number_rows(raw)
+    end = build.text_from_logs(raw, as_of, k)
+    names = ("queries", "boards", "links")
+    return [dict(raw.ask(f"SELECT pin_id, text FROM pin_{name}")) for name in names], end
 
 
 def engagements(*rows):
@@ -79,61 +104,95 @@ def engagements(*rows):
 
 
 def test_two_year_window_at_its_edges(tmp_path):
-    (queries, _, _), end = logs(tmp_path, k=9, **engagements(
-        ("007", "newest", "2024-06-30", 9), ("007", "inside", "2022-07-01", 5), ("007", "outside", "2022-06-30", 500), ("007", "ancient", "2020-01-01", 500)))
+    (queries, _, _), end = logs(
+        tmp_path,
+        k=9,
+        **engagements(
+            ("007", "newest", "2024-06-30", 9),
+            ("007", "inside", "2022-07-01", 5),
+            ("007", "outside", "2022-06-30", 500),
+            ("007", "ancient", "2020-01-01", 500),
+        ),
+    )
     assert queries == {"007": "newest inside"} and end == datetime.date(2024, 6, 30)
 
 
 def test_as_of_moves_the_window(tmp_path):
-    rows = engagements(("007", "future", "2024-06-30", 9), ("007", "last", "2024-02-29", 5), ("007", "first", "2022-03-01", 3), ("007", "before", "2022-02-28", 7))
+    rows = engagements(
+        ("007", "future", "2024-06-30", 9),
+        ("007", "last", "2024-02-29", 5),
+        ("007", "first", "2022-03-01", 3),
+        ("007", "before", "2022-02-28", 7),
+    )
     (queries, _, _), end = logs(tmp_path, as_of=datetime.date(2024, 2, 29), k=9, **rows)  # a leap day
     assert queries == {"007": "last first"} and end == datetime.date(2024, 2, 29)
 
 
 def test_ten_second_rule_at_its_edges(tmp_path):
-    visits = {"pin_id": ["007", "007", "p2", "p3", "p3", "p3"], "link_title": ["short", "long", "never", "one", "two", "two"],
-              "link_description": [None, "note", "read", None, None, None], "dwell_seconds": [9.999, 10.0, 9.0, 50.0, 10.0, 11.0]}
+    visits = {
+        "pin_id": ["007", "007", "p2", "p3", "p3", "p3"],
+        "link_title": ["short", "long", "never", "one", "two", "two"],
+        "link_description": [None, "note", "read", None, None, None],
+        "dwell_seconds": [9.999, 10.0, 9.0, 50.0, 10.0, 11.0],
+    }
     (_, _, links), _ = logs(tmp_path, link_visits=visits)
     assert links == {"007": "long note", "p3": "two"}  # of several links the one with most visits that stayed
 
 
 def test_top_tokens_by_count_then_name(tmp_path):
-    rows = engagements(("007", "red chair", "2024-01-01", 4), ("007", "Red  Sofa", "2024-02-01", 3), ("007", "armchair", "2024-02-01", 4), ("007", "zebra", "2024-02-02", 4), ("p2", "lamp", "2024-06-30", 1))
+    rows = engagements(
+        ("007", "red chair", "2024-01-01", 4),
+        ("007", "Red  Sofa", "2024-02-01", 3),
+        ("007", "armchair", "2024-02-01", 4),
+        ("007", "zebra", "2024-02-02", 4),
+        ("p2", "lamp", "2024-06-30", 1),
+    )
     (queries, _, _), _ = logs(tmp_path, k=3, **rows)
     assert queries == {"007": "red armchair chair", "p2": "lamp"}  # red 7; armchair, chair, zebra 4
 
 
 def test_a_token_counts_once_a_query_and_letters_of_either_case_are_one_query(tmp_path):
-    rows = engagements(("007", "Tick tick tick", "2024-01-01", 2), ("007", "tock", "2024-01-01", 2), ("007", "TOCK ", "2024-01-02", 2))
+    rows = engagements(
+        ("007", "Tick tick tick", "2024-01-01", 2),
+        ("007", "tock", "2024-01-01", 2),
+        ("007", "TOCK ", "2024-01-02", 2),
+    )
     (queries, _, _), _ = logs(tmp_path, **rows)
     assert queries == {"007": "tock tick"}
 
 
 def test_board_tokens_count_saves(tmp_path):
-    boards = {"pin_id": ["007"] * 4 + ["gone"], "board_title": ["My Kitchen", "kitchen ideas", "Kitchen", "ideas", "nobody"]}
+    boards = {
+        "pin_id": ["007"] * 4 + ["gone"],
+        "board_title": ["My Kitchen", "kitchen ideas", "Kitchen", "ideas", "nobody"],
+    }
     (_, boards, _), _ = logs(tmp_path, boards=boards)
     assert boards["007"] == "kitchen ideas my"
 
 
 def test_no_logs_no_text(tmp_path):
     tables = {k: v for k, v in small_dataset().items() if k not in ("engagements", "boards", "link_visits")}
-    raw = common.RawTables(write_dataset(tmp_path, tables), spill=tmp_path / "spill")
-    build.index_rows(raw)
-    assert build.text_from_logs(raw, Namespace(as_of=None, top_tokens=3)) is None
-    assert [raw.db.execute(f"SELECT count(*) FROM pin_{n}").fetchall() for n in ("queries", "boards", "links")] == [[(0,)]] * 3
+    raw = RawTables(write_dataset(tmp_path, tables), spill=tmp_path / "spill")
+    number_rows(raw)
+    assert build.text_from_logs(raw, None, 3) is None
+    for name in ("queries", "boards", "links"):
+        assert raw.ask(f"SELECT count(*) FROM pin_{name}") == [(0,)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # BM25 and the other match features
 
-words = st.lists(st.sampled_from("red chair sofa table green oak lamp the of zzz".split()), max_size=12).map(" ".join)
+vocabulary = ["red", "chair", "sofa", "table", "green", "oak", "lamp", "the", "of", "zzz"]
+words = st.lists(st.sampled_from(vocabulary), max_size=12).map(" ".join)
 
 
 def assert_equal_to_rank_bm25(queries, texts, chunks=1):
     """Every (query, pin) pair against BM25Okapi.get_scores, and the matched share against sets."""
     ours = build.PairBM25(queries, [list(c) for c in np.array_split(np.array(texts, dtype=object), chunks)])
     theirs = BM25Okapi([build.tokenize(t) for t in texts])
-    query, pin = (a.ravel() for a in np.meshgrid(np.arange(len(queries)), np.arange(len(texts)), indexing="ij"))
+    query, pin = (
+        a.ravel() for a in np.meshgrid(np.arange(len(queries)), np.arange(len(texts)), indexing="ij")
+    )
     shuffled = np.random.default_rng(0).permutation(len(query))
     score, matched = ours.score(query[shuffled], pin[shuffled])
     expected = np.concatenate([theirs.get_scores(build.tokenize(q)) for q in queries])[shuffled]
@@ -143,19 +202,25 @@ def assert_equal_to_rank_bm25(queries, texts, chunks=1):
         assert m == pytest.approx(sum(t in build.tokenize(texts[p]) for t in tokens) / max(len(tokens), 1))
 
 
-@given(st.lists(words, min_size=1, max_size=5), st.lists(words, min_size=1, max_size=9).filter(lambda texts: any(texts)), st.integers(1, 3))
+@given(
+    st.lists(words, min_size=1, max_size=5),
+    st.lists(words, min_size=1, max_size=9).filter(lambda texts: any(texts)),
+    st.integers(1, 3),
+)
 def test_bm25_equals_rank_bm25(queries, texts, chunks):
     assert_equal_to_rank_bm25(queries, texts, chunks)
 
 
 def test_bm25_on_three_documents_with_a_negative_idf():
     texts = ["the red chair", "the green sofa sofa", "the oak table of the lamp"]
-    assert BM25Okapi([t.split() for t in texts]).idf["the"] > 0  # raised to epsilon x the mean idf; log(0.5 / 3.5) without
+    # Raised to epsilon x the mean idf; log(0.5 / 3.5) without.
+    assert BM25Okapi([t.split() for t in texts]).idf["the"] > 0
     assert_equal_to_rank_bm25(["the", "the red the", "sofa sofa chair", "absent", "absent red", ""], texts)
 
 
 def test_bm25_by_the_formula():
-    """Two equal pins of four: f = 1, length = average, so that a term weighs idf x 2.5 / (1 + 1.5) = idf = log((4 - 1 + .5) / (1 + .5))."""
+    """Two equal pins of four: f = 1, length = average, so that a term weighs idf x 2.5 / (1 + 1.5) = idf =
+    log((4 - 1 + .5) / (1 + .5))."""
     bm25 = build.PairBM25(["red"], [["red a", "b c", "d e", "f g"]])
     score, matched = bm25.score(np.array([0, 0]), np.array([0, 1]))
     np.testing.assert_allclose(score, [np.log(3.5 / 1.5), 0])
@@ -172,11 +237,17 @@ def test_bm25_on_a_larger_corpus_and_with_worker_processes():
     rng = np.random.default_rng(1)
     vocabulary = np.array([f"w{i}" for i in range(300)])
     text = lambda n: " ".join(vocabulary[np.minimum(rng.zipf(1.3, n), 300) - 1])
-    texts, queries = [text(rng.integers(0, 40)) for _ in range(200)], [text(rng.integers(1, 6)) for _ in range(30)]
+    texts, queries = (
+        [text(rng.integers(0, 40)) for _ in range(200)],
+        [text(rng.integers(1, 6)) for _ in range(30)],
+    )
     assert_equal_to_rank_bm25(queries, texts, chunks=7)
     pairs = rng.integers(0, 30, 500), rng.integers(0, 200, 500)
     chunks = [texts[:90], texts[90:]]
-    np.testing.assert_array_equal(build.PairBM25(queries, chunks, workers=2).score(*pairs)[0], build.PairBM25(queries, chunks).score(*pairs)[0])
+    np.testing.assert_array_equal(
+        build.PairBM25(queries, chunks, workers=2).score(*pairs)[0],
+        build.PairBM25(queries, chunks).score(*pairs)[0],
+    )
 
 
 def test_terms_matched_by_hand():
@@ -192,17 +263,19 @@ def test_match_features():
     bm25 = build.PairBM25(["red", "oak", "lamp"], [["red", "oak lamp", "x", "y"]])
     query, pin = (a.ravel() for a in np.meshgrid(np.arange(3), np.arange(4), indexing="ij"))
     engaged = np.arange(12)
-    whole = build.match_features(bm25, vectors, query, pin, engaged)
-    cut = build.match_features(bm25, vectors, query, pin, engaged, chunk=5)
+    whole = build.MatchFeatures(bm25, *vectors)(query, pin, engaged)
+    cut = build.MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
     for name in common.MATCH_FEATURES:
         assert whole[name].dtype == np.float32
         np.testing.assert_array_equal(whole[name], cut[name])
-    np.testing.assert_allclose(whole["text_cosine"].reshape(3, 4), cosine_similarity(*(v.astype(np.float64) for v in vectors)), atol=1e-6)
+    expected = cosine_similarity(*(v.astype(np.float64) for v in vectors))
+    np.testing.assert_allclose(whole["text_cosine"].reshape(3, 4), expected, atol=1e-6)
     np.testing.assert_allclose(whole["engagement"], np.log(1 + engaged), rtol=1e-6)
-    assert (build.match_features(bm25, None, query, pin, engaged)["text_cosine"] == 0).all()
+    of_other_widths = build.MatchFeatures(bm25, vectors[0], vectors[1][:, :5])(query, pin, engaged)
+    assert (of_other_widths["text_cosine"] == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A whole run without models: the user's own text embeddings
 
 
@@ -218,16 +291,33 @@ def test_pairs_keep_their_order_and_engagement_is_the_windows(tmp_path):
     tables = small_dataset()
     queries, pins = tables["queries"]["query_id"], tables["pins"]["pin_id"]
     tables["impressions"] = {"query_id": [queries[i] for i in q], "pin_id": [pins[i] for i in p]}
-    tables |= engagements(("007", " RED chair", "2024-06-30", 3), ("007", "red chair", "2023-01-01", 4), ("007", "red chair", "2021-01-01", 100), ("p3", "椅子", "2024-01-01", 2), ("gone", "red chair", "2024-01-01", 5))
-    folder = made(own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run", "--shard-rows", "1500")
+    tables |= engagements(
+        ("007", " RED chair", "2024-06-30", 3),
+        ("007", "red chair", "2023-01-01", 4),
+        ("007", "red chair", "2021-01-01", 100),
+        ("p3", "椅子", "2024-01-01", 2),
+        ("gone", "red chair", "2024-01-01", 5),
+    )
+    folder = made(
+        own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run", "--shard-rows", "1500"
+    )
     shards = [pq.read_table(path) for path in sorted((folder / "impressions").glob("part-*.parquet"))]
     assert [len(t) for t in shards] == [1500, 1500, 1500, 500]
     column = lambda name: np.concatenate([t[name].to_numpy() for t in shards])
     assert (column("query_index") == q).all() and (column("pin_index") == p).all()
     events = {(0, 0): 7, (1, 2): 2}
-    np.testing.assert_allclose(column("engagement"), np.log1p([events.get(pair, 0) for pair in zip(q.tolist(), p.tolist())]), rtol=1e-6)
+    np.testing.assert_allclose(
+        column("engagement"),
+        np.log1p([events.get(pair, 0) for pair in zip(q.tolist(), p.tolist())]),
+        rtol=1e-6,
+    )
     labelled = pq.read_table(folder / "labelled.parquet").to_pydict()
-    assert (labelled["label"], labelled["split"], labelled["query_index"], labelled["pin_index"]) == ([5, 1, 4], ["train", "train", "eval"], [0, 0, 1], [0, 1, 2])
+    assert (labelled["label"], labelled["split"], labelled["query_index"], labelled["pin_index"]) == (
+        [5, 1, 4],
+        ["train", "train", "eval"],
+        [0, 0, 1],
+        [0, 1, 2],
+    )
     assert not (folder / "work").exists()
 
 
@@ -235,7 +325,11 @@ def test_split_by_hash_when_there_is_none(tmp_path):
     tables = small_dataset()
     n = 200
     tables["queries"] = {"query_id": [f"q{i}" for i in range(n)], "query": [f"chair {i}" for i in range(n)]}
-    tables["labels"] = {"query_id": [f"q{i}" for i in range(n)] * 2, "pin_id": ["007"] * n + ["p2"] * n, "label": [3] * 2 * n}
+    tables["labels"] = {
+        "query_id": [f"q{i}" for i in range(n)] * 2,
+        "pin_id": ["007"] * n + ["p2"] * n,
+        "label": [3] * 2 * n,
+    }
     tables["impressions"] = {"query_id": ["q1"], "pin_id": ["007"]}
     folder = made(own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run")
     table = pq.read_table(folder / "labelled.parquet").to_pydict()
@@ -280,15 +374,24 @@ def object_array(path):
 
 
 BAD_EMBEDDINGS = {  # what is written; parts of the line
-    "NaN": (lambda p: np.save(p, np.array([[1, 2], [np.nan, 0], [1, 1]], np.float32)), ["pin_mine.npy", "1 rows", "'p2'"]),
-    "infinite": (lambda p: np.save(p, np.array([[1, 2], [3, 0], [np.inf, 1]], np.float16)), ["pin_mine.npy", "1 rows", "'p3'"]),
+    "NaN": (
+        lambda p: np.save(p, np.array([[1, 2], [np.nan, 0], [1, 1]], np.float32)),
+        ["pin_mine.npy", "1 rows", "'p2'"],
+    ),
+    "infinite": (
+        lambda p: np.save(p, np.array([[1, 2], [3, 0], [np.inf, 1]], np.float16)),
+        ["pin_mine.npy", "1 rows", "'p3'"],
+    ),
     "one dimension": (lambda p: np.save(p, np.ones(3, np.float32)), ["pin_mine.npy", "[rows, dim]", "[3]"]),
     "float64": (lambda p: np.save(p, np.ones((3, 2))), ["pin_mine.npy", "float64"]),
     "text": (lambda p: np.save(p, np.array([["a"]] * 3)), ["pin_mine.npy", "float16 or float32"]),
     "too few rows": (lambda p: np.save(p, np.ones((2, 2), np.float32)), ["pin_mine.ids", "3 ids for 2 rows"]),
     "pickled": (object_array, ["pin_mine.npy"]),
     "no array": (lambda p: p.write_bytes(b"hello"), ["pin_mine.npy"]),
-    "cut": (lambda p: (np.save(p, np.ones((3, 2), np.float32)), p.write_bytes(p.read_bytes()[:-4])), ["pin_mine.npy"]),
+    "cut": (
+        lambda p: (np.save(p, np.ones((3, 2), np.float32)), p.write_bytes(p.read_bytes()[:-4])),
+        ["pin_mine.npy"],
+    ),
     "zero bytes": (lambda p: p.write_bytes(b""), ["pin_mine.npy"]),
     "no width": (lambda p: np.save(p, np.ones((3, 0), np.float32)), ["pin_mine.npy", "[3, 0]"]),
 }
@@ -326,7 +429,7 @@ def test_query_and_pin_vectors_of_different_width(tmp_path):
     assert pq.read_table(folder / "labelled.parquet")["text_cosine"].to_pylist() == [0, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Graph embedding
 
 
@@ -337,12 +440,16 @@ def graph(tmp_path, boards, pins, dim=3, seed=0):
     tables["boards"] = {"pin_id": [p for p, _ in boards], "board_title": [b for _, b in boards]}
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     data = own_embeddings(write_dataset(folder / "data", tables))
-    return np.load(made(data, folder / "run", "--graph-dim", str(dim), "--seed", str(seed)) / "pin_graph_embedding.npy")
+    return np.load(
+        made(data, folder / "run", "--graph-dim", str(dim), "--seed", str(seed)) / "pin_graph_embedding.npy"
+    )
 
 
 def test_graph_embedding(tmp_path):
     pins = [f"p{i}" for i in range(12)]
-    boards = [(p, f"{'kitchen' if i < 5 else 'garden'} {j}") for i, p in enumerate(pins[:10]) for j in range(3)]
+    boards = [
+        (p, f"{'kitchen' if i < 5 else 'garden'} {j}") for i, p in enumerate(pins[:10]) for j in range(3)
+    ]
     boards += [("p0", "odd"), ("p7", "odd"), ("p3", "other"), ("p9", "other")]
     out = graph(tmp_path, boards, pins)
     assert out.shape == (12, 3) and out.dtype == np.float16 and np.isfinite(out).all()
@@ -354,12 +461,17 @@ def test_graph_embedding(tmp_path):
 
 def test_graph_embedding_of_hardly_any_board(tmp_path):
     pins = ["a", "b", "c"]
-    for boards in ([("a", "one")], [("a", "one"), ("b", "one")], [("a", "one"), ("a", "two")], [("a", "one"), ("b", "two"), ("c", "three")]):
+    for boards in (
+        [("a", "one")],
+        [("a", "one"), ("b", "one")],
+        [("a", "one"), ("a", "two")],
+        [("a", "one"), ("b", "two"), ("c", "three")],
+    ):
         out = graph(tmp_path, boards, pins, dim=8)
         assert len(out) == 3 and out.shape[1] >= 1 and np.isfinite(out).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Captions, visual and text embeddings, and model folders that are refused
 
 
@@ -370,7 +482,9 @@ def with_models(tmp_path, caption_model, text_encoder):
     data = write_dataset(tmp_path / "data", tables)
     Image.new("RGB", (80, 80), "red").save(data / "a.png")
     (data / "b.png").write_bytes(b"broken")
-    return made(data, tmp_path / "run", "--caption-model", str(caption_model), "--text-encoder", str(text_encoder))
+    return made(
+        data, tmp_path / "run", "--caption-model", str(caption_model), "--text-encoder", str(text_encoder)
+    )
 
 
 def test_skipped_images_are_listed(models, tmp_path):
@@ -382,18 +496,26 @@ def test_skipped_images_are_listed(models, tmp_path):
     assert captions[0] and captions[1:] == ["", ""]
     visual = np.load(folder / "pin_visual_embedding.npy")
     assert np.isfinite(visual).all() and visual[0].any() and not visual[1:].any()
-    assert common.read_json(folder / "stage.json")["images"] == {"captioned": 1, "skipped": 1}
+    assert read_json(folder / "stage.json")["images"] == {"captioned": 1, "skipped": 1}
 
 
 def test_the_text_embedding_is_the_mean_over_the_tokens(models, tmp_path):
     """Against transformers called plainly, one text at a time."""
     folder = with_models(tmp_path, TOY_MODELS / "blip", models["bert"])
-    model, tokenizer = BertModel.from_pretrained(models["bert"]).eval(), AutoTokenizer.from_pretrained(models["bert"])
+    model, tokenizer = (
+        BertModel.from_pretrained(models["bert"]).eval(),
+        AutoTokenizer.from_pretrained(models["bert"]),
+    )
     pins = pq.read_table(folder / "pins.parquet").to_pylist()
     for pin, got in zip(pins, np.load(folder / "pin_text_embedding.npy")):
         text = " ".join(pin[f] for f in common.FIELDS if pin[f])
         with torch.inference_mode():
-            mean = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0].mean(0).numpy()
+            mean = (
+                model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+                .last_hidden_state[0]
+                .mean(0)
+                .numpy()
+            )
         np.testing.assert_allclose(got, mean / np.linalg.norm(mean), atol=2e-3)
 
 

@@ -4,19 +4,39 @@ import csv
 import gzip
 import json
 
+import from_msrd
 import pyarrow.parquet as pq
 import pytest
-
-import common
-import from_msrd
 from helpers import stop_line
 
+from data.tables import RawTables
+
 MOVIES = [
-    {"id": 11, "title": "Star “Wars”", "overview": "A long\ntime ago", "tags": ["space", "robots"], "genres": ["Adventure"], "director": "Lucas", "actors": ["A", "B", "C", "D", "E", "F"], "characters": ["Luke"]},
-    {"id": "12", "title": "Finding Nemo", "overview": None, "tags": None, "genres": [], "director": None, "actors": None, "characters": []},
+    {
+        "id": 11,
+        "title": "Star “Wars”",
+        "overview": "A long\ntime ago",
+        "tags": ["space", "robots"],
+        "genres": ["Adventure"],
+        "director": "Lucas",
+        "actors": ["A", "B", "C", "D", "E", "F"],
+        "characters": ["Luke"],
+    },
+    {
+        "id": "12",
+        "title": "Finding Nemo",
+        "overview": None,
+        "tags": None,
+        "genres": [],
+        "director": None,
+        "actors": None,
+        "characters": [],
+    },
     {"id": "13", "title": None},
 ]
-JUDGMENTS = [(f"q{i}", f'query "{i}', movie, grade) for i in range(200) for movie, grade in (("11", "1"), ("12", "0"))] + [("q0", 'query "0', "99", "1")]
+JUDGMENTS = [
+    (f"q{i}", f'query "{i}', movie, grade) for i in range(200) for movie, grade in (("11", "1"), ("12", "0"))
+] + [("q0", 'query "0', "99", "1")]
 
 
 def source(folder, zipped):
@@ -36,11 +56,23 @@ def source(folder, zipped):
 def test_tables(tmp_path, zipped):
     from_msrd.main([str(source(tmp_path / "source", zipped)), "--out", str(tmp_path / "out")])
     read = lambda name: pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist()
-    assert read("pins") == [{"pin_id": "11", "title": "Star “Wars”", "description": "A long\ntime ago"}, {"pin_id": "12", "title": "Finding Nemo", "description": None},
-                            {"pin_id": "13", "title": None, "description": None}]
-    assert [(r["pin_id"], r["board_title"]) for r in read("boards")] == [("11", "space"), ("11", "robots"), ("11", "Adventure")]
+    assert read("pins") == [
+        {"pin_id": "11", "title": "Star “Wars”", "description": "A long\ntime ago"},
+        {"pin_id": "12", "title": "Finding Nemo", "description": None},
+        {"pin_id": "13", "title": None, "description": None},
+    ]
+    assert [(r["pin_id"], r["board_title"]) for r in read("boards")] == [
+        ("11", "space"),
+        ("11", "robots"),
+        ("11", "Adventure"),
+    ]
     links = read("link_visits")
-    assert links[0] == {"pin_id": "11", "link_title": "Lucas", "link_description": "A, B, C, D, E; Luke", "dwell_seconds": 60.0}
+    assert links[0] == {
+        "pin_id": "11",
+        "link_title": "Lucas",
+        "link_description": "A, B, C, D, E; Luke",
+        "dwell_seconds": 60.0,
+    }
     assert links[1]["link_title"] is None and links[1]["link_description"] is None
 
     labels, impressions = read("labels"), read("impressions")
@@ -53,12 +85,21 @@ def test_tables(tmp_path, zipped):
     assert 8 < len(sides["train"]) < 36 and 8 < len(sides["eval"]) < 36  # 10 % of 200 each
     assert read("queries")[0]["query"] == 'query "0'
     with open(tmp_path / "out" / "skipped_judgments.csv", newline="") as f:
-        assert list(csv.reader(f)) == [["query_id", "doc_id", "grade", "reason"], ["q0", "99", "1", "no such movie"]]
-    common.RawTables(tmp_path / "out", spill=tmp_path / "spill").check()  # stage 01 takes it
+        assert list(csv.reader(f)) == [
+            ["query_id", "doc_id", "grade", "reason"],
+            ["q0", "99", "1", "no such movie"],
+        ]
+    RawTables(tmp_path / "out", spill=tmp_path / "spill").check()  # stage 01 takes it
 
 
 def test_shares_and_limit(tmp_path):
-    counts = from_msrd.convert(source(tmp_path / "source", True), tmp_path / "out", train_share=0.5, eval_share=0.25, max_impressions=7)
+    counts = from_msrd.convert(
+        source(tmp_path / "source", True),
+        tmp_path / "out",
+        train_share=0.5,
+        eval_share=0.25,
+        max_impressions=7,
+    )
     assert counts["impressions"] == 7 and 0.6 * 400 < counts["labels"] < 0.9 * 400
 
 

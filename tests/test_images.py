@@ -1,43 +1,52 @@
-"""Images of every kind and condition: RGB, or a ValueError with one line; never from outside the dataset folder."""
+"""Images of every kind and condition: RGB, or a ValueError with one line; never from outside the dataset."""
 
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from helpers import small_dataset, write_table
 from PIL import Image
 
-from helpers import stage
+from data.images import load_image, read_pictures
+from data.tables import RawTables
+from runs.report import picture
 
-build = stage("01")
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
 def refused(root, path):
     with pytest.raises(ValueError) as caught:
-        build.load_image(root, path)
+        load_image(root, path)
     line = str(caught.value)
     assert line.strip() and "\n" not in line
     return line
 
 
 def loaded(root, path):
-    digest, image = build.load_image(root, path)
+    image = load_image(root, path)
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def gradient(mode="RGB", size=(40, 30)):
     """Red grows to the right, green downwards."""
-    y, x = np.mgrid[0:size[1], 0:size[0]]
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
     rgb = np.stack([x * 255 // size[0], y * 255 // size[1], np.full_like(x, 60)], -1).astype(np.uint8)
     return Image.fromarray(rgb).convert(mode)
 
 
 def png(width, height, data=b"", colour_type=2):
     """A PNG file with a header of any size."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
@@ -47,13 +56,29 @@ def test_truncated_at_many_places(tmp_path, kind):
     for size in np.linspace(0, len(raw) * 0.6, 12).astype(int):
         (tmp_path / "cut").write_bytes(raw[:size])
         try:
-            assert loaded(tmp_path, "cut").shape == (30, 40, 3)  # a format may end early and still hold an image
+            assert loaded(tmp_path, "cut").shape == (
+                30,
+                40,
+                3,
+            )  # a format may end early and still hold an image
         except ValueError as e:
             assert size < len(raw) and "\n" not in str(e)
     assert "cut" not in refused(tmp_path, "absent")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"this is text, no image", b"<svg></svg>", b"\x89PNG\r\n\x1a\n", b"GIF89a", bytes(range(256)) * 40], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00",
+        b"this is text, no image",
+        b"<svg></svg>",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        bytes(range(256)) * 40,
+    ],
+    ids=repr,
+)
 def test_no_image_at_all(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     refused(tmp_path, "a.png")
@@ -78,10 +103,17 @@ def test_huge_header_is_refused_from_every_thread(tmp_path):
     """Images are loaded by a pool of threads, and Python's warning filters belong to the process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    (tmp_path / "large.png").write_bytes(png(10_000, 10_000, zlib.compress(bytes(10_000 * 30_001), 1)))  # whole: only its size speaks against it
+    (tmp_path / "large.png").write_bytes(
+        png(10_000, 10_000, zlib.compress(bytes(10_000 * 30_001), 1))
+    )  # whole: only its size speaks against it
     gradient().save(tmp_path / "small.png")
     with ThreadPoolExecutor(8) as pool:
-        lines = list(pool.map(lambda i: refused(tmp_path, "large.png") if i % 2 else loaded(tmp_path, "small.png"), range(40)))
+        lines = list(
+            pool.map(
+                lambda i: refused(tmp_path, "large.png") if i % 2 else loaded(tmp_path, "small.png"),
+                range(40),
+            )
+        )
     assert all("pixels" in line for line in lines[1::2])
 
 
@@ -109,19 +141,29 @@ def test_transparency_becomes_white(tmp_path):
     for name in ("rgba.png", "palette.png"):
         pixels = loaded(tmp_path, name)
         assert (pixels[:5] == [200, 0, 0]).all() and (pixels[5:] == 255).all()
-    assert (loaded(tmp_path, "grey.png")[9, 0] == 255).all() and (loaded(tmp_path, "grey.png")[0, 0] == 200).all()
+    assert (loaded(tmp_path, "grey.png")[9, 0] == 255).all() and (
+        loaded(tmp_path, "grey.png")[0, 0] == 200
+    ).all()
 
 
 def test_16_bit_keeps_its_shades(tmp_path):
     values = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
     grey = loaded(tmp_path, "a.png")[..., 0].ravel()
-    assert (np.diff(grey.astype(int)) >= 0).all() and grey[0] == 0 and grey[-1] == 255 and len(set(grey.tolist())) > 200
+    assert (
+        (np.diff(grey.astype(int)) >= 0).all()
+        and grey[0] == 0
+        and grey[-1] == 255
+        and len(set(grey.tolist())) > 200
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I", "F", "YCbCr", "LAB", "HSV"])
 def test_other_modes(tmp_path, mode):
-    gradient("L").convert("RGB").convert(mode).save(tmp_path / "a.tif") if mode in ("YCbCr", "LAB") else gradient("L").convert(mode if mode != "HSV" else "RGB").save(tmp_path / "a.tif")
+    gradient("L").convert("RGB").convert(mode).save(tmp_path / "a.tif") if mode in (
+        "YCbCr",
+        "LAB",
+    ) else gradient("L").convert(mode if mode != "HSV" else "RGB").save(tmp_path / "a.tif")
     assert loaded(tmp_path, "a.tif").shape == (30, 40, 3)
 
 
@@ -138,8 +180,16 @@ def test_exif_rotation(tmp_path, orientation):
     """All eight files show the same upright picture: red in its top left quarter."""
     upright = Image.new("RGB", (40, 24), "blue")
     upright.paste("red", (0, 0, 20, 12))
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}[orientation]
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
     stored = upright if undo is None else upright.transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -150,7 +200,13 @@ def test_exif_rotation(tmp_path, orientation):
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
 def test_animated_gives_its_first_picture(tmp_path, kind):
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
-    pictures[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=pictures[1:], duration=50, **({"lossless": True} if kind == "webp" else {}))
+    pictures[0].save(
+        tmp_path / f"a.{kind}",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=50,
+        **({"lossless": True} if kind == "webp" else {}),
+    )
     assert (loaded(tmp_path, f"a.{kind}") == [255, 0, 0]).all()
 
 
@@ -158,7 +214,11 @@ def test_same_bytes_same_hash(tmp_path):
     gradient().save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     gradient(size=(40, 31)).save(tmp_path / "c.png")
-    a, b, c = (build.load_image(tmp_path, f"{n}.png")[0] for n in "abc")
+    write_table(tmp_path, "pins", {"pin_id": list("abc"), "image": ["a.png", "b.png", "c.png"]})
+    for name, columns in small_dataset().items():
+        if name != "pins":
+            write_table(tmp_path, name, columns)
+    a, b, c = read_pictures(RawTables(tmp_path))["digest"].to_pylist()
     assert a == b != c
 
 
@@ -173,7 +233,14 @@ def test_paths_do_not_leave_the_dataset(tmp_path):
     (data / "loop").symlink_to(data / "loop")
     (tmp_path / "data_of_others").mkdir()
     gradient().save(tmp_path / "data_of_others" / "a.png")
-    for path in (str(outside), "../secret.png", "images/../../secret.png", "link.png", "away/secret.png", "../data_of_others/a.png"):
+    for path in (
+        str(outside),
+        "../secret.png",
+        "images/../../secret.png",
+        "link.png",
+        "away/secret.png",
+        "../data_of_others/a.png",
+    ):
         assert "leaves the dataset" in refused(data, path)
     refused(data, "loop")
     for path in ("images/a.png", "images/../images/a.png", "inside.png", str(data / "images" / "a.png")):
@@ -181,10 +248,9 @@ def test_paths_do_not_leave_the_dataset(tmp_path):
 
 
 def test_report_shows_no_picture_from_outside(tmp_path):
-    evaluate = stage("05")
     (tmp_path / "data").mkdir()
     gradient().save(tmp_path / "secret.png")
     gradient().save(tmp_path / "data" / "a.png")
     for path in ("../secret.png", str(tmp_path / "secret.png"), "absent.png", None, "a\x00b"):
-        assert evaluate.picture(tmp_path / "data", path) is None
-    assert evaluate.picture(tmp_path / "data", "a.png").size == (160, 160)
+        assert picture(tmp_path / "data", path) is None
+    assert picture(tmp_path / "data", "a.png").size == (160, 160)

@@ -2,25 +2,40 @@
 
 import datetime
 
+import make_toy
 import pyarrow.parquet as pq
+import toy_images
 from PIL import Image
 
-import common
-import make_toy
-import toy_images
+from data.tables import RawTables
 
 
 def test_every_object_can_be_drawn_and_every_colour_has_one():
     assert set(toy_images.DRAW) == set(make_toy.OBJECTS) == set(make_toy.FAMILY_OF)
     assert set(toy_images.COLOURS) == set(make_toy.COLOURS)
-    concepts = sum(map(len, (make_toy.OBJECTS, make_toy.COLOURS, make_toy.STYLES, make_toy.MATERIALS, make_toy.SCENES)))
-    assert concepts >= 89 and all(len(make_toy.OBJECTS[o][lang]) >= 1 for o in make_toy.OBJECTS for lang in make_toy.LANGUAGES)
+    concepts = sum(
+        map(len, (make_toy.OBJECTS, make_toy.COLOURS, make_toy.STYLES, make_toy.MATERIALS, make_toy.SCENES))
+    )
+    assert concepts >= 89 and all(
+        len(make_toy.OBJECTS[o][lang]) >= 1 for o in make_toy.OBJECTS for lang in make_toy.LANGUAGES
+    )
 
 
 def test_the_five_levels_by_hand():
     query = {"object": "chair", "colour": "red", "material": "wood"}
     pin = {"object": "chair", "colour": "red", "material": "wood", "style": "modern", "scene": "kitchen"}
-    levels = [make_toy.relevance(query, pin | change) for change in ({}, {"style": "boho"}, {"colour": "blue"}, {"colour": "blue", "material": "metal"}, {"object": "table"}, {"object": "shelf"}, {"object": "cake"})]
+    levels = [
+        make_toy.relevance(query, pin | change)
+        for change in (
+            {},
+            {"style": "boho"},
+            {"colour": "blue"},
+            {"colour": "blue", "material": "metal"},
+            {"object": "table"},
+            {"object": "shelf"},
+            {"object": "cake"},
+        )
+    ]
     assert levels == [5, 5, 4, 3, 3, 2, 1]
 
 
@@ -33,32 +48,58 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(toy, tmp_path):
     make_toy.main(["--scale", "0.05", "--out", str(tmp_path / "again")])
     make_toy.main(["--scale", "0.05", "--out", str(tmp_path / "seed"), "--seed", "1"])
     files = sorted(p.relative_to(toy) for p in toy.rglob("*") if p.is_file())
-    assert len(files) > 100 and files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert len(files) > 100 and files == sorted(
+        p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file()
+    )
     assert [str(f) for f in files if (toy / f).read_bytes() != (tmp_path / "again" / f).read_bytes()] == []
     assert (toy / "pins.parquet").read_bytes() != (tmp_path / "seed" / "pins.parquet").read_bytes()
 
 
 def test_more_impressions_of_the_same_world(toy, tmp_path):
     make_toy.main(["--scale", "0.05", "--impressions", "2500", "--out", str(tmp_path / "more")])
-    pairs = lambda folder: [tuple(row.values()) for p in sorted((folder / "impressions").iterdir()) for row in pq.read_table(p).to_pylist()]
+    pairs = lambda folder: [
+        tuple(row.values())
+        for p in sorted((folder / "impressions").iterdir())
+        for row in pq.read_table(p).to_pylist()
+    ]
     before, after = pairs(toy), pairs(tmp_path / "more")
-    assert len(before) + 400 < len(after) == len(set(after)) <= 2500 and after[:len(before)] == before  # a query has at most as many as there are pins
-    files = [p.relative_to(toy) for p in toy.rglob("*") if p.is_file() and "impressions" not in str(p.relative_to(toy)) and p.name != "toy.json"]
+    assert (
+        len(before) + 400 < len(after) == len(set(after)) <= 2500 and after[: len(before)] == before
+    )  # a query has at most as many as there are pins
+    files = [
+        p.relative_to(toy)
+        for p in toy.rglob("*")
+        if p.is_file() and "impressions" not in str(p.relative_to(toy)) and p.name != "toy.json"
+    ]
     assert [str(f) for f in files if (toy / f).read_bytes() != (tmp_path / "more" / f).read_bytes()] == []
 
 
 def test_tables_keep_their_promises(toy, tmp_path):
-    raw = common.RawTables(toy, spill=tmp_path)
+    raw = RawTables(toy, spill=tmp_path)
     raw.check()
     ask = lambda sql: raw.db.execute(sql).fetchall()
     labelled = "raw_labels JOIN raw_queries USING (query_id)"
     assert ask(f"SELECT DISTINCT language FROM {labelled} WHERE split = 'train'") == [("en",)]
-    assert ask(f"SELECT DISTINCT language FROM {labelled} WHERE split = 'eval' ORDER BY ALL") == [("de",), ("en",), ("es",), ("fr",)]
-    assert ask("SELECT split, count(DISTINCT label) FROM raw_labels GROUP BY split ORDER BY split") == [("eval", 5), ("train", 5)]
-    assert ask("SELECT count(*) FROM raw_impressions JOIN raw_labels USING (query_id, pin_id)") == [(0,)]  # impressions are unlabelled
+    assert ask(f"SELECT DISTINCT language FROM {labelled} WHERE split = 'eval' ORDER BY ALL") == [
+        ("de",),
+        ("en",),
+        ("es",),
+        ("fr",),
+    ]
+    assert ask("SELECT split, count(DISTINCT label) FROM raw_labels GROUP BY split ORDER BY split") == [
+        ("eval", 5),
+        ("train", 5),
+    ]
+    assert ask("SELECT count(*) FROM raw_impressions JOIN raw_labels USING (query_id, pin_id)") == [
+        (0,)
+    ]  # impressions are unlabelled
     assert len(ask("SELECT DISTINCT language FROM raw_impressions JOIN raw_queries USING (query_id)")) == 4
-    assert ask("SELECT max(date), date_diff('day', min(date), max(date)) > 731 FROM raw_engagements") == [(datetime.date(2024, 6, 30), True)]
-    assert ask("SELECT min(dwell_seconds) < 10, max(dwell_seconds) > 10 FROM raw_link_visits") == [(True, True)]
+    assert ask("SELECT max(date), date_diff('day', min(date), max(date)) > 731 FROM raw_engagements") == [
+        (datetime.date(2024, 6, 30), True)
+    ]
+    assert ask("SELECT min(dwell_seconds) < 10, max(dwell_seconds) > 10 FROM raw_link_visits") == [
+        (True, True)
+    ]
 
 
 def test_images_exist_and_are_images(toy):

@@ -1,0 +1,418 @@
+"""The raw tables of a dataset: how they are opened, what must hold of them, their pictures, and users' own
+embeddings. data/README.md is the contract in words.
+
+No method of the paper is in this file. It trusts nothing that it reads: what does not hold ends in one line
+(Stop) that names the file, the column, the number of rows and the first of them.
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.files import (
+    FILE,
+    csv_reader,
+    find_table,
+    format_of,
+    listed,
+    one_line,
+    plain_names,
+    quoted,
+    regular_file,
+    text_literal,
+    with_folder_columns,
+)
+from runs.stage import Stop, fingerprint, first_line, hashed
+from runs.streams import new_matrix
+
+TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
+    "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),
+    "queries": ({"query_id": "id", "query": "text"}, {"language": "text"}),
+    "labels": ({"query_id": "id", "pin_id": "id", "label": "level"}, {"split": "text"}),
+    "impressions": ({"query_id": "id", "pin_id": "id"}, {}),
+    "engagements": ({"query": "text", "pin_id": "id", "date": "date", "count": "whole number"}, {}),
+    "boards": ({"pin_id": "id", "board_title": "text"}, {}),
+    "link_visits": (
+        {"pin_id": "id", "dwell_seconds": "number"},
+        {"link_title": "text", "link_description": "text"},
+    ),
+}
+REQUIRED = ("pins", "queries", "labels", "impressions")
+LOGS = ("engagements", "boards", "link_visits")
+
+# What must hold beyond types: (table, column, SQL that finds the rows that break it, what is wrong with them)
+TWICE = "SELECT {1} FROM raw_{0} GROUP BY {1} HAVING count(*) > 1"
+UNKNOWN = "SELECT {1} FROM raw_{0} ANTI JOIN raw_{2} USING ({1})"
+PAIRS = "SELECT query_id, pin_id FROM raw_labels GROUP BY ALL HAVING count({}) > 1"
+SPLITS = """SELECT first(query_id), query_key(query) FROM raw_labels JOIN raw_queries USING (query_id)
+    GROUP BY query_key(query) HAVING count(DISTINCT coalesce(split, '')) > 1"""
+DATES = "SELECT date FROM raw_engagements WHERE date > current_date + 1 OR NOT isfinite(date)"
+DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
+OUTSIDE = "outside 1, 2, 3, 4, 5 (--levels says what other labels mean)"
+NO_SPLIT = "neither 'train' nor 'eval'"
+NO_QUERY, NO_PIN = "with an id that {queries} does not have", "with an id that {pins} does not have"
+REPEATED = "with an id that stands more than once"
+RULES = [
+    ("pins", "pin_id", TWICE.format("pins", "pin_id"), REPEATED),
+    ("queries", "query_id", TWICE.format("queries", "query_id"), REPEATED),
+    ("labels", "label", "SELECT label FROM raw_labels WHERE label NOT IN (1, 2, 3, 4, 5)", OUTSIDE),
+    ("labels", "split", "SELECT split FROM raw_labels WHERE split NOT IN ('train', 'eval')", NO_SPLIT),
+    ("labels", "query_id", UNKNOWN.format("labels", "query_id", "queries"), NO_QUERY),
+    ("labels", "pin_id", UNKNOWN.format("labels", "pin_id", "pins"), NO_PIN),
+    ("impressions", "query_id", UNKNOWN.format("impressions", "query_id", "queries"), NO_QUERY),
+    ("impressions", "pin_id", UNKNOWN.format("impressions", "pin_id", "pins"), NO_PIN),
+    ("labels", "label", PAIRS.format("DISTINCT label"), "(pairs) labelled twice with different labels"),
+    ("labels", "label", PAIRS.format("*"), "(pairs of query and pin) labelled twice"),
+    ("labels", "split", SPLITS, "(texts of queries) with labels in more than one split"),
+    ("engagements", "count", "SELECT count FROM raw_engagements WHERE count < 0", "below 0"),
+    ("engagements", "date", DATES, "in the future, or without end"),
+    ("link_visits", "dwell_seconds", DWELL, "not finite"),
+]
+
+# Characters that nobody sees: spaces, control and format characters, fillers, variation selectors.
+INVISIBLE = (
+    r"[\s\pZ\pC\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{180B}-\x{180F}\x{2800}\x{3164}"
+    r"\x{FE00}-\x{FE0F}\x{FFA0}]*"
+)
+SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
+MACROS = f"""
+    CREATE MACRO is_blank(t) AS regexp_full_match(t, '{INVISIBLE}');
+    CREATE MACRO query_key(t) AS lower(trim(nfc_normalize(t), '{SPACES}'));
+    CREATE MACRO number(t) AS CASE WHEN isfinite(TRY_CAST(t AS DOUBLE)) THEN TRY_CAST(t AS DOUBLE) END;
+    CREATE MACRO is_number(t) AS TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^[+-]?0[0-9]');
+"""
+RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
+SQL_TYPES = {"id": "VARCHAR", "text": "VARCHAR", "whole number": "BIGINT", "date": "DATE"}  # others: DOUBLE
+NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")
+
+
+def kinds_of(name):
+    """{column: kind} of a table's contract."""
+    must, may = TABLES[name]
+    return {**must, **may}
+
+
+class RawTables:
+    """The raw tables of a dataset folder as DuckDB views `raw_NAME`: every column of the contract under its
+    name and as its type, further columns as they are stored. Logs are never read into memory: DuckDB scans
+    them, and beyond `memory` it spills to a folder (spill_to).
+
+    levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5.
+    SQL macros: is_blank(text); query_key(text): queries with equal keys are one query; number(value): finite,
+    or null; is_number(text): written as a number, without leading zeros."""
+
+    def __init__(self, folder, memory="4GB", levels=None, spill=None):
+        self.folder, self.levels = Path(folder), levels
+        self.files, self.types, self.name, self.not_read = {}, {}, {}, []
+        if not self.folder.is_dir():
+            raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
+        try:
+            self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
+        except duckdb.Error as error:
+            raise Stop(f"--memory {memory}: give a size such as 4GB ({first_line(error)})") from error
+        with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
+            self.db.execute("SET enable_progress_bar = false")
+        self.db.execute(MACROS)
+        if spill:
+            self.spill_to(spill)
+        for name in TABLES:
+            self.open(name)
+
+    def spill_to(self, folder):
+        """What does not fit into memory goes to this folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
+        self.db.execute(f"SET temp_directory = {text_literal(folder)}")
+
+    def has(self, name):
+        """Is this table there?"""
+        return name in self.files
+
+    def ask(self, sql, **arrow):
+        """All rows of a query, which may name the Arrow tables `arrow`. What DuckDB finds wrong with a file
+        or the machine becomes one line."""
+        with one_line(self.folder), self.lending(self.db, arrow):
+            return self.db.execute(sql).fetchall()
+
+    def table(self, sql, **arrow):
+        """Likewise as an Arrow table."""
+        with one_line(self.folder), self.lending(self.db, arrow):
+            return self.db.sql(sql).to_arrow_table()
+
+    def batches(self, sql, rows=100_000, **arrow):
+        """Likewise in order, as a stream of Arrow batches of about `rows` rows."""
+        cursor = self.db.cursor()
+        with one_line(self.folder), self.lending(cursor, arrow):
+            yield from cursor.sql(sql).to_arrow_reader(rows)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def lending(connection, arrow):
+        """Arrow tables that SQL can name inside the block."""
+        for name, table in arrow.items():
+            connection.register(name, table)
+        yield
+        for name in arrow:
+            connection.unregister(name)
+
+    def open(self, name):
+        """Makes the views file_NAME (as stored) and raw_NAME (as the contract says)."""
+        files, base, others = find_table(self.folder, name)
+        self.not_read += others
+        if not files:
+            if name not in REQUIRED:  # an empty log says nothing
+                columns = [
+                    f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')} AS {c}" for c, kind in kinds_of(name).items()
+                ]
+                self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
+                return
+            other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
+            where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
+            raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
+        must, may = TABLES[name]
+        self.files[name] = files
+        self.name[name] = base.name + "/" * base.is_dir()
+        with one_line(files[0]):
+            sql, stored = self.reader(name, files)
+            sql, stored = with_folder_columns(sql, stored, files, base)
+            names = plain_names(stored, {**must, **may})
+            self.types[name] = {names[column]: stored[column] for column in stored}
+            for column in must:
+                if column not in self.types[name]:
+                    found = ", ".join(sorted(self.types[name])) or "none"
+                    raise Stop(f"{files[0]}: column {column!r} is missing; it has {found}")
+            columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
+            self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
+            columns = [f"{self.typed(name, column)} AS {column}" for column in {**must, **may}]
+            columns += [quoted(column) for column in self.further(name)]
+            self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} FROM file_{name}")
+
+    def reader(self, name, files):
+        """SQL that reads files of one kind, and {column: type as stored}. Everything in CSV, and what is text
+        in JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date."""
+        if format_of(files[0]) == "csv":
+            return csv_reader(files)
+        options = f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+        if format_of(files[0]) == "parquet":
+            options += ", binary_as_string = true"
+            types = self.db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
+            return f"FROM read_parquet({options}, filename = '{FILE}')", {row[0]: row[1] for row in types}
+        if not any(path.stat().st_size for path in files):
+            raise Stop(f"{files[0]}: the table is empty")
+        options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
+        sample = 20_480 if name in ("impressions", *LOGS) else -1
+        guess = f"maximum_depth = 2, sample_size = {sample}, map_inference_threshold = -1"
+        described = self.db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
+        types = {row[0]: row[1] for row in described}
+        begun = {column.strip().lower() for column in types}
+        wanted = [*types, *(column for column in kinds_of(name) if column not in begun)]
+        columns = {}
+        for column in wanted:
+            numeric = column.lower() not in kinds_of(name) and NUMERIC.fullmatch(types[column])
+            columns[column] = "DOUBLE" if numeric else "VARCHAR"
+        keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
+        types = {column: types.get(column, "VARCHAR") for column in columns}
+        return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
+
+    def typed(self, name, column):
+        """SQL of a column of the contract as its kind; null where it is not of that kind."""
+        kind, stored = kinds_of(name)[column], self.types[name].get(column)
+        if stored is None:
+            return f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')}"
+        text = f"CAST({column} AS VARCHAR)"
+        if kind == "text":
+            return text
+        if stored in ("FLOAT", "DOUBLE"):  # an id 1.0 is the id 1
+            text = f"nullif(regexp_replace({text}, '[.]0+$', ''), 'nan')"
+        if kind == "id":
+            return text
+        if kind == "level" and self.levels:
+            cases = [f"WHEN {text_literal(label)} THEN {level}" for label, level in self.levels.items()]
+            return f"(CASE trim({text}) {' '.join(cases)} END)::DOUBLE"
+        if kind == "whole number":  # a cast alone would round
+            whole = f"TRY_CAST({column} AS BIGINT)"
+            return f"CASE WHEN TRY_CAST({column} AS DOUBLE) = {whole} THEN {whole} END"
+        return f"TRY_CAST({column} AS {SQL_TYPES.get(kind, 'DOUBLE')})"
+
+    def further(self, name):
+        """Names of the columns of a table that the contract does not name."""
+        return sorted(set(self.types[name]) - set(kinds_of(name)))
+
+    def numeric(self, name, column):
+        """Of a column beyond the contract: True if it is numeric (stored as numbers, or in CSV written as a
+        number in every row), False if it is a category, None if there is nothing in it."""
+        c, stored = quoted(column), self.types[name][column]
+        sql = f"""SELECT count({c}::VARCHAR) FILTER (NOT is_blank({c}::VARCHAR)), count(number({c})),
+                         count(*) FILTER (is_number({c}::VARCHAR)) FROM raw_{name}"""
+        filled, finite, numbers = self.ask(sql)[0]
+        if NUMERIC.fullmatch(stored) or (stored == "CSV" and 0 < filled == numbers):
+            return True if finite else None
+        return False if filled else None
+
+    def number_rows(self, table, side, reserved):
+        """Makes the table SIDE_rows: the rows of raw_TABLE with SIDE_index, their row number; columns of the
+        contract, then further ones that are not empty, numeric ones as DOUBLE and others as text."""
+        columns = [f"(row_number() OVER () - 1)::INTEGER AS {side}_index", *kinds_of(table)]
+        for column in self.further(table):
+            if column.lower() in (f"{side}_index", *reserved):
+                raise Stop(f"{self.name[table]}: column {column!r} has a name of ours: rename it")
+            numeric = self.numeric(table, column)
+            if numeric is not None:
+                value = f"number({quoted(column)})" if numeric else f"{quoted(column)}::VARCHAR"
+                columns.append(f"{value} AS {quoted(column)}")
+        self.ask(f"CREATE TABLE {side}_rows AS SELECT {', '.join(columns)} FROM raw_{table}")
+
+    def pair_numbers(self, reserved):
+        """Numeric columns beyond the contract that impressions and labels both have -> their SQL, null where
+        it is no number."""
+        found = {}
+        labels = {column.lower(): column for column in self.further("labels")}
+        for column in self.further("impressions"):
+            other = labels.get(column.lower())
+            if other and self.numeric("impressions", column) and self.numeric("labels", other):
+                if column.lower() in (*RESERVED, *reserved):
+                    raise Stop(f"{self.name['impressions']}: column {column!r} has a name of ours: rename it")
+                found[column] = f"number({quoted(column)})::FLOAT"
+        return found
+
+    def fingerprints(self):
+        """{"table NAME": hash of its files' content and of the folders of the dataset that they stand in}."""
+        found = {}
+        for name, files in self.files.items():
+            parts = [[str(path.parent.relative_to(self.folder)), fingerprint(path)] for path in files]
+            found[f"table {name}"] = hashed(parts)
+        return found
+
+    def count_rows(self):
+        """{table: its number of rows}"""
+        return {name: self.ask(f"SELECT count(*) FROM raw_{name}")[0][0] for name in self.files}
+
+    def log_lines(self):
+        """A line for every log: how many of its rows have a pin of ours."""
+        for name in filter(self.has, LOGS):
+            known = "count(*) FILTER (pin_id IN (SELECT pin_id FROM raw_pins))"
+            rows, used = self.ask(f"SELECT count(*), {known} FROM raw_{name}")[0]
+            nothing = "" if used else f": nothing of it is used! Are these the ids of {self.name['pins']}?"
+            yield f"{self.name[name]}: {used:,} of {rows:,} rows have a known pin{nothing}"
+
+    # Checks
+
+    def check(self):
+        """Everything that data/README.md promises, or Stop."""
+        for name in self.files:
+            if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1"):
+                raise Stop(f"{self.name[name]}: the table is empty")
+            for column, kind in kinds_of(name).items():
+                if column in self.types[name]:
+                    self.check_kind(name, column, kind)
+        for name, column, sql, problem in RULES:
+            if self.has(name):
+                self.reject_rows(name, column, sql, problem.format(**self.name))
+
+    def check_kind(self, name, column, kind):
+        """Stop if a value is not of its column's kind, or null or blank where it must be there."""
+        what = {"level": "number", "id": "text"}.get(kind, kind)
+        what = f"one of {', '.join(self.levels)}" if kind == "level" and self.levels else f"a {what}"
+        value = self.typed(name, column)
+        if column in TABLES[name][0]:
+            problem = f"empty or not {what}"
+            bad = f"{value} IS NULL OR is_blank(CAST({column} AS VARCHAR))"
+        else:
+            problem = f"not {what}"
+            bad = f"{column} IS NOT NULL AND {value} IS NULL"
+        self.reject_rows(name, column, f"SELECT {column} FROM file_{name} WHERE {bad}", problem)
+
+    def reject_rows(self, name, column, bad_rows, problem):
+        """Stop if the query `bad_rows` returns any row: file, column, how many rows, the first of them."""
+        count, *first = self.ask(f"SELECT count(*), first(COLUMNS(*)::VARCHAR) FROM ({bad_rows})")[0]
+        if count:
+            rows = "1 row" if count == 1 else f"{count:,} rows"
+            shown = ", ".join(repr(value)[:80] for value in first)
+            raise Stop(f"{self.name[name]}: column {column!r}: {rows} {problem}, the first: {shown}")
+
+
+def levels_of(text):
+    """'E=5,S=4,C=3,I=1' -> {"E": 5, "S": 4, "C": 3, "I": 1}; '': None."""
+    levels = {}
+    for part in text.split(",") if text else ():
+        label, equals, level = part.strip().rpartition("=")
+        if not label or level not in ("1", "2", "3", "4", "5") or label.strip() in levels:
+            raise Stop(
+                f"--levels {text}: write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
+            )
+        levels[label.strip()] = int(level)
+    return levels or None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Users' own embeddings
+
+
+def own_embeddings(folder):
+    """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one is neither of queries nor of pins."""
+    names = sorted(path.stem for path in (folder / "embeddings").glob("*.npy"))
+    for name in names:
+        if not name.startswith(("query_", "pin_")):
+            raise Stop(f"{folder / 'embeddings' / name}.npy: the name must begin with query_ or pin_")
+        for suffix in (".npy", ".ids"):
+            path = folder / "embeddings" / f"{name}{suffix}"
+            try:
+                regular_file(folder, path.relative_to(folder))
+            except ValueError as error:
+                what = "; NAME.ids holds the id of every row of NAME.npy, one a line"
+                raise Stop(f"{path}: {error}{what}") from None
+    return names
+
+
+def own_fingerprint(folder, name):
+    """Hash of an embedding's two files."""
+    return hashed([fingerprint(folder / "embeddings" / f"{name}{suffix}") for suffix in (".npy", ".ids")])
+
+
+def users_embedding(source, ids, target):
+    """Aligns NAME.npy (float16/32 [rows, D], at `source`) by NAME.ids to `ids`, an Arrow column of our rows:
+    a row without a vector gets zeros. Writes `target`; returns how many have none."""
+    try:
+        vectors = np.load(source, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as error:
+        raise Stop(f"{source}: no NumPy array ({first_line(error)})") from error
+    shape = list(vectors.shape)
+    if vectors.ndim != 2 or shape[1] == 0 or vectors.dtype not in (np.float16, np.float32):
+        raise Stop(f"{source}: must be float16 or float32 [rows, dim], is {vectors.dtype} {shape}")
+    known = read_ids(source.with_suffix(".ids"), len(vectors), source.name)
+    row = pc.index_in(ids, known).fill_null(-1).to_numpy().astype(np.int64)
+    with new_matrix(target, len(ids), shape[1], vectors.dtype) as out:
+        for start in range(0, len(ids), 65_536):
+            wanted = row[start : start + 65_536]
+            block = np.where((wanted >= 0)[:, None], vectors[np.maximum(wanted, 0)], 0)
+            finite = np.isfinite(block).all(axis=1)
+            if not finite.all():
+                bad, first = (~finite).sum(), ids[start + int(finite.argmin())].as_py()
+                rows = f"{bad:,} rows (of those up to {start + len(wanted):,})"
+                raise Stop(f"{source}: {rows} with NaN or infinity, the first: {first!r}")
+            out[start : start + 65_536] = block
+    return int((row < 0).sum())
+
+
+def read_ids(path, rows, name):
+    """The ids of an embedding's rows, one a line, as an Arrow column. Stop if they are not as many, or one
+    stands twice."""
+    if path.stat().st_size > 1_000 * (rows + 1):
+        raise Stop(f"{path}: {path.stat().st_size:,} bytes are too many for {rows:,} ids")
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
+    except UnicodeDecodeError as error:
+        raise Stop(f"{path}: not UTF-8 ({error})") from error
+    if len(ids) != rows:
+        raise Stop(f"{path}: {len(ids):,} ids for {rows:,} rows of {name}")
+    counts = ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        more = len(ids) - len(counts)
+        raise Stop(f"{path}: {more:,} ids stand more than once, the first: {repeated[0]['values'].as_py()!r}")
+    return ids
