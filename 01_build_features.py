@@ -5,7 +5,8 @@ student's features).
 
 Reads   --data DIR      raw tables, see data/README.md
 Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_embedding.npy,
-                        labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json
+                        labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;
+                        bm25.parquet, graph.parquet: what the features of a new text need
 
 Toy     python data/make_toy.py && python 01_build_features.py
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
@@ -72,22 +73,32 @@ class Settings(StageSettings):
     seed: int = 0
 
 
+REAL = replace(
+    Settings(),
+    data=ROOT / "data" / "search",
+    # Our choice; the paper has SearchSage.
+    text_encoder="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+    text_tokens=128,  # not stated in the paper; our choice
+    caption_tokens=30,  # not stated in the paper; our choice
+    precision="auto",  # not stated in the paper; our choice
+    top_tokens=20,  # "top tokens": stated; how many: our choice
+    graph_dim=256,  # the size of PinSage-like embeddings in Pinterest's public code
+    shard_rows=250_000,  # our choice
+)
 PRESETS = {
     "toy": Settings(),
+    "small": replace(
+        REAL,
+        preset="small",
+        caption_model="Salesforce/blip-image-captioning-base",  # a laptop captions some images a second
+        token_batch=8_192,
+        graph_dim=64,
+    ),
     "paper": replace(
-        Settings(),
+        REAL,
         preset="paper",
-        data=ROOT / "data" / "search",
         caption_model="Salesforce/blip-image-captioning-large",  # BLIP: stated; this size: our choice
-        caption_tokens=30,  # not stated in the paper; our choice
-        # Our choice; the paper has SearchSage.
-        text_encoder="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
-        text_tokens=128,  # not stated in the paper; our choice
         token_batch=65_536,  # our choice
-        precision="auto",  # not stated in the paper; our choice
-        top_tokens=20,  # "top tokens": stated; how many: our choice
-        graph_dim=256,  # the size of PinSage-like embeddings in Pinterest's public code
-        shard_rows=250_000,  # our choice
     ),
 }
 WINDOW_YEARS = 2  # paper: engaged queries of the past two years
@@ -200,11 +211,12 @@ def caption_chunk(chunk, captioner, root, image_batch):
     return {**columns, "reason": pa.array(reasons, pa.string())}
 
 
-def caption_pictures(pictures, cache, new_captioner, settings):
+def caption_pictures(pictures, cache, settings, device, dtype):
     """Captions each distinct picture that `cache`, a folder of caption_chunk's columns, does not have."""
     todo = without_kept(pictures, cache, "digest")
     if len(todo):
-        options = {"captioner": new_captioner(), "root": settings.data, "image_batch": settings.image_batch}
+        captioner = Captioner(settings.caption_model, settings.caption_tokens, device, dtype)
+        options = {"captioner": captioner, "root": settings.data, "image_batch": settings.image_batch}
         make = functools.partial(caption_chunk, **options)
         first = len(list(cache.glob("part-*")))
         list(keep_chunks(cache, slices([todo], CHUNK), make, len(todo), "captions", first))
@@ -315,13 +327,23 @@ def write_pins(raw, captions, path):
 # Embeddings: the user's own, else open counterparts of SearchSage and PinSage (data/README.md has the table)
 
 
+def encoder_config(model, max_tokens):
+    """The config of a text encoder that reads `max_tokens` tokens, or Stop."""
+    config = models.load_config(model)
+    if models.backbone_kind(config) == "decoder":
+        raise Stop(f"{model}: --text-encoder must be an encoder")
+    try:
+        models.fit_length(max_tokens, config)
+    except Stop as error:
+        raise Stop(str(error).replace("--max-tokens", "--text-tokens")) from None
+    return config
+
+
 class TextEncoder:
     """Mean-pooled, L2-normalized sentence embeddings of an off-the-shelf encoder."""
 
     def __init__(self, model, max_tokens, token_batch, device, dtype):
-        config = models.load_config(model)
-        if models.backbone_kind(config) == "decoder":
-            raise Stop(f"{model}: --text-encoder must be an encoder")
+        config = encoder_config(model, max_tokens)
         self.tokenizer = models.load_tokenizer(model, config)
         self.model = models.load_backbone(model, dtype, device=device).eval()
         self.max_tokens, self.token_batch, self.device = max_tokens, token_batch, device
@@ -374,16 +396,28 @@ def graph_embedding(raw, rows, dim, seed, path, fit_rows=200_000, max_boards=200
         return False
     pin, board, n = (cells[name].to_numpy() for name in ("pin_index", "board", "n"))
     counts = csr_matrix((n, (pin, board)), shape=(rows, int(board.max()) + 1))
-    weights = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    tfidf = TfidfTransformer(sublinear_tf=True)
+    weights = tfidf.fit_transform(counts)
     with_boards = np.flatnonzero(np.diff(weights.indptr))
     sample = np.sort(np.random.default_rng(seed).permutation(with_boards)[:fit_rows])
     dim = max(1, min(dim, weights.shape[1] - 1, len(sample) - 1))
+    axes = np.zeros((dim, weights.shape[1]), dtype=np.float32)
     with new_matrix(path, rows, dim) as out:
         if min(weights.shape[1], len(sample)) > 1:
             svd = TruncatedSVD(dim, random_state=seed).fit(weights[sample])
             for start in range(0, rows, 65_536):
                 out[start : start + 65_536] = svd.transform(weights[start : start + 65_536])
+            axes = svd.components_.astype(np.float32)
+    save_graph(raw, tfidf.idf_, axes, path.with_name("graph.parquet"))
     return True
+
+
+def save_graph(raw, idf, axes, path):
+    """What the graph embedding of a new pin needs: of every board title [boards], in the order of the matrix,
+    its idf and its place in each axis of the SVD [D, boards]."""
+    titles = raw.table(f"SELECT text FROM saves GROUP BY text ORDER BY sum(n) DESC, text LIMIT {len(idf)}")
+    columns = {"board_title": titles["text"], "idf": idf.astype(np.float32)}
+    stage.write_parquet(path, {**columns, "axes": vector_column(axes.T)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -432,7 +466,18 @@ class PairBM25(BM25Okapi):
         if total:
             self._calc_idf(total)
         self.term_idf = np.array([self.idf.get(term, 0.0) for term in terms])
-        self.idf = None  # of all terms of the corpus; only the queries' are needed from here on
+
+    def save(self, path):
+        """The idf of every term of the pins and, in the schema's metadata, the other numbers of the formula:
+        what BM25 of a new query or pin needs. Then lets go of terms that no query of ours has."""
+        terms = sorted(self.idf)
+        idf = pa.array([self.idf[term] for term in terms], pa.float64())
+        table = pa.table({"token": pa.array(terms, pa.string()), "idf": idf})
+        numbers = {"k1": self.k1, "b": self.b, "epsilon": self.epsilon, "mean_length": float(self.avgdl)}
+        numbers["corpus_size"] = self.corpus_size
+        metadata = {name: repr(number) for name, number in numbers.items()}
+        stage.write_parquet(path, table.replace_schema_metadata(metadata))
+        self.idf = None
 
     def score(self, query, pin):
         """Query and pin indices [B] -> BM25 [B], and the share of the query's tokens that the pin has [B]."""
@@ -450,28 +495,30 @@ class MatchFeatures:
     """The four match features of pairs: BM25, share of query tokens matched, cosine of the text embeddings,
     and log(1 + engagement events of that query on that pin within the window)."""
 
-    def __init__(self, bm25, query_vectors, pin_vectors, chunk=1 << 14):
+    def __init__(self, bm25, query_vectors, pin_vectors, chunk=1 << 13):
         """Vectors [queries, D] and [pins, D]; of different width: the cosine is 0."""
         self.bm25, self.query_vectors, self.pin_vectors, self.chunk = bm25, query_vectors, pin_vectors, chunk
         self.threads = ThreadPoolExecutor(os.cpu_count())  # NumPy and PyTorch release the interpreter lock
 
     def __call__(self, query, pin, engaged):
         """Query and pin indices [B] and events [B] -> {feature: float32 [B]}."""
-        starts = range(self.chunk, len(query), self.chunk)
-        chunks = self.threads.map(self.of_chunk, np.split(query, starts), np.split(pin, starts))
-        bm25, matched, cosine = (np.concatenate(columns) for columns in zip(*chunks))
-        features = (bm25, matched, cosine, np.log1p(engaged))
-        return {name: column.astype(np.float32) for name, column in zip(MATCH_FEATURES, features)}
+        out = {name: np.zeros(len(query), dtype=np.float32) for name in MATCH_FEATURES}
+        out["engagement"][:] = np.log1p(engaged)
+        fill = functools.partial(self.fill, out, query, pin)
+        starts = range(0, len(query), self.chunk)
+        list((self.threads.map if len(starts) > 1 else map)(fill, starts))
+        return out
 
-    def of_chunk(self, query, pin):
+    def fill(self, out, query, pin, start):
         """The first three features of a chunk that fits into a core's cache."""
-        bm25, matched = self.bm25.score(query, pin)
-        if self.query_vectors.shape[1] != self.pin_vectors.shape[1]:
-            return bm25, matched, np.zeros(len(query))
-        q = torch.from_numpy(self.query_vectors[query]).float()
-        p = torch.from_numpy(self.pin_vectors[pin]).float()
-        cosine = (q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)
-        return bm25, matched, cosine.numpy()
+        rows = slice(start, start + self.chunk)
+        query, pin = query[rows], pin[rows]
+        out["bm25"][rows], out["terms_matched"][rows] = self.bm25.score(query, pin)
+        if self.query_vectors.shape[1] == self.pin_vectors.shape[1]:
+            q = torch.from_numpy(self.query_vectors[query]).float()
+            p = torch.from_numpy(self.pin_vectors[pin]).float()
+            cosine = (q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)
+            out["text_cosine"][rows] = cosine.numpy()
 
 
 def index_pairs(raw, table, columns, chunk=500_000):
@@ -539,9 +586,17 @@ def inputs_of(raw, settings, own, pictures, hardware):
         found["caption model"] = models.model_fingerprint(settings.caption_model)
         found["precision"] = hardware
     if not {"query_text", "pin_text"} <= set(own):
+        encoder_config(settings.text_encoder, settings.text_tokens)  # before the work of hours
         found["text encoder"] = models.model_fingerprint(settings.text_encoder)
         found["precision"] = hardware
     return found
+
+
+def models_used(settings, inputs):
+    """Name and fingerprint of the text encoder and the captioner, where the features come from them."""
+    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
+    used = [kind for kind in names if kind in inputs]
+    return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
 
 
 def make_captions(pictures, settings, device, dtype, key, out):
@@ -551,8 +606,7 @@ def make_captions(pictures, settings, device, dtype, key, out):
     if pictures["image"].null_count == len(pictures):
         return captions, None
     cache = out / "captions" / key[:16]
-    model = functools.partial(Captioner, settings.caption_model, settings.caption_tokens, device, dtype)
-    caption_pictures(pictures, cache, model, settings)
+    caption_pictures(pictures, cache, settings, device, dtype)
     if cache.exists():
         captions, reasons = captions_of(pictures, cache, out)
     skipped = write_skipped(out / "skipped_images.csv", pictures, reasons)
@@ -609,8 +663,7 @@ def main(argv=None):
     raw.number_rows("queries", "query", reserved=())
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
-    for line in raw.log_lines():
-        print(line)
+    print("\n".join(raw.remarks()))
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
     caption_key = stage.hashed(
@@ -628,6 +681,7 @@ def main(argv=None):
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
     workers = settings.workers if counts["pins"] > 200_000 else 1
     bm25 = PairBM25(queries, pin_texts(out / "pins.parquet"), workers)
+    bm25.save(out / "bm25.parquet")
     vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
     features_of = functools.partial(pair_features, MatchFeatures(bm25, *vectors), list(numbers))
@@ -643,7 +697,8 @@ def main(argv=None):
     raw.db.close()
     rows = {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}
     dataset = str(settings.data.resolve())
-    work.finish(rows=rows, dataset=dataset, as_of=as_of and str(as_of), images=images, levels=levels)
+    facts = {"dataset": dataset, "as_of": as_of and str(as_of), "images": images, "levels": levels}
+    work.finish(rows=rows, models=models_used(settings, inputs), **facts)
 
 
 if __name__ == "__main__":

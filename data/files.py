@@ -19,6 +19,8 @@ from runs.stage import Stop, first_line
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
 FILE = "name of the file"  # a column of ours that no table has
+CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
+    max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
 
 
 def inside(folder, path):
@@ -38,10 +40,10 @@ def regular_file(folder, path):
     full = inside(folder, path)
     try:
         mode = os.stat(full).st_mode
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
     except (OSError, ValueError) as error:
-        raise ValueError(
-            "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        ) from None
+        raise ValueError(first_line(error)) from None
     if not stat.S_ISREG(mode):
         raise ValueError("no regular file")
     return full
@@ -51,9 +53,9 @@ def find_table(folder, name):
     """Files of the table NAME, the file or folder that it is, and what lies there and is not read."""
     found, others = [], []
     for path in sorted(folder.iterdir()):
-        if path.name.split(".")[0].lower() == name:
+        if table_name(path) == name:
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
-            parts = [part for part in parts if not part.is_dir() and part.name[0] not in "._"]
+            parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
             others += [str(part.relative_to(folder)) for part in parts if part not in files]
             if files:
@@ -70,6 +72,22 @@ def find_table(folder, name):
     if len({format_of(path) for path in files}) > 1:
         raise Stop(f"{base}: files of different kinds; a table is of one kind")
     return files, base, others
+
+
+def other_files(folder, names):
+    """What lies in a dataset folder and looks like a table, but has the name of none."""
+    files = [path for path in sorted(folder.iterdir()) if format_of(path) and not is_hidden(path.name)]
+    return [path.name for path in files if table_name(path) not in names]
+
+
+def is_hidden(path):
+    """Of another program's own, such as _SUCCESS and .ipynb_checkpoints/."""
+    return any(part[0] in "._" for part in Path(path).parts)
+
+
+def table_name(path):
+    """Of a file or folder: boards, Boards.parquet, boards.csv.gz -> boards."""
+    return path.name.split(".")[0].lower()
 
 
 def format_of(path):
@@ -90,29 +108,29 @@ def csv_reader(files):
     if not ways:
         raise Stop(f"{files[0]}: the table is empty")
     readers, names = [], {}
-    for (delimiter, *columns), paths in ways.items():
+    for (delimiter, blank_lines, *columns), paths in ways.items():
         keys = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in columns)
-        names |= dict.fromkeys(columns, "CSV")
-        readers.append(
-            f"""FROM read_csv({listed(paths)}, columns = {{{keys}}}, auto_detect = false, header = true,
-                delim = '{delimiter}', quote = '"', escape = '"', comment = '', hive_partitioning = false,
-                max_line_size = 16777216, buffer_size = 33554432, filename = '{FILE}')"""
-        )
+        known = {name.strip().lower() for name in names}  # in other files' letters, as UNION BY NAME has it
+        names |= {name: "CSV" for name in columns if not names or name.strip().lower() not in known}
+        way = f"columns = {{{keys}}}, delim = '{delimiter}', skip = {blank_lines}"
+        readers.append(f"FROM read_csv({listed(paths)}, {way}, {CSV_OPTIONS})")
     return f"FROM ({' UNION ALL BY NAME '.join(readers)})", names
 
 
 def csv_header(path):
-    """A CSV file's delimiter and names of columns, in a tuple; None if there is nothing in it."""
+    """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
     packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with pa.input_stream(str(path), compression=packing) as stream:
         start = stream.read(1 << 20)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:
         raise Stop(f"{path}: cannot be read as csv (it is UTF-16: save it as UTF-8)")
-    text = start.decode("utf-8-sig", errors="replace").lstrip("\r\n")
-    first = text.splitlines()[0] if text else ""
+    text = start.decode("utf-8-sig", errors="replace")
+    header = text.lstrip("\r\n")
+    blank_lines = len(text[: len(text) - len(header)].splitlines())
+    first = header.splitlines()[0] if header else ""
     delimiter = max(",\t;|", key=first.count)
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), None)
-    return names and (delimiter, *(name or f"column{i}" for i, name in enumerate(names)))
+    names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), None)
+    return names and (delimiter, blank_lines, *(name or f"column{i}" for i, name in enumerate(names)))
 
 
 def plain_names(columns, contract):
@@ -157,6 +175,10 @@ def one_line(where):
         yield
     except duckdb.OutOfMemoryException as error:
         raise Stop(f"{where}: more memory is needed than --memory allows ({first_line(error)})") from error
+    except RuntimeError as error:
+        if "interrupted" in str(error):  # as DuckDB hands on Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     except Stop as error:
         raise Stop(str(error) if str(where) in str(error) else f"{where}: {error}") from None
     except (duckdb.Error, pa.ArrowException, csv.Error, OSError) as error:

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import re
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +21,8 @@ KNOWN = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO"
 PICTURES = [name for name in KNOWN if name in Image.OPEN]
 MAX_BYTES = 100_000_000  # of a picture's file
 SIDES = 512, 2048  # a larger picture is reduced, its shorter side not below the first
-LARGE = threading.Lock()  # one large picture is decoded at a time
+# Large pictures are decoded one at a time, in one thread: every thread keeps memory that it has used.
+LARGE = ThreadPoolExecutor(1)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # decode_image checks the size
 
 
@@ -46,8 +46,7 @@ def decode_image(content):
         pixels = image.width * image.height
         if pixels > Image.MAX_IMAGE_PIXELS:  # Pillow only warns up to twice that
             raise OverflowError(f"{pixels} pixels, at most {Image.MAX_IMAGE_PIXELS}")
-        with LARGE if pixels > 4_000_000 else contextlib.nullcontext():
-            return upright_rgb(image)
+        return LARGE.submit(upright_rgb, image).result() if pixels > 4_000_000 else upright_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for broken data
@@ -61,14 +60,15 @@ def upright_rgb(image):
     image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG: decoded smaller
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF data: the pixels are there
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;"):
         image = image.convert("I")
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-    elif image.mode not in ("I", "F"):
+    elif image.mode not in ("I", "F", "L", "RGB"):
         image = image.convert("RGB")
-    image = image.reduce(reduction(image))
+    if reduction(image) > 1:
+        image = image.reduce(reduction(image))
     if image.mode in ("I", "F"):
         image = eight_bit(image)
     if image.mode == "RGBA":

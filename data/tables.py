@@ -21,6 +21,7 @@ from data.files import (
     format_of,
     listed,
     one_line,
+    other_files,
     plain_names,
     quoted,
     regular_file,
@@ -53,7 +54,8 @@ SPLITS = """SELECT first(query_id), query_key(query) FROM raw_labels JOIN raw_qu
     GROUP BY query_key(query) HAVING count(DISTINCT coalesce(split, '')) > 1"""
 DATES = "SELECT date FROM raw_engagements WHERE date > current_date + 1 OR NOT isfinite(date)"
 DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
-OUTSIDE = "outside 1, 2, 3, 4, 5 (--levels says what other labels mean)"
+LEVELS = "--levels says what other labels mean"
+OUTSIDE = f"outside 1, 2, 3, 4, 5 ({LEVELS})"
 NO_SPLIT = "neither 'train' nor 'eval'"
 NO_QUERY, NO_PIN = "with an id that {queries} does not have", "with an id that {pins} does not have"
 REPEATED = "with an id that stands more than once"
@@ -108,7 +110,7 @@ class RawTables:
 
     def __init__(self, folder, memory="4GB", levels=None, spill=None):
         self.folder, self.levels = Path(folder), levels
-        self.files, self.types, self.name, self.not_read = {}, {}, {}, []
+        self.files, self.types, self.name = {}, {}, {}
         if not self.folder.is_dir():
             raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
         try:
@@ -120,6 +122,7 @@ class RawTables:
         self.db.execute(MACROS)
         if spill:
             self.spill_to(spill)
+        self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             self.open(name)
 
@@ -291,13 +294,15 @@ class RawTables:
         """{table: its number of rows}"""
         return {name: self.ask(f"SELECT count(*) FROM raw_{name}")[0][0] for name in self.files}
 
-    def log_lines(self):
-        """A line for every log: how many of its rows have a pin of ours."""
+    def remarks(self):
+        """Lines on what is not used: how many rows of a log have a pin of ours; files that are not read."""
         for name in filter(self.has, LOGS):
             known = "count(*) FILTER (pin_id IN (SELECT pin_id FROM raw_pins))"
             rows, used = self.ask(f"SELECT count(*), {known} FROM raw_{name}")[0]
             nothing = "" if used else f": nothing of it is used! Are these the ids of {self.name['pins']}?"
             yield f"{self.name[name]}: {used:,} of {rows:,} rows have a known pin{nothing}"
+        if self.not_read:
+            yield f"not read: {', '.join(self.not_read)}"
 
     # Checks
 
@@ -315,8 +320,9 @@ class RawTables:
 
     def check_kind(self, name, column, kind):
         """Stop if a value is not of its column's kind, or null or blank where it must be there."""
-        what = {"level": "number", "id": "text"}.get(kind, kind)
-        what = f"one of {', '.join(self.levels)}" if kind == "level" and self.levels else f"a {what}"
+        what = {"level": f"a number ({LEVELS})", "id": "text"}.get(kind, kind)
+        if kind == "level" and self.levels:
+            what = f"one of {', '.join(self.levels)}"
         value = self.typed(name, column)
         if column in TABLES[name][0]:
             problem = f"empty or not {what}"
@@ -353,18 +359,21 @@ def levels_of(text):
 
 
 def own_embeddings(folder):
-    """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one is neither of queries nor of pins."""
+    """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one cannot be used."""
     names = sorted(path.stem for path in (folder / "embeddings").glob("*.npy"))
     for name in names:
+        source = folder / "embeddings" / f"{name}.npy"
         if not name.startswith(("query_", "pin_")):
-            raise Stop(f"{folder / 'embeddings' / name}.npy: the name must begin with query_ or pin_")
-        for suffix in (".npy", ".ids"):
-            path = folder / "embeddings" / f"{name}{suffix}"
+            raise Stop(f"{source}: the name must begin with query_ or pin_")
+        for path in (source, source.with_suffix(".ids")):
             try:
                 regular_file(folder, path.relative_to(folder))
             except ValueError as error:
-                what = "; NAME.ids holds the id of every row of NAME.npy, one a line"
-                raise Stop(f"{path}: {error}{what}") from None
+                what = "NAME.ids holds the id of every row of NAME.npy, one a line"
+                raise Stop(f"{path}: {error}; {what}") from None
+        rows, size = len(open_vectors(source)), path.stat().st_size
+        if size > 1_000 * (rows + 1):
+            raise Stop(f"{path}: {size:,} bytes are too many for {rows:,} ids")
     return names
 
 
@@ -373,19 +382,42 @@ def own_fingerprint(folder, name):
     return hashed([fingerprint(folder / "embeddings" / f"{name}{suffix}") for suffix in (".npy", ".ids")])
 
 
-def users_embedding(source, ids, target):
-    """Aligns NAME.npy (float16/32 [rows, D], at `source`) by NAME.ids to `ids`, an Arrow column of our rows:
-    a row without a vector gets zeros. Writes `target`; returns how many have none."""
+def open_vectors(path):
+    """A user's vectors [rows, D], memory-mapped: no more is taken on a header's word than the file holds."""
     try:
-        vectors = np.load(source, mmap_mode="r", allow_pickle=False)
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError, OverflowError, MemoryError) as error:
-        raise Stop(f"{source}: no NumPy array ({first_line(error)})") from error
+        raise Stop(f"{path}: no NumPy array ({first_line(error)})") from error
     shape = list(vectors.shape)
     if vectors.ndim != 2 or shape[1] == 0 or vectors.dtype not in (np.float16, np.float32):
-        raise Stop(f"{source}: must be float16 or float32 [rows, dim], is {vectors.dtype} {shape}")
-    known = read_ids(source.with_suffix(".ids"), len(vectors), source.name)
-    row = pc.index_in(ids, known).fill_null(-1).to_numpy().astype(np.int64)
-    with new_matrix(target, len(ids), shape[1], vectors.dtype) as out:
+        raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {vectors.dtype} {shape}")
+    return vectors
+
+
+def read_ids(path, rows):
+    """The ids of a user's vectors, one a line, as an Arrow column. Stop if they do not fit, or repeat."""
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
+    except UnicodeDecodeError as error:
+        raise Stop(f"{path}: not UTF-8 ({error})") from error
+    if len(ids) != rows:
+        raise Stop(f"{path}: {len(ids):,} ids for {rows:,} rows of {path.stem}.npy")
+    counts = ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        more = len(ids) - len(counts)
+        raise Stop(f"{path}: {more:,} ids stand more than once, the first: {repeated[0]['values'].as_py()!r}")
+    return ids
+
+
+def users_embedding(source, ids, target):
+    """Aligns the vectors of NAME.npy (`source`) by NAME.ids to `ids`, an Arrow column of our rows: a row
+    without a vector gets zeros. Writes `target`; returns how many have none."""
+    vectors = open_vectors(source)
+    row = pc.index_in(ids, read_ids(source.with_suffix(".ids"), len(vectors)))
+    row = row.fill_null(-1).to_numpy().astype(np.int64)
+    with new_matrix(target, len(ids), vectors.shape[1], vectors.dtype) as out:
         for start in range(0, len(ids), 65_536):
             wanted = row[start : start + 65_536]
             block = np.where((wanted >= 0)[:, None], vectors[np.maximum(wanted, 0)], 0)
@@ -396,23 +428,3 @@ def users_embedding(source, ids, target):
                 raise Stop(f"{source}: {rows} with NaN or infinity, the first: {first!r}")
             out[start : start + 65_536] = block
     return int((row < 0).sum())
-
-
-def read_ids(path, rows, name):
-    """The ids of an embedding's rows, one a line, as an Arrow column. Stop if they are not as many, or one
-    stands twice."""
-    if path.stat().st_size > 1_000 * (rows + 1):
-        raise Stop(f"{path}: {path.stat().st_size:,} bytes are too many for {rows:,} ids")
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
-    except UnicodeDecodeError as error:
-        raise Stop(f"{path}: not UTF-8 ({error})") from error
-    if len(ids) != rows:
-        raise Stop(f"{path}: {len(ids):,} ids for {rows:,} rows of {name}")
-    counts = ids.value_counts()
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        more = len(ids) - len(counts)
-        raise Stop(f"{path}: {more:,} ids stand more than once, the first: {repeated[0]['values'].as_py()!r}")
-    return ids

@@ -2,13 +2,25 @@
 
 import csv
 import datetime
+import errno
+import os
+import shutil
+import time
 from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TOY_MODELS, own_embeddings, small_dataset, stage, stop_line, write_dataset
+from helpers import (
+    TOY_MODELS,
+    own_embeddings,
+    small_dataset,
+    stage,
+    stop_line,
+    write_dataset,
+    write_table,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +30,8 @@ from transformers import AutoTokenizer, BertModel
 
 import common
 from data.tables import RawTables
-from runs.stage import read_json
+from runs import streams
+from runs.stage import Stop, read_json
 
 build = stage("01")
 
@@ -528,3 +541,210 @@ def test_wrong_models_are_one_line(models, tmp_path):
         (tmp_path / "blip" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "blip" / "model.safetensors").write_bytes(b"garbage")
     assert str(tmp_path / "blip") in stop_line(with_models, tmp_path / "d", tmp_path / "blip", models["bert"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags, caches, what a stranger's folder may hold
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("猫", "黒猫の椅子"),
+        ("Küchenstuhl", "Küchen\u00adstuhl"),
+        ("a\u200bbç", "abç"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("❤\ufe0fred", "red"),
+    ],
+)
+def test_what_nobody_sees_does_not_keep_texts_apart(one, other):
+    bm25 = build.PairBM25([one, other], [[one, other, "x", "y", "z"]])
+    score, matched = bm25.score(np.array([0, 1, 0]), np.array([1, 1, 2]))
+    assert (score[:2] > 0).all() and matched[0] == 1 and score[2] == 0
+
+
+def test_as_of_through_the_command_line(tmp_path, capsys):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    folder = made(data, tmp_path / "run", "--as-of", "2024-07-01")
+    about = read_json(folder / "stage.json")
+    assert about["as_of"] == about["arguments"]["as_of"] == "2024-07-01"
+    assert "2 years up to 2024-07-01" in capsys.readouterr().out
+    assert "--as-of was '2024-07-01', is '2020-01-01'" in stop_line(
+        made, data, tmp_path / "run", "--as-of", "2020-01-01"
+    )
+
+
+def test_no_window_is_shown_without_a_log(tmp_path, capsys):
+    tables = {name: t for name, t in small_dataset().items() if name != "engagements"}
+    folder = made(own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run")
+    assert "None" not in capsys.readouterr().out and read_json(folder / "stage.json")["as_of"] is None
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--shard-rows", "0"),
+        ("--shard-rows", "-5"),
+        ("--top-tokens", "x"),
+        ("--workers", "0"),
+        ("--as-of", "soon"),
+        ("--device", "gpu"),
+        ("--precision", "fp8"),
+        ("--graph-dim", "0"),
+        ("--caption-tokens", "0"),
+        ("--image-batch", "1.5"),
+    ],
+)
+def test_values_out_of_range_touch_nothing(tmp_path, flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        made(tmp_path / "data", tmp_path / "run", flag, value)
+    assert end.value.code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory", ["lots", "", "4", "GB", "0GB"])
+def test_a_memory_that_is_no_size(tmp_path, memory):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    line = stop_line(made, data, tmp_path / "run", "--memory", memory)
+    assert "--memory" in line and not (tmp_path / "run").exists()
+
+
+def test_a_text_encoder_that_reads_less(models, tmp_path):
+    data = write_dataset(tmp_path / "data", small_dataset())
+    line = stop_line(
+        made, data, tmp_path / "run", "--text-encoder", str(models["bert"]), "--text-tokens", "600"
+    )
+    assert "600" in line and "128" in line and "--text-tokens" in line
+
+
+def captioned(data, run, *flags):
+    """Stage 01 with the toy's captioner on a dataset with text embeddings of its own -> {file: bytes}."""
+    folder = made(data, run, "--caption-model", str(TOY_MODELS / "blip"), *flags)
+    files = [
+        p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json" and "captions" not in p.parts
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def with_pictures(tmp_path):
+    tables = small_dataset()
+    tables["pins"]["image"] = ["a.png", "b.png", "a.png"]
+    data = own_embeddings(write_dataset(tmp_path / "data", tables))
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (80, 80), color).save(data / f"{name}.png", compress_level=0)  # of one size
+    return data
+
+
+@pytest.mark.parametrize("flags", [["--caption-tokens", "1"], ["--precision", "bf16"]], ids=" ".join)
+def test_the_cache_of_captions_is_of_one_way_of_captioning(tmp_path, flags):
+    data = with_pictures(tmp_path)
+    first = captioned(data, tmp_path / "run")
+    again = captioned(data, tmp_path / "run", *flags, "--overwrite")
+    fresh = captioned(data, tmp_path / "fresh", *flags)
+    assert again == fresh != first
+
+
+def test_the_cache_of_captions_survives_overwrite(tmp_path, monkeypatch):
+    data = with_pictures(tmp_path)
+    first = captioned(data, tmp_path / "run")
+    monkeypatch.setattr(build, "Captioner", None)
+    again = captioned(data, tmp_path / "run", "--top-tokens", "3", "--overwrite")
+    assert again.keys() == first.keys() and again["pins.parquet"] == first["pins.parquet"]
+
+
+def test_two_exchanged_pictures_of_one_size_are_noticed(tmp_path):
+    data = with_pictures(tmp_path)
+    captioned(data, tmp_path / "run")
+    one, other = ((data / name).read_bytes() for name in ("a.png", "b.png"))
+    assert len(one) == len(other)
+    (data / "a.png").write_bytes(other)
+    (data / "b.png").write_bytes(one)
+    assert "images" in stop_line(captioned, data, tmp_path / "run")
+    assert captioned(data, tmp_path / "run", "--overwrite") == captioned(data, tmp_path / "fresh")
+
+
+def test_pipes_and_links_in_a_strangers_folder(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    (tmp_path / "secret.ids").write_text("007\n")
+    np.save(tmp_path / "secret.npy", np.ones((1, 2), np.float32))
+    for number, (name, make) in enumerate(
+        [
+            ("embeddings/pin_mine.npy", os.mkfifo),
+            ("embeddings/pin_mine.ids", os.mkfifo),
+            ("boards.csv", os.mkfifo),
+            ("boards/a.csv", os.mkfifo),
+            ("embeddings/pin_mine.npy", lambda path: path.symlink_to(tmp_path / "secret.npy")),
+            ("boards.csv", lambda path: path.symlink_to(tmp_path / "secret.ids")),
+            ("boards.csv", lambda path: path.symlink_to("/dev/zero")),
+            ("boards", lambda path: path.symlink_to(tmp_path / "elsewhere")),
+        ]
+    ):
+        copy = shutil.copytree(data, tmp_path / str(number))
+        write_table(tmp_path / "elsewhere", "a", {"pin_id": ["007"], "board_title": ["x"]}, "csv")
+        (copy / "boards.parquet").unlink()
+        np.save(copy / "embeddings" / "pin_mine.npy", np.ones((1, 2), np.float32))
+        (copy / "embeddings" / "pin_mine.ids").write_text("007\n")
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).parent.mkdir(exist_ok=True)
+        make(copy / name)
+        begin = time.time()
+        line = stop_line(made, copy, tmp_path / "run")
+        assert name in line and ("regular" in line or "leaves" in line), line
+        assert time.time() - begin < 5 and not (tmp_path / "run").exists()
+
+
+def test_an_embedding_whose_header_promises_petabytes(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    (data / "embeddings" / "pin_mine.ids").write_text("007\n")
+    for shape in ((10**12, 1_000), (2**62, 4), (1, 2**61), (10**30, 1)):
+        with open(data / "embeddings" / "pin_mine.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+            )
+        assert "pin_mine.npy" in stop_line(made, data, tmp_path / "run")
+    with open(data / "embeddings" / "pin_mine.npy", "wb") as file:
+        file.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
+    assert "pin_mine.npy" in stop_line(made, data, tmp_path / "run")
+    np.save(data / "embeddings" / "pin_mine.npy", np.ones((1, 2), np.float32))
+    with open(data / "embeddings" / "pin_mine.ids", "wb") as file:
+        file.truncate(3 << 30)
+    assert "pin_mine.ids" in stop_line(made, data, tmp_path / "run")
+
+
+def test_ids_of_an_embedding_written_on_windows(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    np.save(data / "embeddings" / "pin_mine.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
+    (data / "embeddings" / "pin_mine.ids").write_bytes(b"\xef\xbb\xbf007\r\np2\r\np3\r\n")
+    made_of = np.load(made(data, tmp_path / "run") / "pin_mine_embedding.npy")
+    np.testing.assert_array_equal(made_of, np.arange(6).reshape(3, 2))
+
+
+def test_a_full_disk_is_an_error_where_an_array_is_made(tmp_path, monkeypatch):
+    """A file mapped into memory without its room on disk would end in a signal later."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError), streams.new_matrix(tmp_path / "a.npy", 3, 4):
+        raise AssertionError("the array is there")
+    monkeypatch.undo()
+    with streams.new_matrix(tmp_path / "b.npy", 1_000, 250) as matrix:
+        assert os.stat(tmp_path / ".b.npy.tmp").st_blocks * 512 >= matrix.nbytes
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".npy"] == ["b.npy"]
+
+
+def test_parquet_with_random_bytes_changed_is_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    for number in range(56):
+        path = data / f"{list(small_dataset())[number % 7]}.parquet"
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        for place in rng.integers(0, len(broken), 1 + number % 4):
+            broken[place] = rng.integers(256)
+        path.write_bytes(bytes(broken))
+        try:
+            made(data, tmp_path / str(number))
+        except Stop as error:
+            assert "\n" not in str(error)
+        path.write_bytes(whole)

@@ -1,16 +1,21 @@
 """Images of every kind and condition: RGB, or a ValueError with one line; never from outside the dataset."""
 
+import csv
+import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
 
 import numpy as np
 import pytest
-from helpers import small_dataset, write_table
+from helpers import ROOT, small_dataset, write_dataset, write_table
 from PIL import Image
 
-from data.images import load_image, read_pictures
+from data.images import load_image, read_pictures, write_skipped
 from data.tables import RawTables
-from runs.report import picture
+from runs.pictures import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -254,3 +259,123 @@ def test_report_shows_no_picture_from_outside(tmp_path):
     for path in ("../secret.png", str(tmp_path / "secret.png"), "absent.png", None, "a\x00b"):
         assert picture(tmp_path / "data", path) is None
     assert picture(tmp_path / "data", "a.png").size == (160, 160)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files that say something else than they are
+
+
+@pytest.mark.parametrize("kind", ["webp", "png", "jpeg", "tiff"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\x00\x00garbage", b"II*\x00\xff\xff\xff\xff", b"\x00" * 40, b"Exif\x00\x00MM"]
+)
+def test_garbage_in_exif_data_leaves_the_pixels(tmp_path, kind, exif):
+    options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpeg" else {}
+    gradient().save(tmp_path / "a", kind, **({"exif": exif} if kind != "tiff" else {}), **options)
+    assert np.abs(loaded(tmp_path, "a").astype(int) - np.asarray(gradient())).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"this is no image",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"BM" + bytes(60),
+        b"RIFF\x00\x00\x00\x00WEBPVP8 ",
+    ],
+)
+def test_a_reason_is_the_same_every_time(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    reasons = {refused(tmp_path, "a.png") for _ in range(5)}
+    assert len(reasons) == 1 and "0x" not in reasons.pop()
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [(0, 1, (0, 255)), (0, 255, (0, 255)), (0, 1000, (0, 255)), (-1, 1, (0, 255)), (0, 0.5, (0, 127))],
+)
+def test_real_numbers_are_scaled_by_their_range(tmp_path, low, high, expected):
+    values = np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    grey = loaded(tmp_path, "a.tif")[..., 0].ravel()
+    assert (grey[0], grey[-1]) == expected and (np.diff(grey.astype(int)) >= 0).all()
+
+
+def test_only_formats_that_pillow_decodes_itself(tmp_path, monkeypatch):
+    """An EPS file, whatever its name, starts no Ghostscript."""
+    monkeypatch.setattr("subprocess.check_call", None)
+    gradient().save(tmp_path / "a.png", "EPS")
+    assert "cannot identify" in refused(tmp_path, "a.png")
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000"):
+        gradient().save(tmp_path / "a", kind)
+        assert loaded(tmp_path, "a").shape == (30, 40, 3)
+
+
+def test_only_regular_files_of_a_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(3 << 30)
+    begin = time.time()
+    assert refused(tmp_path, "pipe.png") == "no regular file"
+    assert refused(tmp_path, "device.png") == "path leaves the dataset folder"
+    assert refused(tmp_path, "sparse.png") == "3,221,225,472 bytes, at most 100,000,000"
+    assert time.time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        ("RGB", "PNG"),
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("I;16", "PNG"),
+        ("F", "TIFF"),
+        ("CMYK", "JPEG"),
+        ("RGB", "JPEG"),
+        ("1", "PNG"),
+    ],
+)
+def test_a_large_picture_is_reduced(tmp_path, mode, kind):
+    y, x = np.mgrid[0:1500, 0:4000]
+    grey = (x * 200 // 4000 + y * 50 // 1500).astype(np.uint8)
+    image = Image.fromarray(grey)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode != "L":
+        image = image.convert(mode)
+    image.save(tmp_path / "a", kind)
+    pixels = loaded(tmp_path, "a")
+    assert 512 <= pixels.shape[0] < 1024 and abs(pixels.shape[1] / pixels.shape[0] - 4000 / 1500) < 0.02
+    if mode not in ("1", "CMYK"):
+        assert abs(int(pixels[0, 0, 0]) - 0) < 4 and abs(int(pixels[-1, -1, 0]) - 250) < 8
+
+
+def test_many_huge_pictures_take_the_memory_of_one(tmp_path):
+    """Six of 36 million pixels, loaded by a pool of threads, in a process of their own."""
+    Image.new("RGB", (6_000, 6_000), "red").save(tmp_path / "a.png", compress_level=1)
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data.images import load_images
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images = load_images({str(tmp_path)!r}, ["a.png"] * 6)
+assert all(max(image.size) < 1024 for image in images), images
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300  # MB; one picture has 108 MB
+
+
+def test_a_list_of_pictures_has_no_formulas(tmp_path):
+    tables = small_dataset()
+    tables["pins"]["image"] = ["=1+1.png", "@cmd.png", "-5"]
+    tables["pins"]["pin_id"] = ["=cmd|' /C calc'!A0", "+2", "-5"]
+    pictures = read_pictures(RawTables(write_dataset(tmp_path, {**tables})))
+    write_skipped(tmp_path / "skipped.csv", pictures, pictures["reason"])
+    with open(tmp_path / "skipped.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[0] for row in rows] == ["'=cmd|' /C calc'!A0", "+2", "-5"]
+    assert [row[1] for row in rows] == ["'=1+1.png", "'@cmd.png", "-5"]

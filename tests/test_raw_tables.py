@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,9 @@ from helpers import own_embeddings, small_dataset, stage, stop_line, write_datas
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import FIELDS, MATCH_FEATURES
 from data.tables import RawTables
-from runs.stage import Stop
+from runs.stage import Stop, read_json
 
 build = stage("01")
 
@@ -482,3 +484,406 @@ def test_any_tables(tmp_path_factory, drawn):
     if kind != "csv":  # in a CSV file null and "" are the same
         assert made["title"].to_pylist() == [t or "" for t in tables["pins"]["title"]]
     assert np.load(run / "features" / "pin_text_embedding.npy").shape == (size["pins"], 4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# However tables are written: read as they are meant, or named
+
+
+def features(data, run, *flags):
+    """Stage 01 on a dataset, with text embeddings of the user's own. Returns its folder."""
+    build.main([*arguments(own_embeddings(data), run), *flags])
+    return run / "features"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_names_of_columns_in_other_letters_and_with_spaces(tmp_path, kind):
+    tables = small_dataset()
+    tables["pins"] = {"Pin_ID": tables["pins"]["pin_id"], "Title": ["a", "b", "c"], " COLOR": ["x", "y", "z"]}
+    tables["queries"]["Language"] = ["de", "fr"]
+    del tables["queries"]["language"]
+    write_dataset(tmp_path / "data", tables, kind)
+    folder = features(tmp_path / "data", tmp_path / "run")
+    pins, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("pins", "queries"))
+    assert pins["title"].to_pylist() == ["a", "b", "c"] and queries["language"].to_pylist() == ["de", "fr"]
+    assert pins.column_names[-1] == "COLOR" and queries.column_names == ["query_id", "query", "language"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_two_columns_that_differ_in_case_alone(tmp_path, kind):
+    tables = small_dataset()
+    tables["pins"]["Title"] = ["a", "b", "c"]
+    line = stop_line(opened, write_dataset(tmp_path, tables, kind))
+    assert f"pins.{kind}" in line and "'title'" in line and "Title" in line
+
+
+def packed(path, kind):
+    """Packs a file: NAME -> NAME.gz or NAME.zst."""
+    with pa.output_stream(f"{path}.{kind}", compression={"gz": "gzip", "zst": "zstd"}[kind]) as stream:
+        stream.write(path.read_bytes())
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("jsonl", "boards.ndjson"),
+        ("jsonl", "BOARDS.JSONL"),
+        ("parquet", "Boards.parquet"),
+        ("parquet", "boards/date=2024-01-01/a.parquet"),
+        ("csv", "boards/deep/er/a.CSV"),
+        ("parquet", "boards.parquet/part-0.snappy.parquet"),
+    ],
+)
+def test_other_names_of_files(tmp_path, kind, name):
+    tables = small_dataset()
+    boards = tables.pop("boards")
+    path = write_table(write_dataset(tmp_path, tables), "somewhere", boards, kind)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    path.rename(tmp_path / name)
+    raw = opened(tmp_path)
+    assert rows(raw, "boards", "pin_id, board_title") == [("007", "Kitchen")] and raw.not_read == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_packed_files(tmp_path, kind, packing):
+    tables = small_dataset()
+    write_dataset(tmp_path, tables, kind)
+    for name in tables:
+        packed(tmp_path / f"{name}.{kind}", packing)
+    assert rows(opened(tmp_path), "pins", "pin_id, title") == list(zip(*list(tables["pins"].values())[:2]))
+
+
+def test_tab_semicolon_and_bar(tmp_path):
+    write_dataset(tmp_path, small_dataset())
+    (tmp_path / "pins.parquet").unlink()
+    for name, sign in (("pins.tsv", "\t"), ("pins.csv", "\t"), ("pins.csv", ";"), ("pins.csv", "|")):
+        text = "pin_id,title\n007,'one; two\tthree|\"\np2,b\np3,c\n".replace("'", '"').replace(",", sign)
+        (tmp_path / name).write_text(text)
+        assert rows(opened(tmp_path), "pins", "title")[0] == ("one; two\tthree|",)
+        (tmp_path / name).unlink()
+
+
+def test_files_of_one_table_with_other_columns_in_another_order(tmp_path):
+    write_dataset(tmp_path, small_dataset())
+    (tmp_path / "pins.parquet").unlink()
+    (tmp_path / "pins").mkdir()
+    (tmp_path / "pins" / "a.csv").write_text("pin_id,title\n007,a\n")
+    (tmp_path / "pins" / "b.csv").write_text("\r\n\r\nTITLE;pin_id;color\r\nb;p2;red\r\n")
+    (tmp_path / "pins" / "c.csv").write_text("")
+    (tmp_path / "pins" / "d.csv").write_text("pin_id,title\np3,c\n")
+    found = rows(opened(tmp_path), "pins", "pin_id, title, color")
+    assert sorted(found) == [("007", "a", None), ("p2", "b", "red"), ("p3", "c", None)]
+
+
+def test_hive_folders_are_columns_below_the_table_alone(tmp_path):
+    data = tmp_path / "label=3" / "split=eval" / "pin_id=9"
+    tables = small_dataset()
+    log = tables.pop("engagements")
+    for day in ("2024-06-30", "2024-06-29"):
+        some = {name: values for name, values in log.items() if name != "date"}
+        write_table(data / "engagements" / f"date={day}" / "market=a%20b", "part-0", some)
+    write_dataset(data, tables)
+    raw = opened(data)
+    found = rows(raw, "engagements", "query, pin_id, date::VARCHAR, count, market")
+    assert found == [("red chair", "007", day, 3, "a b") for day in ("2024-06-29", "2024-06-30")]
+    assert rows(raw, "labels", "label, split") == [(5, "train"), (1, "train"), (4, "eval")]
+    plain = features(write_dataset(tmp_path / "plain", small_dataset()), tmp_path / "run")
+    hive = features(write_dataset(tmp_path / "label=2", small_dataset()), tmp_path / "lr=0.1")
+    for path in plain.rglob("*.parquet"):
+        assert path.read_bytes() == (hive / path.relative_to(plain)).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_signs_in_the_path_stand_for_themselves(tmp_path, kind):
+    for name in ("a*", "ab"):
+        write_dataset(tmp_path / name, small_dataset(), kind)
+    (tmp_path / "ab" / f"pins.{kind}").unlink()
+    write_table(tmp_path / "ab", "pins", {"pin_id": ["other"], "title": ["other"]}, kind)
+    assert len(rows(opened(tmp_path / "a*"), "pins", "*")) == 3
+    write_dataset(tmp_path / "it's [a] {b} ?", small_dataset(), kind)
+    opened(tmp_path / "it's [a] {b} ?")
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    data = write_dataset(tmp_path / "data", small_dataset())
+    write_table(data, "engagement", small_dataset()["engagements"])  # the plural is missing
+    (data / "boards.xlsx").write_bytes(b"")
+    (data / "notes.txt").write_text("nothing of a table")
+    (data / "link_visits.parquet").rename(tmp_path / "visits")
+    (data / "link_visits").mkdir()
+    (tmp_path / "visits").rename(data / "link_visits" / "a.parquet")
+    for name in ("_SUCCESS", ".a.parquet.crc", "readme.md"):
+        (data / "link_visits" / name).write_text("")
+    features(data, tmp_path / "run")
+    line = "not read: engagement.parquet, boards.xlsx, link_visits/readme.md\n"
+    assert line in capsys.readouterr().out
+    (data / "pins.parquet").rename(data / "pins.xlsx")
+    assert "pins.xlsx" in stop_line(opened, data)
+
+
+def test_a_folder_of_two_kinds_one_of_them_packed(tmp_path):
+    tables = small_dataset()
+    boards = tables.pop("boards")
+    write_dataset(tmp_path, tables)
+    write_table(tmp_path / "boards", "a", boards)
+    packed(write_table(tmp_path / "boards", "b", boards, "csv"), "gz")
+    assert "different kinds" in stop_line(opened, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_an_id_is_the_same_as_a_whole_number_and_as_a_float(tmp_path, kind, capsys):
+    tables = small_dataset()
+    tables["pins"]["pin_id"] = [1, 20, 300]
+    for name in ("labels", "impressions"):
+        tables[name]["pin_id"] = ["1", "20", "300"]
+    for name in ("engagements", "boards", "link_visits"):
+        tables[name]["pin_id"] = [1.0]
+    features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"boards.{kind}: 1 of 1 rows have a known pin\n" in said and "nothing" not in said
+
+
+def test_a_log_of_unknown_pins_is_named(tmp_path, capsys):
+    tables = small_dataset()
+    tables["boards"] = {"pin_id": ["1.0", "2.0"], "board_title": ["a", "b"]}
+    features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "boards.parquet: 0 of 2 rows have a known pin: nothing of it is used!" in said
+    assert "engagements.parquet: 1 of 1 rows" in said
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("count", ["2.5", "-0.4", "1e300", "nan", "9223372036854775808"])
+def test_a_count_that_is_no_whole_number(tmp_path, kind, count):
+    tables = small_dataset()
+    tables["engagements"]["count"] = [count if kind != "parquet" else float(count)]
+    line = stop_line(opened, write_dataset(tmp_path, tables, kind))
+    assert f"engagements.{kind}" in line and "'count'" in line and "1 row " in line
+
+
+def test_counts_whose_sum_is_beyond_64_bit(tmp_path):
+    tables = small_dataset()
+    tables["engagements"] = {k: v * 2 for k, v in tables["engagements"].items()} | {"count": [2**63 - 1] * 2}
+    folder = features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    made = pq.read_table(folder / "labelled.parquet")["engagement"].to_pylist()
+    np.testing.assert_allclose(made, [64 * np.log(2), 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "2999-01-01"])
+def test_a_date_without_end_or_in_the_future(tmp_path, date):
+    tables = small_dataset()
+    tables["engagements"]["date"] = [date]
+    line = stop_line(opened, write_dataset(tmp_path, tables))
+    assert "engagements.parquet" in line and "'date'" in line and date in line
+
+
+def test_text_stored_as_bytes(tmp_path):
+    tables = small_dataset()
+    tables["pins"] |= {
+        "pin_id": pa.array([b"007", b"p2", b"p3"]),
+        "title": pa.array([b"caf\xc3\xa9", b"b", None]),
+    }
+    assert rows(opened(write_dataset(tmp_path, tables)), "pins", "pin_id, title")[0] == ("007", "café")
+    tables["pins"]["title"] = pa.array([b"caf\xe9", b"b", None])
+    line = stop_line(build.main, arguments(own_embeddings(write_dataset(tmp_path, tables)), tmp_path / "run"))
+    assert "pins.parquet" in line and "UTF8" in line
+
+
+@pytest.mark.parametrize(
+    "table, column", [("pins", "pin_index"), ("pins", "Caption"), ("queries", "Query_Index")]
+)
+def test_a_column_with_a_name_of_ours(tmp_path, table, column):
+    tables = small_dataset()
+    tables[table][column] = ["x", "y", "z"][
+        : len(tables[table]["query_id" if table == "queries" else "pin_id"])
+    ]
+    line = stop_line(features, write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    assert f"{table}.parquet" in line and repr(column) in line
+
+
+CSV = {  # content of pins.csv; the reason
+    "Latin-1": ("pin_id,title\n007,café\np2,a\np3,b\n".encode("latin-1"), ["line 2", "not utf-8"]),
+    "unclosed quote": (b'pin_id,title\n007,a\np2,"never\np3,b\n', ["line 3", "unterminated quote"]),
+    "short row": (b"pin_id,title\n007,a\np2\np3,b\n", ["line 3", "Expected Number of Columns: 2 Found: 1"]),
+    "long row": (
+        b"pin_id,title\n007,a\np2,b,c\np3,b\n",
+        ["line 3", "Expected Number of Columns: 2 Found: 3"],
+    ),
+    "UTF-16": ("pin_id,title\n007,a\n".encode("utf-16"), ["UTF-16"]),
+    "UTF-16 without a mark": ("pin_id,title\n007,a\n".encode("utf-16-be"), ["UTF-16"]),
+    "LF after CRLF": (b"pin_id,title\r\n007,a\r\np2,b\np3,c\n", ["lines end in different ways"]),
+    "cut gzip": (None, ["pins.csv.gz"]),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_what_is_wrong_with_a_csv_file_is_in_the_line(tmp_path, case):
+    content, parts = CSV[case]
+    write_dataset(tmp_path, small_dataset())
+    (tmp_path / "pins.parquet").unlink()
+    if content is None:
+        text = "pin_id,title\n" + "".join(f"{i},{i * 7919 % 1000}\n" for i in range(9_999))
+        packed(write(tmp_path / "pins.csv", text.encode()), "gz")
+        write(tmp_path / "pins.csv.gz", (tmp_path / "pins.csv.gz").read_bytes()[:-2_000])
+    else:
+        write(tmp_path / "pins.csv", content)
+    line = stop_line(opened, tmp_path)
+    for part in ["pins.csv", *parts]:
+        assert part in line, line
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_title_of_megabytes(tmp_path, kind):
+    tables = small_dataset()
+    tables["pins"]["title"] = ["x" * 2_400_000, "a", "b"]
+    assert len(rows(opened(write_dataset(tmp_path, tables, kind)), "pins", "title")[0][0]) == 2_400_000
+
+
+@pytest.mark.parametrize("blank", ["\t", "\u200b", "\u00a0", "\u3164", "\u00ad \ufe0f", "\n\u2060"])
+def test_what_nobody_sees_is_blank(tmp_path, blank):
+    for table, column in (("pins", "pin_id"), ("queries", "query")):
+        tables = small_dataset()
+        tables[table][column][0] = blank
+        line = stop_line(opened, write_dataset(tmp_path / table, tables))
+        assert f"{table}.parquet" in line and f"'{column}'" in line and "empty" in line
+
+
+def test_a_link_without_text_does_not_count(tmp_path):
+    tables = small_dataset()
+    tables["link_visits"] = {
+        "pin_id": ["007"] * 6,
+        "link_title": [None, None, "", " ", "\u200b", "real"],
+        "link_description": [None, None, None, "", None, None],
+        "dwell_seconds": [50, 50, 50, 50, 50, 10],
+    }
+    folder = features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    assert pq.read_table(folder / "pins.parquet")["links"].to_pylist() == ["real", "", ""]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers, empty columns, levels, one query one text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_numeric_columns_stay_numbers(tmp_path, kind):
+    tables = small_dataset()
+    numbers = {"price": [1.5, None, -3.0], "stars": [1, 2, 3], "zero": [0.5, 0.25, 100.0]}
+    tables["pins"] |= {**numbers, "zip": ["01234", "5", "6"], "word": ["1", "2", "x"]}
+    tables["queries"]["length"] = [2.5, 7.0]
+    folder = features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run")
+    pins, queries = (pq.read_table(folder / f"{name}.parquet") for name in ("pins", "queries"))
+    assert {name: pins[name].to_pylist() for name in numbers} == numbers
+    assert all(pins.schema.field(name).type == pa.float64() for name in numbers)
+    assert pins["zip"].to_pylist() == ["01234", "5", "6"] and pins["word"].to_pylist() == ["1", "2", "x"]
+    assert queries["length"].to_pylist() == [2.5, 7.0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_text_of_digits_is_a_category(tmp_path, kind):
+    tables = small_dataset()
+    tables["pins"]["model"] = ["1", "2", "3"]
+    folder = features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run")
+    assert pq.read_table(folder / "pins.parquet")["model"].to_pylist() == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_numeric_columns_of_pairs_follow_the_match_features(tmp_path, kind):
+    tables = small_dataset()
+    tables["impressions"] |= {"clicks": [5, 6, 7], "position": [1, 2, 3], "device": ["a", "b", "c"]}
+    tables["labels"] |= {"Clicks": [1.5, None, 3.0], "device": ["a", "b", "c"]}
+    folder = features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run", "--shard-rows", "2")
+    shards = [pq.read_table(path) for path in sorted((folder / "impressions").iterdir())]
+    expected = ["query_index", "pin_index", *MATCH_FEATURES, "clicks"]
+    assert all(shard.column_names == expected for shard in shards)
+    assert [value for shard in shards for value in shard["clicks"].to_pylist()] == [5, 6, 7]
+    labelled = pq.read_table(folder / "labelled.parquet")
+    assert labelled["clicks"].to_pylist() == [1.5, None, 3] and labelled.column_names[-1] == "clicks"
+    assert labelled["clicks"].type == pa.float32()
+
+
+def test_a_numeric_column_of_pairs_with_a_name_of_ours(tmp_path):
+    tables = small_dataset()
+    for name in ("impressions", "labels"):
+        tables[name]["BM25"] = [1, 2, 3]
+    line = stop_line(features, write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    assert "impressions.parquet" in line and "'BM25'" in line
+
+
+def test_columns_of_nothing_are_left_out(tmp_path):
+    tables = small_dataset()
+    none = pa.array([None] * 3, pa.string())
+    tables["pins"] |= {"kind": none, "blank": ["", " ", None], "price": pa.array([None, np.nan, np.inf])}
+    tables["queries"] |= {"interest": pa.array([None] * 2, pa.string()), "shopping_interest": ["a", None]}
+    folder = features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    assert pq.read_schema(folder / "pins.parquet").names == ["pin_id", *FIELDS, "image"]
+    queries = ["query_id", "query", "language", "shopping_interest"]
+    assert pq.read_schema(folder / "queries.parquet").names == queries
+
+
+LEVELS = {  # the labels of the table, --levels, what they become
+    "ESCI": (["E", " I ", "S"], "E=5,S=4,C=3,I=1", [5, 1, 4]),
+    "whole numbers": ([1, 0, 1], "0=1,1=5", [5, 1, 5]),
+    "floats": ([1.0, 0.0, 1.0], "0=1, 1=5", [5, 1, 5]),
+    "words": (["very good", "a=b", "bad"], "very good=5,bad=1,a=b=2", [5, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("case", LEVELS)
+def test_levels_of_ones_own(tmp_path, case, kind):
+    labels, flag, expected = LEVELS[case]
+    if kind == "csv" and case == "floats":
+        return  # a CSV file has no floats: 1.0 is a text
+    tables = small_dataset()
+    tables["labels"]["label"] = labels
+    folder = features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run", "--levels", flag)
+    assert pq.read_table(folder / "labelled.parquet")["label"].to_pylist() == expected
+    assert read_json(folder / "stage.json")["levels"] == sorted(set(expected))
+
+
+def test_levels_that_do_not_fit(tmp_path):
+    tables = small_dataset()
+    tables["labels"]["label"] = ["E", "X", "I"]
+    data = write_dataset(tmp_path / "data", tables)
+    line = stop_line(features, data, tmp_path / "run", "--levels", "E=5,I=1")
+    assert "labels.parquet" in line and "one of E, I" in line and "'X'" in line
+    assert "--levels" in stop_line(features, data, tmp_path / "run")
+    for wrong in ("E", "E=6", "E=5,E=4", "=5", "E=5,,I=1", "E:5"):
+        line = stop_line(features, data, tmp_path / "run", "--levels", wrong)
+        assert f"--levels {wrong}" in line
+    assert not (tmp_path / "run" / "features").exists()
+
+
+SAME = ["red chair 7", "Red Chair 7", " RED chair 7\t", "re\u0301d", "r\u00e9d"]  # three texts and two
+
+
+def test_a_text_stands_on_one_side_whatever_its_ids(tmp_path):
+    tables = small_dataset()
+    texts = [text.replace("7", str(i)) for i in range(60) for text in SAME[:3]] + SAME[3:]
+    ids = [f"q{i}" for i in range(len(texts))]
+    tables["queries"] = {"query_id": ids, "query": texts}
+    tables["labels"] = {"query_id": ids, "pin_id": ["007"] * len(ids), "label": [3] * len(ids)}
+    tables["impressions"] = {"query_id": ["q1"], "pin_id": ["007"]}
+    folder = features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    table = pq.read_table(folder / "labelled.parquet")
+    sides = {}
+    for query, split in zip(table["query_index"].to_pylist(), table["split"].to_pylist()):
+        key = unicodedata.normalize("NFC", texts[query]).strip().lower()
+        sides.setdefault(key, set()).add(split)
+    assert len(sides) == 61 and all(len(split) == 1 for split in sides.values())
+    assert set.union(*sides.values()) == {"train", "eval"}
+
+
+def test_given_splits_that_leak(tmp_path):
+    for i, (one, other) in enumerate([SAME[:2], SAME[1:3], SAME[3:]]):
+        tables = small_dataset()
+        tables["queries"]["query"] = [one, other]
+        line = stop_line(opened, write_dataset(tmp_path / str(i), tables))
+        assert "labels.parquet" in line and "'split'" in line and "more than one split" in line
