@@ -3,8 +3,9 @@
 Paper: the offline evaluation (accuracy on five levels, AUROC at levels 3, 4, 5), and nDCG@20, its online
 relevance metric. Intervals are 95 % bootstrap intervals over queries.
 
-Reads   RUN/features/, RUN/labels/labelled.parquet, every RUN/student*/
-Writes  RUN/report/     metrics.json, report.md, plots as PNG
+Reads   RUN/features/, RUN/labels/labelled.parquet, RUN/teacher/stage.json, every RUN/student*/
+Writes  RUN/report/     metrics.json, temperatures.json, report.md, plots as PNG;
+                        cards/NAME.md, the models' cards with their metrics
 
 Toy     python 05_evaluate.py
 Paper   python 05_evaluate.py --preset paper --run /runs/search
@@ -16,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score
 
-from common import MATCH_FEATURES, NUM_LEVELS, Student, StudentInputs
-from runs import report
+from common import NUM_LEVELS, Student, StudentInputs, in_hash_split
+from runs import cards, pictures, report
+from runs.pairs import read_labelled, require_pairs
 from runs.stage import Range, Size, Stage, StageSettings, Stop, parse, require_finished, run_main, write_json
 
 
@@ -32,6 +34,7 @@ class Settings(StageSettings):
 
     resamples: Annotated[int, Range(2)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
+    temperatures: bool = False  # measure probabilities at the temperatures fitted on held-out queries
     seed: Size = 0  # of the bootstrap
 
 
@@ -86,10 +89,10 @@ def ndcg(y, score, k=20):
 
 
 def ece(y, p, w, bins=15):
-    """Expected calibration error of the most probable level, equal-width bins of confidence (Guo et al.,
-    2017, eq. 3)."""
+    """Expected calibration error of the most probable level, equal-width bins of confidence, closed on the
+    right (Guo et al., 2017, eq. 3)."""
     confidence, right = p.max(1), p.argmax(1) + 1 == y
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    bin_of = np.searchsorted(np.arange(1, bins) / bins, confidence)
     return np.abs(np.bincount(bin_of, w * (confidence - right), minlength=bins)).sum() / w.sum()
 
 
@@ -97,6 +100,20 @@ def kl(teacher, p, w):
     """Mean KL(teacher || p), natural logarithm."""
     t, p = np.maximum(teacher.astype(np.float64), 1e-12), np.maximum(p.astype(np.float64), 1e-12)
     return np.average((t * np.log(t / p)).sum(1), weights=w)
+
+
+def meaningful(levels):
+    """Metrics that mean something where only these levels are in use; one of AUROCs that would tell the same
+    levels apart."""
+    found, splits = {"accuracy", "ndcg_20", "ece", "kl_to_teacher"}, set()
+    if len(levels) > 2 and (np.diff(levels) == 1).any():
+        found.add("within_one")
+    for level in (4, 3, 5):
+        above = sum(used >= level for used in levels)
+        if 0 < above < len(levels) and above not in splits:
+            found.add(f"auroc_{level}")
+            splits.add(above)
+    return found
 
 
 class Measured:
@@ -153,19 +170,68 @@ def interval(value, sample):
     return Interval(*(round(float(v), 6) if np.isfinite(v) else None for v in (value, low, high)))
 
 
-def measure(systems, rows, resamples, seed):
+def measure(systems, rows, levels, resamples, seed):
     """All metrics of all systems, overall and by language: {(system, language, metric): Interval}."""
-    table = {}
+    table, means_something = {}, meaningful(levels)
     for system, (p, score) in systems.items():
         teacher = rows["teacher"] if system.startswith("student") else None
         for language in [report.ALL, *sorted(set(rows["language"]))]:
-            at = np.ones(len(p), dtype=bool) if language == report.ALL else rows["language"] == language
+            at = rows["language"] == language if language != report.ALL else np.ones(len(p), dtype=bool)
             part = None if teacher is None else teacher[at]
             measured = Measured(rows["label"][at], p[at], score[at], rows["query_index"][at], part)
             value, drawn = measured.bootstrap(resamples, seed)
             for metric in value:
-                table[system, language, metric] = interval(value[metric], drawn[metric])
+                if metric in means_something:
+                    table[system, language, metric] = interval(value[metric], drawn[metric])
     return table
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Probabilities to be trusted: one temperature, fitted on training queries that the system was not trained on
+
+
+def at_temperature(p, temperature):
+    """Probabilities [B, C] -> p^(1/T), normalized: the softmax of the logits divided by T."""
+    log_p = np.log(np.maximum(p, 1e-12)) / temperature
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def fit_temperature(y, p):
+    """The temperature that makes labels [B] most probable (Guo et al., 2017, section 4.2)."""
+
+    def loss(log_temperature):
+        scaled = at_temperature(p, np.exp(log_temperature))
+        return -np.log(scaled[np.arange(len(y)), y - 1]).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def fit_temperatures(run, read, train):
+    """{trained system: its temperature, and on how many rows of how many queries it was fitted}, of those
+    whose stage has held queries out."""
+    found = {}
+    for name in [*students_of(read), "teacher"]:
+        if name not in read or not read[name].get("held_out"):
+            continue
+        held_out = in_hash_split(train["key"], **read[name]["held_out"])
+        rows = {column: values[held_out] for column, values in train.items()}
+        if held_out.any():
+            is_teacher = name == "teacher"
+            p = rows["teacher"] if is_teacher else student_system(run / name, run / "features", rows)[0]
+            fitted = {"temperature": round(fit_temperature(rows["label"], p), 4), "rows": len(p)}
+            found[name] = {**fitted, "queries": len(np.unique(rows["query_index"]))}
+    return found
+
+
+def calibration_errors(y, p, scaled, query, settings):
+    """Expected calibration error of probabilities before and after they are scaled, with intervals."""
+    errors = {}
+    for name, probabilities in (("ece", p), ("ece_at_temperature", scaled)):
+        measured = Measured(y, probabilities, expected_level(probabilities), query)
+        value, drawn = measured.bootstrap(settings.resamples, settings.seed)
+        errors[name] = interval(value["ece"], drawn["ece"])._asdict()
+    return errors
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -205,7 +271,8 @@ def student_system(folder, features, rows, chunk=16_384):
     """The student in `folder` on rows (dict of arrays)."""
     student = Student.load(folder)
     inputs, p = StudentInputs(features, student.spec), []
-    match = torch.from_numpy(np.stack([rows[name] for name in MATCH_FEATURES], axis=1))
+    match = np.stack([rows[name] for name in student.spec["match"]], axis=1).astype(np.float32)
+    match = torch.from_numpy(match)
     for start in range(0, len(match), chunk):
         at = slice(start, start + chunk)
         logits = student(*inputs.gather(rows["query_index"][at], rows["pin_index"][at]), match[at])
@@ -214,70 +281,53 @@ def student_system(folder, features, rows, chunk=16_384):
     return p, expected_level(p)
 
 
-def read_rows(run, teacher=True):
-    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with `language` and the teacher's p1 …
-    p5 as `teacher` [B, C]."""
-    table = pq.read_table(run / "features" / "labelled.parquet")
-    rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-    rows["label"] = rows["label"].astype(np.int64)
-    if teacher:
-        labels = pq.read_table(run / "labels" / "labelled.parquet")
-        p = [labels[f"p{level}"].to_numpy() for level in range(1, NUM_LEVELS + 1)]
-        rows["teacher"] = np.stack(p, axis=1).astype(np.float64)
-    languages = pq.read_table(run / "features" / "queries.parquet", columns=["language"])["language"]
-    rows["language"] = np.array(languages.to_pylist(), dtype=object)[rows["query_index"]]
-    splits = []
-    for split in ("train", "eval"):
-        splits.append({name: column[rows["split"] == split] for name, column in rows.items()})
-    return splits
-
-
-def all_systems(run, train, evaluation):
-    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first."""
+def all_systems(run, students, train, evaluation):
+    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. students: names of folders."""
     systems = {
         "majority": majority_system(train["label"], len(evaluation["label"])),
         "bm25": bm25_system(train, evaluation),
     }
-    students = [folder.name for folder in run.glob("student*") if (folder / "stage.json").exists()]
-    for name in sorted(students, key=lambda name: (name == "student", name)):
+    for name in students:
         systems[name] = student_system(run / name, run / "features", evaluation)
     systems["teacher"] = (evaluation["teacher"], expected_level(evaluation["teacher"]))
     return systems
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def nested(table):
-    """The table in the shape of metrics.json: systems, overall or by language, metrics."""
-    systems = {}
-    for (system, language, metric), found in table.items():
-        parts = systems.setdefault(system, {"overall": {}, "by_language": {}})
-        part = parts["overall"] if language == report.ALL else parts["by_language"].setdefault(language, {})
-        part[metric] = found._asdict()
-    return {"systems": systems}
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 
 def inherited(run):
-    """What is read, checked: {folder: its stage.json} of features, labels, and every student."""
-    read = {
-        "features": require_finished(run / "features", f"01_build_features.py --run {run}", READS),
-        "labels": require_finished(run / "labels", f"03_label.py --run {run}", READS),
-    }
-    for path in sorted(run.glob("student*/stage.json")):
-        name, command = path.parent.name, f"04_train_student.py --run {run} --name {path.parent.name}"
-        student = require_finished(path.parent, command)
-        for folder, identity in student["inputs"].items():
-            if identity != read[folder]["identity"]:
-                raise Stop(f"{path.parent} was trained on other {folder}: run {command} --overwrite")
-        read[name] = student
-    if "student" not in read:
-        raise Stop(f"{run / 'student'}: missing; make it with: python 04_train_student.py --run {run}")
+    """What is read, checked: {folder: its stage.json} of features, labels, and every student; the teacher's
+    where it is here. A student beside the main one that does not fit is named and left out."""
+    read = require_pairs(run, READS)
+    unfinished = [path.name[1:].partition(".unfinished-")[0] for path in run.glob(".student*.unfinished-*")]
+    finished = [path.name for path in run.glob("student*") if path.is_dir()]
+    for name in sorted({"student", *finished, *unfinished}):
+        try:
+            read[name] = require_student(run, name, read)
+        except Stop as why:
+            if name == "student":
+                raise
+            print(f"left out: {why}")
+    if (run / "teacher" / "stage.json").exists():
+        read["teacher"] = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", ())
     return read
+
+
+def require_student(run, name, read):
+    """stage.json of a student, whose features and labels must be those that were read."""
+    command = f"04_train_student.py --run {run}" + f" --name {name}" * (name != "student")
+    student = require_finished(run / name, command)
+    for folder, identity in student["inputs"].items():
+        if identity != read[folder]["identity"]:
+            raise Stop(f"{run / name}: trained on other {folder}; python {command} --overwrite")
+    return student
+
+
+def students_of(read):
+    """Names of the students that were read, the main one last."""
+    names = [name for name in read if name.startswith("student")]
+    return sorted(names, key=lambda name: (name == "student", name))
 
 
 def main(argv=None):
@@ -291,32 +341,40 @@ def main(argv=None):
         return
 
     # 2. Systems on the evaluation rows
-    train, evaluation = read_rows(run)
-    systems = all_systems(run, train, evaluation)
-    y = evaluation["label"]
-    counts = {"rows": len(y), "queries": len(np.unique(evaluation["query_index"]))}
+    train, evaluation = read_labelled(run)
+    systems = all_systems(run, students_of(read), train, evaluation)
+    y, query = evaluation["label"], evaluation["query_index"]
+    counts = {"rows": len(y), "queries": len(np.unique(query))}
     print(f"evaluation: {counts['rows']:,} rows of {counts['queries']:,} queries")
 
-    # 3. Metrics
-    table = measure(systems, evaluation, settings.resamples, settings.seed)
-    write_json(stage.work / "metrics.json", nested(table))
-    for system in systems:
-        accuracy_cell = report.cell(table[system, report.ALL, "accuracy"])
-        ndcg_cell = report.cell(table[system, report.ALL, "ndcg_20"], percent=False)
-        print(f"  {system:<24} accuracy {accuracy_cell:<20}  nDCG@20 {ndcg_cell}")
+    # 3. Temperatures
+    temperatures, scaled = fit_temperatures(run, read, train), {}
+    for name, fitted in temperatures.items():
+        p = systems[name][0]
+        scaled[name] = at_temperature(p, fitted["temperature"])
+        fitted |= calibration_errors(y, p, scaled[name], query, settings)
+        if settings.temperatures:
+            systems[name] = scaled[name], expected_level(scaled[name])
 
-    # 4. Plots, pages of search results, report.md
-    names = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
-    report.plot_accuracy(table, stage.work / "accuracy.png")
-    report.plot_languages(table, stage.work / "accuracy_by_language.png")
-    report.plot_confusion(y, systems, names, stage.work / "confusion.png")
-    report.plot_reliability(y, systems, names, stage.work / "reliability.png")
-    pages = report.search_pages(
-        run, evaluation, systems, read["features"]["dataset"], settings.search_pages, stage.work
-    )
-    text = report.report(table, counts, pages)
+    # 4. Metrics
+    levels = np.union1d(train["label"], y)
+    table = measure(systems, evaluation, levels, settings.resamples, settings.seed)
+    write_json(stage.work / "metrics.json", report.nested(table))
+    write_json(stage.work / "temperatures.json", temperatures)
+    print("\n".join(report.summary(table)))
+
+    # 5. Plots, pages of search results, report.md
+    shown = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
+    p = {name: systems[name][0] for name in shown}
+    pictures.plot_accuracy(table, stage.work / "accuracy.png")
+    pictures.plot_languages(table, stage.work / "accuracy_by_language.png")
+    pictures.plot_confusion(y, p, levels, stage.work / "confusion.png")
+    pictures.plot_reliability(y, p, scaled, stage.work / "reliability.png")
+    pages = pictures.search_pages(run, evaluation, systems, settings.search_pages, stage.work)
+    text = report.report(table, report.facts(run, read, evaluation), temperatures, evaluation, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")
-    stage.finish(rows=counts)
+    cards.write_cards(run, table, counts, stage.work / "cards")
+    stage.finish(rows=counts, temperatures=temperatures)
     print(f"report: {stage.folder / 'report.md'}")
 
 

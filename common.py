@@ -11,6 +11,7 @@ features. The paper: Wang et al., 2024, "Improving Pinterest Search Relevance Us
 
 import hashlib
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -275,13 +276,16 @@ TABLES = {"query": "queries.parquet", "pin": "pins.parquet"}
 
 class Student(nn.Module):
     """Feed-forward network over a query's and a pin's precomputed embeddings, embedding tables for
-    categories, and match features. spec: {"embeddings": {name: D}, "categories": {column: [values]},
-    "category_dim", "mean" [F], "std" [F], "hidden": [widths], "dropout"}."""
+    categories, numbers of query and pin, and match features of the pair. spec: {"embeddings": {name: D},
+    "categories": {column: [values]}, "category_dim", "numbers": {column: [mean, std]}, "match": [names],
+    "mean" [F], "std" [F], "hidden": [widths], "dropout", "input_dropout"}."""
 
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
         self.sizes = list(spec["embeddings"].values())
+        self.alike = pairs_of_a_size(spec["embeddings"])
+        self.input_dropout = nn.Dropout(spec["input_dropout"])
         tables = []
         for values in spec["categories"].values():
             # Row 0 of every table is "unknown": null, or a value not seen when the spec was made.
@@ -289,23 +293,33 @@ class Student(nn.Module):
         self.tables = nn.ModuleList(tables)
         self.register_buffer("mean", torch.tensor(spec["mean"], dtype=torch.float32))
         self.register_buffer("std", torch.tensor(spec["std"], dtype=torch.float32))
-        width = sum(self.sizes) + spec["category_dim"] * len(tables) + len(spec["mean"])
+        numbers = torch.tensor([*spec["numbers"].values()], dtype=torch.float32).reshape(-1, 2)
+        self.register_buffer("number_mean", numbers[:, 0].clone())
+        self.register_buffer("number_std", numbers[:, 1].clone())
+        width = sum(self.sizes) + sum(self.sizes[query] for query, _ in self.alike)
+        width += spec["category_dim"] * len(tables) + len(numbers) + len(spec["mean"])
         layers = []
         for hidden in spec["hidden"]:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(spec["dropout"])]
             width = hidden
         self.mlp = nn.Sequential(*layers, nn.Linear(width, NUM_LEVELS))
 
-    def forward(self, embeddings, categories, match):
-        """embeddings [B, sum of D] side by side, categories [B, K] int64, match features [B, F] -> logits
-        [B, C]."""
+    def forward(self, embeddings, categories, numbers, match):
+        """embeddings [B, sum of D] side by side, categories [B, K] int64, numbers [B, N], match features
+        [B, F] -> logits [B, C]. A number that is not known is NaN, and counts as the mean."""
         inputs = []
-        for embedding in embeddings.float().split(self.sizes, dim=1) if self.sizes else ():
+        parts = embeddings.float().split(self.sizes, dim=1) if self.sizes else ()
+        for embedding, size in zip(parts, self.sizes):
             # To mean 0 and variance 1 a row, so that sources of different scale start out equal (our choice).
-            inputs.append(F.layer_norm(embedding, embedding.shape[-1:]))
+            inputs.append(F.layer_norm(embedding, (size,)))
+        # Products say how alike query and pin are, which few rows do not teach a network to compute; dropout
+        # keeps it from learning queries by heart (both our choice).
+        inputs += [inputs[query] * inputs[pin] for query, pin in self.alike]
+        inputs = [self.input_dropout(embedding) for embedding in inputs]
         for column, table in enumerate(self.tables):
             inputs.append(table(categories[:, column]))
-        inputs.append((match - self.mean) / self.std)
+        inputs.append(((numbers - self.number_mean) / self.number_std).nan_to_num())
+        inputs.append(((match - self.mean) / self.std).nan_to_num())
         return self.mlp(torch.cat(inputs, dim=1))
 
     def save(self, folder):
@@ -317,8 +331,11 @@ class Student(nn.Module):
     @classmethod
     def load(cls, folder):
         """The student that 04 wrote, in evaluation mode."""
-        student = cls(read_json(Path(folder) / "features.json"))
-        student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        try:
+            student = cls(read_json(Path(folder) / "features.json"))
+            student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise Stop(f"{folder}: no student of this version; run 04 again with --overwrite") from None
         return student.eval()
 
 
@@ -330,32 +347,42 @@ class StudentInputs:
         """spec: a trained student's, whose categories are used; without it, the most frequent values of the
         columns."""
         features = Path(features)
-        self.embeddings, self.categories, self.codes, self.resident = {}, {}, {}, None
+        self.embeddings, self.resident = {}, None
+        self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
+        self.numbers, self.values = {}, {}  # column -> [mean, std], each row's value
         for path in sorted(features.glob("*_embedding.npy")):
             name = path.name.removesuffix("_embedding.npy")
             self.embeddings[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         for side, table in TABLES.items():
-            for column in pq.read_schema(features / table).names:
-                if column not in OUR_COLUMNS[side]:
-                    values = pq.read_table(features / table, columns=[column])[column].cast(pa.string())
-                    name = f"{side}_{column}"
-                    known = (
-                        frequent_values(values, max_values)
-                        if spec is None
-                        else spec["categories"].get(name, [])
-                    )
-                    self.categories[name] = known
-                    codes = pc.index_in(values, pa.array(known, pa.string()))
-                    self.codes[name] = (codes.fill_null(-1).to_numpy() + 1).astype(np.int64)
+            for field in pq.read_schema(features / table):
+                if field.name not in OUR_COLUMNS[side]:
+                    column = pq.read_table(features / table, columns=[field.name])[field.name]
+                    self.add(f"{side}_{field.name}", column, spec, max_values)
         self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
         if spec is not None:
             self.compare(spec, features)
+
+    def add(self, name, column, spec, max_values):
+        """A numeric column becomes numbers, another one a category."""
+        if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+            values = column.cast(pa.float32()).to_numpy()  # NaN where it is null
+            known = values[np.isfinite(values)].astype(np.float64)
+            std = float(known.std()) if len(known) else 0.0
+            self.values[name] = values
+            self.numbers[name] = [float(known.mean()) if len(known) else 0.0, std if std > 1e-6 else 1.0]
+        else:
+            column = column.cast(pa.string())
+            known = spec["categories"].get(name, []) if spec else frequent_values(column, max_values)
+            self.categories[name] = known
+            codes = pc.index_in(column, pa.array(known, pa.string()))
+            self.codes[name] = (codes.fill_null(-1).to_numpy() + 1).astype(np.int64)
 
     def compare(self, spec, features):
         """Stop unless the features have what the student was trained on."""
         for what, trained, found in (
             ("embeddings", sorted(spec["embeddings"]), sorted(self.embeddings)),
             ("categories", list(spec["categories"]), list(self.categories)),
+            ("numbers", list(spec["numbers"]), list(self.numbers)),
         ):
             if trained != found:
                 raise Stop(
@@ -373,22 +400,38 @@ class StudentInputs:
         return self
 
     def gather(self, query_index, pin_index):
-        """Row numbers [B] of queries and pins -> embeddings [B, sum of D] and categories [B, K] int64."""
+        """Row numbers [B] of queries and pins -> embeddings [B, sum of D], categories [B, K] int64, numbers
+        [B, N]."""
         index = {"query": query_index, "pin": pin_index}
         codes = np.zeros((len(query_index), len(self.codes)), np.int64)
         for column, (name, code) in enumerate(self.codes.items()):
             codes[:, column] = code[index[side_of(name)]]
+        values = np.zeros((len(query_index), len(self.values)), np.float32)
+        for column, (name, value) in enumerate(self.values.items()):
+            values[:, column] = value[index[side_of(name)]]
+        codes, values = torch.from_numpy(codes), torch.from_numpy(values)
         if self.resident is not None:
             found = []
             for name, table in self.resident.items():
                 found.append(table[torch.from_numpy(index[side_of(name)]).to(table.device)].float())
-            return torch.cat(found, dim=1), torch.from_numpy(codes).to(found[0].device)
+            device = found[0].device
+            return torch.cat(found, dim=1), codes.to(device), values.to(device)
         embeddings = np.empty((len(query_index), sum(self.dims.values())), dtype=np.float32)
         start = 0
         for name, array in self.embeddings.items():
             embeddings[:, start : start + self.dims[name]] = array[index[side_of(name)]]
             start += self.dims[name]
-        return torch.from_numpy(embeddings), torch.from_numpy(codes)
+        return torch.from_numpy(embeddings), codes, values
+
+
+def pairs_of_a_size(embeddings):
+    """{name: D} -> positions (query, pin) of embeddings of a query and of a pin that have the same size."""
+    pairs = []
+    for i, query in enumerate(embeddings):
+        for j, pin in enumerate(embeddings):
+            if (side_of(query), side_of(pin)) == ("query", "pin") and embeddings[query] == embeddings[pin]:
+                pairs.append((i, j))
+    return pairs
 
 
 def side_of(name):
@@ -404,11 +447,33 @@ def frequent_values(column, n):
     return [value for _, value in ranked[:n]]
 
 
-def in_hash_split(query_ids, share, salt):
-    """Boolean mask [B]: does the query belong to the held-out `share`? By a hash of its id, so that a query
-    never stands on both sides and the answer is the same on every machine."""
-    held_out = {}
-    for query in set(query_ids):
-        digest = hashlib.blake2b(f"{salt}:{query}".encode(), digest_size=8).digest()
-        held_out[query] = int.from_bytes(digest, "little") / 2**64 < share
-    return np.array([held_out[query] for query in query_ids], dtype=bool)
+def query_key(text):
+    """What makes two queries one: the same text but for its Unicode form, case, and spaces around it."""
+    return unicodedata.normalize("NFC", text).strip().lower()
+
+
+def hash_position(key, salt):
+    """A key's place between 0 and 1, the same on every machine."""
+    digest = hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def in_hash_split(keys, share, salt):
+    """Boolean mask [B]: does the query (its key) belong to the held-out `share`? By a hash, so that a query
+    never stands on both sides."""
+    held_out = {key: hash_position(key, salt) < share for key in set(keys)}
+    return np.array([held_out[key] for key in keys], dtype=bool)
+
+
+def held_out_share(keys, rows, share, salt):
+    """The share for in_hash_split that holds out about `share` of the queries, but at most a tenth of the
+    rows. keys [Q]: of the queries; rows [Q]: how many each has."""
+    rows_of = {}
+    for key, count in zip(keys, rows):
+        rows_of[key] = rows_of.get(key, 0) + int(count)
+    held_out, most = 0, sum(rows_of.values()) / 10
+    for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
+        held_out += count
+        if position >= share or held_out > most:
+            return min(position, share)
+    return share

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
-from runs.report import ALL, cell, in_percent, markdown_table
+from runs.pairs import read_labelled
+from runs.pictures import in_percent, picture_file
+from runs.report import ALL, cell, escaped, markdown_table
 from runs.stage import Stop, hashed, read_json, require_finished, whole_file, write_json
 
 evaluate = importlib.import_module("05_evaluate")
@@ -81,7 +82,7 @@ def read_system(run, name):
         raise Stop(
             f"{folder} was made from other features than {features} holds now: make it again with --overwrite"
         )
-    train, rows = evaluate.read_rows(run, teacher=is_teacher)
+    train, rows = read_labelled(run, teacher=is_teacher)
     if is_teacher:
         p, score = rows["teacher"], evaluate.expected_level(rows["teacher"])
     else:
@@ -203,7 +204,7 @@ def languages_of(entry):
 def finding_text(key, entry):
     """A finding's section of findings.md, as lines."""
     table, labels, paper = entry["table"], list(entry["conditions"]), key == "a"
-    lines = [f"## ({key}) {entry['title']}", ""]
+    lines = [f"## ({key}) {escaped(entry['title'])}", ""]
     lines.append(f"{FINDINGS[key][1]} {entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.")
     lines += ["", f"![finding {key}](finding_{key}.png)"]
     body = []
@@ -214,7 +215,7 @@ def finding_text(key, entry):
         step = points(find(entry["differences"], **before)) if number else ""
         line = [label, cell(accuracy), seeds, step, cell(auroc, False), cell(ndcg, False)]
         there = PAPER_TEACHERS.get(label)
-        body.append(line + [f"{100 * there:.1f}" if there else "–"] * paper)
+        body.append([escaped(label), *line[1:]] + [f"{100 * there:.1f}" if there else "–"] * paper)
     head = ["condition", "accuracy %", "each seed %", "points above the one before", "AUROC ≥4", "nDCG@20"]
     lines += markdown_table(head + ["the paper, accuracy %"] * paper, body)
     shown = COMPARED if key == "c" else {"accuracy": COMPARED["accuracy"]}
@@ -224,8 +225,9 @@ def finding_text(key, entry):
         body = []
         for label in labels:
             found = [find(table, condition=label, language=tag, metric=metric) for tag in languages_of(entry)]
-            body.append([label, *(cell(m, metric.startswith("accuracy")) for m in found)])
-        lines += markdown_table([f"{title} by language", *languages_of(entry)], body)
+            body.append([escaped(label), *(cell(m, metric.startswith("accuracy")) for m in found)])
+        tags = [escaped(tag) for tag in languages_of(entry)]
+        lines += markdown_table([f"{title} by language", *tags], body)
     return lines
 
 
@@ -298,21 +300,20 @@ def plot_conditions(ax, entry, key):
 
 def plot_finding(key, entry, path):
     """finding_KEY.png."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    ax = figure.subplots()
-    if key == "b":
-        plot_amounts(ax, entry)
-    elif key == "c":
-        plot_languages(ax, entry)
-    else:
-        plot_conditions(ax, entry, key)
-    ax.set_ylabel("accuracy, %\n(95 % interval; rings: seeds)")
-    ax.grid(axis="y", color="#DDDDDD", lw=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    texts = [*entry["conditions"], *languages_of(entry)]
+    with whole_file(path) as temporary, picture_file(temporary, (7, 3.8), texts) as figure:
+        ax = figure.subplots()
+        if key == "b":
+            plot_amounts(ax, entry)
+        elif key == "c":
+            plot_languages(ax, entry)
+        else:
+            plot_conditions(ax, entry, key)
+        ax.set_ylabel("accuracy, %\n(95 % interval; rings: seeds)")
+        ax.grid(axis="y", color="#DDDDDD", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

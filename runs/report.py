@@ -1,16 +1,50 @@
-"""How results are shown: tables, plots, pages of search results, report.md. No method is in it."""
+"""Results as text: tables, report.md. No method is in this file.
 
-import textwrap
+A table here is {(system, language, metric): interval with value, low, high}; the language of all rows is "".
+"""
+
+import html
+import re
+import shlex
+import sys
+import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
-from matplotlib.figure import Figure
-from PIL import ImageOps
-from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay
 
-from common import LEVELS, NUM_LEVELS
-from data.images import load_image
+from runs.stage import read_json
+
+ALL = ""  # "language" of a metric over all rows
+HUMAN = {  # --human-rows of 04
+    "none": "not used",
+    "teacher": "with the teacher's labels too",
+    "human": "with the human labels",
+    "half": "with the mean of human and teacher's labels",
+}
+FEW_QUERIES = 30  # an interval on fewer is marked
+
+
+class Metric(NamedTuple):
+    """How a metric stands in a table."""
+
+    heading: str
+    percent: bool
+    meaning: str
+
+
+METRICS = {
+    "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one"),
+    "within_one": Metric("within one %", True, "rows whose most probable level is at most one off"),
+    "auroc_3": Metric(
+        "AUROC ≥3", False, "chance that P(level ≥ 3) of a row of level 3 to 5 is the higher one"
+    ),
+    "auroc_4": Metric("AUROC ≥4", False, "likewise for levels 4 and 5 against 1 to 3"),
+    "auroc_5": Metric("AUROC ≥5", False, "likewise for level 5 against 1 to 4"),
+    "ndcg_20": Metric("nDCG@20", False, "gain 2^(level − 1) − 1, mean over queries that have a gain"),
+    "ece": Metric("ECE", False, "expected calibration error of the most probable level, 15 bins"),
+    "kl_to_teacher": Metric("KL to teacher", False, "mean KL(teacher ‖ student), nats"),
+}
 
 # Accuracy on the paper's human evaluation set: of which system here, of what there, in the paper.
 PAPER = (
@@ -19,36 +53,21 @@ PAPER = (
     ("(embedding baseline)", "SearchSage, derived from a stated relative gain of 19.7 %", 0.503),
 )
 
-# Okabe and Ito's colors, told apart by the color-blind and in grey by their lightness.
-COLORS = {
-    "majority": "#999999",
-    "bm25": "#E69F00",
-    "student_human_labels": "#56B4E9",
-    "student": "#0072B2",
-    "teacher": "#D55E00",
+CAPTIONS = {
+    "accuracy.png": "Accuracy by system, with intervals.",
+    "accuracy_by_language.png": "Accuracy by language of the query and system, with intervals.",
+    "confusion.png": "For each human level (row), how often each level is the most probable one (columns).",
+    "reliability.png": "How often the most probable level is right, by its probability: on the dotted "
+    "line the probability can be taken at its word. Dashed: at the temperature of the table above.",
 }
-OTHER_COLOR = "#009E73"  # of further students
-LEVEL_COLORS = {1: "#B2182B", 2: "#EF8A62", 3: "#CCCCCC", 4: "#67A9CF", 5: "#2166AC"}
-
-METRICS = {  # in tables: heading, and whether as a percentage
-    "accuracy": ("accuracy %", True),
-    "within_one": ("within one %", True),
-    "auroc_3": ("AUROC ≥3", False),
-    "auroc_4": ("AUROC ≥4", False),
-    "auroc_5": ("AUROC ≥5", False),
-    "ndcg_20": ("nDCG@20", False),
-    "ece": ("ECE", False),
-    "kl_to_teacher": ("KL to teacher", False),
-}
-ALL = ""  # "language" of a metric over all rows
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tables and report.md
+# Tables
 
 
 def systems_of(table):
-    """The systems of a table {(system, language, metric): Interval}, in its order."""
+    """The systems of a table, in its order."""
     return list(dict.fromkeys(system for system, _, _ in table))
 
 
@@ -57,8 +76,24 @@ def languages_of(table):
     return list(dict.fromkeys(language for _, language, _ in table if language != ALL))
 
 
+def metrics_of(table):
+    """The metrics of a table, in the order of METRICS."""
+    found = {metric for _, _, metric in table}
+    return [metric for metric in METRICS if metric in found]
+
+
+def nested(table):
+    """A table in the shape of metrics.json: systems, overall or by language, metrics."""
+    systems = {}
+    for (system, language, metric), found in table.items():
+        parts = systems.setdefault(system, {"overall": {}, "by_language": {}})
+        part = parts["overall"] if language == ALL else parts["by_language"].setdefault(language, {})
+        part[metric] = found._asdict()
+    return {"systems": systems}
+
+
 def cell(m, percent=True):
-    """A metric's value, low and high as `value [low, high]` for a table."""
+    """A metric's value, low and high as `value [low, high]`."""
     if m is None or m.value is None:
         return "–"
     if percent:
@@ -66,172 +101,133 @@ def cell(m, percent=True):
     return f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]"
 
 
+def escaped(text):
+    """Anybody's text as plain text on one line of Markdown: no table, heading, link or HTML comes of it."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
+
+
 def markdown_table(head, lines):
-    """A Markdown table, with an empty line before it."""
+    """A Markdown table between empty lines."""
     rule = "|---" * len(head) + "|"
     return ["", f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def report(table, counts, pages):
-    """report.md."""
-    systems, languages = systems_of(table), languages_of(table)
-    lines = [f"# Evaluation\n\n{counts['rows']:,} human-labelled rows of {counts['queries']:,} queries. "
-             "In brackets: 95 % bootstrap interval over queries."]  # fmt: skip
-    head = ["system", *(heading for heading, _ in METRICS.values())]
+def below_bm25(table):
+    """Lines on trained systems that are worse than BM25."""
+    lines = []
+    for system in systems_of(table):
+        for metric in ("auroc_4", "ndcg_20"):
+            found, bm25 = (table.get((name, ALL, metric)) for name in (system, "bm25"))
+            trained = system == "teacher" or system.startswith("student")
+            if trained and found and None not in (found.value, bm25.value) and found.value < bm25.value:
+                worse = f"{METRICS[metric].heading} {found.value:.3f}, BM25 {bm25.value:.3f}"
+                lines.append(f"{system} is below BM25: {worse}")
+    return lines
+
+
+def summary(table):
+    """Lines for the terminal."""
+    lines = []
+    for system in systems_of(table):
+        accuracy, ndcg = cell(table[system, ALL, "accuracy"]), cell(table[system, ALL, "ndcg_20"], False)
+        lines.append(f"  {system:<24} accuracy {accuracy:<20}  nDCG@20 {ndcg}")
+    return [*lines, *below_bm25(table)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# report.md
+
+
+def facts(run, read, evaluation):
+    """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
+    features, command = read["features"], [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
+    teacher_file = run / "teacher" / "teacher.json"
+    index, query = np.unique(evaluation["query_index"], return_inverse=True)
+    best = np.zeros(len(index), int)
+    np.maximum.at(best, query, evaluation["label"])
+    known = [
+        ("dataset", features.get("dataset")),
+        ("evaluation", f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on; "
+                       f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
+        ("text encoder", features["arguments"].get("text_encoder")),
+        ("captions by", features["arguments"].get("caption_model")),
+        ("teacher", read_json(teacher_file)["model"] if teacher_file.exists() else None),
+    ]  # fmt: skip
+    for name, about in read.items():
+        told, rows = about["arguments"], about.get("rows", {})
+        if name == "teacher":
+            known.append(("the teacher learnt from", f"{rows.get('train', 0):,} human-labelled rows"))
+        elif name.startswith("student"):
+            learnt = f"{rows.get('train', 0):,} rows, the {told['labels']} labels"
+            if told["labels"] == "teacher":
+                learnt += (
+                    f"; {rows.get('human', 0):,} of them human-labelled rows, {HUMAN[told['human_rows']]}"
+                )
+            known.append((f"{name} learnt from", learnt))
+    known += [("made", f"{time.strftime('%Y-%m-%d')} by `{shlex.join(command)}`")]
+    return [(name, str(value)) for name, value in known if value]
+
+
+def report(table, about, temperatures, evaluation, pages):
+    """report.md. about: pairs of facts(); evaluation: columns of its rows; pages: {file: caption}."""
+    systems, metrics = systems_of(table), metrics_of(table)
+    languages = sorted(languages_of(table))
+    lines = ["# Evaluation", ""]
+    for name, value in about:
+        lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
+    lines += ["", "In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
     body = []
     for system in systems:
-        cells = [cell(table.get((system, ALL, metric)), percent) for metric, (_, percent) in METRICS.items()]
-        body.append([system, *cells])
-    lines += markdown_table(head, body)
-    lines.append("## Beside the paper\n\nThe paper's rows are its own data and models; they are here for "
-                 "orientation, not for comparison of the numbers.")  # fmt: skip
-    head = ["", "accuracy here %", "accuracy in the paper %", "the paper's system"]
+        found = [cell(table.get((system, ALL, metric)), METRICS[metric].percent) for metric in metrics]
+        body.append([escaped(system), *found])
+    lines += markdown_table(["system", *(METRICS[metric].heading for metric in metrics)], body)
+    lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics]
+    lines += ["", *(f"**{line}**\n" for line in map(escaped, below_bm25(table)))]
+    lines += [*beside_the_paper(table), "## Accuracy by language, %"]
+    body = []
+    for system in systems:
+        found = [cell(table[system, language, "accuracy"]) for language in languages]
+        body.append([escaped(system), *found])
+    few = []
+    for language in languages:
+        queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
+        few += [language] * (len(queries) < FEW_QUERIES)
+    head = [f"{escaped(language)}{' †' * (language in few)}" for language in languages]
+    lines += markdown_table(["system", *head], body)
+    if few:
+        lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
+    lines += [*of_temperatures(temperatures), "## Plots", ""]
+    for name, caption in {**CAPTIONS, **pages}.items():
+        lines += [f"![{name}]({name})", "", escaped(caption), ""]
+    return "\n".join(lines)
+
+
+def beside_the_paper(table):
+    """The paper's figures, where five levels make them comparable at all."""
+    if {"auroc_3", "auroc_4", "auroc_5"} - set(metrics_of(table)):
+        return []
+    lines = ["## Beside the paper", "", "The paper's rows are its own data and models; they are here for "
+             "orientation, not for comparison of the numbers."]  # fmt: skip
     body = []
     for system, what, value in PAPER:
         body.append([system, cell(table.get((system, ALL, "accuracy"))), f"{100 * value:.1f}", what])
-    lines += markdown_table(head, body)
-    lines.append("## Accuracy by language, %")
+    head = ["", "accuracy here %", "accuracy in the paper %", "the paper's system"]
+    return lines + markdown_table(head, body)
+
+
+def of_temperatures(temperatures):
+    """What one temperature a system does for its probabilities (Guo et al., 2017)."""
+    lines = ["## Can the probabilities be taken at their word?", ""]
+    if not temperatures:
+        return [*lines, "No training query was held out to tell, or there were too few.", ""]
+    lines += [
+        "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
+        "on. It is in temperatures.json; `05_evaluate.py --temperatures` measures with it."
+    ]
     body = []
-    for system in systems:
-        body.append([system, *(cell(table[system, language, "accuracy"]) for language in languages)])
-    lines += markdown_table(["system", *languages], body)
-    plots = ("accuracy.png", "accuracy_by_language.png", "confusion.png", "reliability.png", *pages)
-    lines += ["## Plots", "", *(f"![{name}]({name})" for name in plots)]
-    return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Plots
-
-
-def shown(system):
-    """A system's name in a plot."""
-    return system.replace("_", " ")
-
-
-def in_percent(found):
-    """Metrics with value, low, high [N] -> values [N] in % and their error bars [2, N]."""
-    value, low, high = (100 * np.array([[m.value, m.low, m.high] for m in found], dtype=float)).T
-    return value, np.maximum([value - low, high - value], 0)
-
-
-def plot_accuracy(table, path):
-    """Accuracy by system."""
-    systems = systems_of(table)[::-1]
-    figure = Figure(figsize=(7, 0.55 * len(systems) + 1.1), layout="constrained")
-    ax = figure.subplots()
-    for place, system in enumerate(systems):
-        m = table[system, ALL, "accuracy"]
-        value, error = in_percent([m])
-        ax.barh([place], value, 0.62, xerr=error, capsize=3, color=COLORS.get(system, OTHER_COLOR))
-        ax.text(100 * m.high + 1, place, f"{100 * m.value:.1f}", va="center")
-    ax.set_yticks(range(len(systems)), [shown(system) for system in systems])
-    ax.set(xlabel="accuracy on human evaluation labels, % (95 % interval over queries)", xlim=(0, 105))
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def plot_languages(table, path):
-    """Accuracy by language and system."""
-    systems, languages = systems_of(table), languages_of(table)
-    figure = Figure(figsize=(max(6, 1.2 * len(languages) + 3), 3.6), layout="constrained")
-    ax, width = figure.subplots(), 0.8 / len(systems)
-    for number, system in enumerate(systems):
-        value, error = in_percent([table[system, language, "accuracy"] for language in languages])
-        places = np.arange(len(languages)) + (number - (len(systems) - 1) / 2) * width
-        style = {"color": COLORS.get(system, OTHER_COLOR), "label": shown(system)}
-        ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, **style)
-    ax.set_xticks(range(len(languages)), languages)
-    ax.set(xlabel="language of the query", ylabel="accuracy, %\n(95 % interval over queries)", ylim=(0, 105))
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def plot_confusion(y, systems, names, path):
-    """Confusion matrices, rows normalized: human level against most probable level."""
-    figure = Figure(figsize=(3.6 * len(names), 3.5), layout="constrained")
-    levels = range(1, NUM_LEVELS + 1)
-    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        guess = systems[name][0].argmax(1) + 1
-        style = {"cmap": "Blues", "values_format": ".2f", "colorbar": False, "ax": ax}
-        ConfusionMatrixDisplay.from_predictions(y, guess, labels=levels, normalize="true", **style)
-        ax.set(title=shown(name), xlabel="most probable level", ylabel="human level")
-    figure.suptitle("share of the human level's rows", fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
-def plot_reliability(y, systems, names, path):
-    """Reliability diagram: how often the most probable level is right, by its probability."""
-    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for name in names:
-        p = systems[name][0]
-        right, confidence = p.argmax(1) + 1 == y, p.max(1)
-        style = {"color": COLORS.get(name, OTHER_COLOR), "name": shown(name), "ax": ax}
-        CalibrationDisplay.from_predictions(right, confidence, n_bins=10, **style)
-    ax.set(xlabel="probability given to the most probable level", ylabel="share of rows where it is right")
-    figure.savefig(path, dpi=150)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pages of search results
-
-
-def picture(dataset, path, size=160):
-    """A pin's image as RGB, or None; never from outside the dataset."""
-    if not path:
-        return None
-    try:
-        return ImageOps.fit(load_image(dataset, path), (size, size))
-    except ValueError:  # a broken image; stage 01 has listed it
-        return None
-
-
-def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
-    """One query's results as pictures: the `top` pins by BM25, student and teacher, the human level as a
-    colored frame. pins: {pin_index: row of pins.parquet}."""
-    at = np.flatnonzero(rows["query_index"] == query["index"])
-    names = [name for name in ("bm25", "student", "teacher") if name in systems]
-    figure = Figure(figsize=(1.25 * top + 1, 1.75 * len(names) + 0.6), layout="constrained")
-    for line, name in zip(figure.subplots(len(names), top, squeeze=False), names):
-        line[0].set_ylabel(name, fontsize=9)
-        best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]
-        for ax in line[len(best) :]:
-            ax.axis("off")
-        for ax, row in zip(line, best):
-            pin, level = pins[int(rows["pin_index"][row])], rows["label"][row]
-            image = picture(dataset, pin["image"])
-            if image is not None:
-                ax.imshow(image, aspect="auto")
-            else:
-                words = textwrap.fill((pin["title"] or pin["caption"] or "no text")[:42], 14)
-                ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=7)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(color=LEVEL_COLORS[level], linewidth=4, visible=True)
-            ax.set_xlabel(f"{level} {LEVELS[level]}", fontsize=7)
-    title = f"“{query['query']}” ({query['language']}): best first; frame and text: human level"
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def search_pages(run, rows, systems, dataset, n, folder):
-    """Search result pages for `n` evaluation queries with many labelled pins, one language after another.
-    Returns file names."""
-    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
-    index, count = np.unique(rows["query_index"], return_counts=True)
-    by_language = {}
-    for number in index[np.lexsort((index, -count))].tolist():
-        by_language.setdefault(queries["language"][number].as_py(), []).append(number)
-    turns = []
-    for turn in range(n):
-        turns += [line[turn] for line in by_language.values() if turn < len(line)]
-    table = pq.read_table(run / "features" / "pins.parquet", columns=["title", "caption", "image"])
-    names = []
-    for number in turns[:n]:
-        at = np.unique(rows["pin_index"][rows["query_index"] == number])
-        pins = dict(zip(at.tolist(), table.take(at).to_pylist()))
-        query = {"index": number, **queries.slice(number, 1).to_pylist()[0]}
-        names.append(f"search_{len(names) + 1}.png")
-        plot_search_page(rows, systems, query, pins, dataset, folder / names[-1])
-    return names
+    for system, found in temperatures.items():
+        errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
+        fitted = f"{found['rows']:,} rows of {found['queries']:,} queries"
+        body.append([escaped(system), f"{found['temperature']:.2f}", fitted, *errors])
+    return lines + markdown_table(["system", "temperature", "fitted on", "ECE before", "ECE after"], body)

@@ -12,6 +12,7 @@ from scipy.special import rel_entr
 from sklearn.metrics import accuracy_score, roc_auc_score
 from torch.nn.functional import kl_div
 
+from common import in_hash_split
 from runs import report
 
 evaluate = stage("05")
@@ -102,6 +103,20 @@ def test_ece_by_hand():
     # Bins 9 and 11: errors of either sign do not cancel
     apart = np.array([[0.35, 0.65, 0, 0, 0], [0.25, 0.75, 0, 0, 0]])
     assert evaluate.ece(np.array([2, 1]), apart, np.ones(2)) == pytest.approx((0.35 + 0.75) / 2)
+
+
+@pytest.mark.parametrize("bins", [3, 10, 15])
+def test_bins_of_ece_are_closed_on_the_right(bins):
+    """Guo et al., 2017, eq. 3: bin m holds confidences in ((m - 1) / M, m / M]. A wrong row whose confidence
+    is on an edge shares its bin with right rows just below it, and not with those just above."""
+    for edge in np.arange(2, bins) / bins:
+        if edge > 0.5:
+            p = np.zeros((3, 5))
+            p[:, 0] = edge, edge - 1e-6, edge + 1e-6
+            p[:, 1] = 1 - p[:, 0]
+            below = abs((2 * edge - 1e-6) / 2 - 1 / 2) * 2 / 3  # rows 0 (wrong) and 1 (right)
+            above = abs(edge + 1e-6 - 1) / 3
+            assert evaluate.ece(np.array([2, 1, 1]), p, np.ones(3), bins) == pytest.approx(below + above)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -196,6 +211,100 @@ def test_a_metric_that_does_not_exist_is_none():
     out = with_intervals(np.array([1, 1]), np.eye(5)[[0, 1]], np.zeros(2), np.array([0, 1]), 20, 0)
     assert out["auroc_3"] == out["ndcg_20"] == (None, None, None)
     assert out["accuracy"].value == 0.5
+
+
+AUROCS = {"auroc_3", "auroc_4", "auroc_5"}
+
+
+@pytest.mark.parametrize("levels,within_one,aurocs", [
+    ([1, 2, 3, 4, 5], True, AUROCS), ([1, 3, 4, 5], True, AUROCS), ([1, 2, 3], True, {"auroc_3"}),
+    ([1, 3, 5], False, {"auroc_3", "auroc_4"}), ([1, 5], False, {"auroc_4"}), ([4, 5], False, {"auroc_5"}),
+    ([1, 2], False, set()), ([3], False, set()), ([2, 3, 4], True, {"auroc_3", "auroc_4"}),
+])  # fmt: skip
+def test_metrics_that_mean_something(levels, within_one, aurocs):
+    found = evaluate.meaningful(np.array(levels))
+    assert ("within_one" in found) is within_one and found & AUROCS == aurocs
+    assert {"accuracy", "ndcg_20", "ece", "kl_to_teacher"} <= found
+
+
+def test_table_of_two_levels():
+    """Labels 0/1 as levels 1 and 5: one AUROC, no within-one; every language."""
+    y, p, score, query = sample()
+    y = np.where(y > 3, 5, 1)
+    language = np.array(["en", "de"], dtype=object)[query % 2]
+    rows = {"label": y, "query_index": query, "language": language, "teacher": p}
+    systems = {"bm25": (p, score), "student": (p, score)}
+    table = evaluate.measure(systems, rows, np.array([1, 5]), 10, 0)
+    shared = ["accuracy", "auroc_4", "ndcg_20", "ece"]
+    for tag in ("", "en", "de"):
+        for system, names in (("bm25", shared), ("student", [*shared, "kl_to_teacher"])):
+            assert [m for s, t, m in table if (s, t) == (system, tag)] == names
+    assert table["student", "", "kl_to_teacher"].value == 0
+    nested = report.nested(table)["systems"]
+    assert list(nested) == ["bm25", "student"] and list(nested["bm25"]["by_language"]) == ["de", "en"]
+    assert nested["bm25"]["overall"]["accuracy"] == table["bm25", "", "accuracy"]._asdict()
+
+
+def test_a_trained_system_below_bm25_is_told():
+    def one(value):
+        return evaluate.Interval(value, value, value)
+
+    table = {}
+    for system, auroc, ndcg in (("majority", 0.5, 0.4), ("bm25", 0.9, 0.8), ("student", 0.95, 0.7),
+                                ("student_x", 0.91, 0.81), ("teacher", 0.8, None)):  # fmt: skip
+        table |= {(system, "", "auroc_4"): one(auroc), (system, "", "ndcg_20"): one(ndcg)}
+        table |= {(system, "en", "auroc_4"): one(0.1), (system, "", "accuracy"): one(0.5)}
+    lines = report.below_bm25(table)
+    assert len(lines) == 2 and "0.700" in lines[0] and "0.800" in lines[0]
+    assert lines[0].startswith("student is below BM25") and lines[1].startswith("teacher is below BM25")
+    assert report.summary(table)[-2:] == lines
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Temperatures
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_a_temperature_is_found_again(temperature):
+    """Labels drawn from probabilities that a system states too sharply or too flatly."""
+    rng = np.random.default_rng(0)
+    true = rng.dirichlet(np.ones(5), 20_000)
+    y = (rng.random((len(true), 1)) > true.cumsum(1)).sum(1) + 1
+    stated = evaluate.at_temperature(true, 1 / temperature)
+    assert evaluate.fit_temperature(y, stated) == pytest.approx(temperature, rel=0.05)
+    scaled = evaluate.at_temperature(stated, temperature)
+    np.testing.assert_allclose(scaled, true, atol=1e-3)  # less what is below 1e-12
+    ones = np.ones(len(y))
+    assert evaluate.ece(y, scaled, ones) < 0.02
+    assert temperature == 1 or evaluate.ece(y, stated, ones) > 0.1
+
+
+def test_at_temperature_is_a_softmax_over_logits():
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 5)) * 3)
+    for temperature in (0.5, 1.0, 2.5):
+        expected = (z / temperature).softmax(1).numpy()
+        np.testing.assert_allclose(
+            evaluate.at_temperature(z.softmax(1).numpy(), temperature), expected, atol=1e-9
+        )
+    sure = evaluate.at_temperature(np.eye(5), 2.0)
+    assert np.isfinite(sure).all() and (sure.argmax(1) == np.arange(5)).all()
+
+
+def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch):
+    key = np.array([f"q{i}" for i in range(40)], dtype=object).repeat(10)
+    y, p, _ = example(3, 400)
+    train = {"key": key, "label": y, "teacher": p, "query_index": np.arange(40).repeat(10)}
+    held_out = {"share": 0.3, "salt": "x"}
+    fitted = []
+    monkeypatch.setattr(evaluate, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
+    read = {"features": {}, "labels": {}, "teacher": {"held_out": held_out}}
+    found = evaluate.fit_temperatures(None, read, train)
+    at = in_hash_split(key, **held_out)
+    assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
+    np.testing.assert_array_equal(fitted[0][0], y[at])
+    np.testing.assert_array_equal(fitted[0][1], p[at])
+    for nothing in ({}, {"teacher": {}}, {"teacher": {"held_out": {"share": 0.0, "salt": "x"}}}):
+        assert evaluate.fit_temperatures(None, nothing, train) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------

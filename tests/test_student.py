@@ -1,9 +1,8 @@
 """The student: its loss in closed form, its inputs by plain indexing, its rows counted."""
 
+import json
 import subprocess
 import sys
-import weakref
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import environment, mark_finished, stage, stop_line, synthetic
+from test_pairs import rows_of
 
 from common import MATCH_FEATURES, Student, StudentInputs
-from runs.stage import read_json, write_parquet
+from runs.stage import read_json, write_json, write_parquet
 
 distil = stage("04")
 
@@ -107,60 +107,87 @@ def spec(**more):
         "embeddings": {"pin_text": 6, "query_text": 4},
         "categories": {"query_interest": ["home", "food"], "pin_kind": []},
         "category_dim": 3,
+        "numbers": {"pin_price": [10.0, 4.0]},
         "match": list(MATCH_FEATURES),
         "mean": [1.0, 0.5, 0.0, 2.0],
         "std": [2.0, 0.5, 1.0, 1.0],
         "hidden": [16, 8],
         "dropout": 0.1,
+        "input_dropout": 0.3,
     } | more
+
+
+def some_inputs(rows=7, seed=0):
+    """Embeddings, categories, numbers and match features for spec(), as arrays."""
+    rng = np.random.default_rng(seed)
+    x, match = rng.normal(size=(rows, 10)).astype(np.float32), rng.normal(size=(rows, 4)).astype(np.float32)
+    categories = np.stack([np.arange(rows) % 3, np.zeros(rows, int)], axis=1)
+    return x, categories, rng.normal(10, 4, size=(rows, 1)).astype(np.float32), match
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def normal(e):
+    """Rows brought to mean 0 and variance 1."""
+    return (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-5)
 
 
 def test_student_shapes_and_unknown_category():
     student = Student(spec()).eval()
-    x, match = torch.randn(7, 10), torch.randn(7, 4)
-    assert student(x, torch.zeros(7, 2, dtype=torch.long), match).shape == (7, 5)
+    assert student(*tensors(*some_inputs())).shape == (7, 5)
     assert [t.num_embeddings for t in student.tables] == [3, 1]  # one row more than values: unknown
     assert [layer.out_features for layer in student.mlp if isinstance(layer, torch.nn.Linear)] == [16, 8, 5]
-    assert Student(spec(embeddings={}, categories={}, hidden=[]))(
-        torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.long), torch.randn(2, 4)
-    ).shape == (2, 5)
+    bare = Student(spec(embeddings={}, categories={}, numbers={}, hidden=[]))
+    nothing = torch.zeros(2, 0)
+    assert bare(nothing, torch.zeros(2, 0, dtype=torch.long), nothing, torch.randn(2, 4)).shape == (2, 5)
 
 
-def test_student_by_hand():
-    """Without hidden layers: embeddings brought to mean 0 and variance 1 each, categories looked up, match
-    features normalized, one linear layer."""
-    student = Student(spec(hidden=[])).eval()
-    rng = np.random.default_rng(0)
-    x, match, categories = (
-        rng.normal(size=(3, 10)).astype(np.float32),
-        rng.normal(size=(3, 4)).astype(np.float32),
-        np.array([[0, 0], [1, 0], [2, 0]]),
-    )
-    normal = lambda e: (e - e.mean(1, keepdims=True)) / np.sqrt(e.var(1, keepdims=True) + 1e-5)
+@pytest.mark.parametrize("sizes", [(6, 4), (5, 5)])
+def test_student_by_hand(sizes):
+    """Without hidden layers: embeddings brought to mean 0 and variance 1 each, the product of those of query
+    and pin where they have one size, categories looked up, numbers normalized, one linear layer."""
+    student = Student(spec(hidden=[], embeddings=dict(zip(("pin_text", "query_text"), sizes)))).eval()
+    x, categories, numbers, match = some_inputs(3)
     tables = [t.weight.detach().numpy() for t in student.tables]
-    row = np.concatenate(
-        [
-            normal(x[:, :6]),
-            normal(x[:, 6:]),
-            tables[0][categories[:, 0]],
-            tables[1][categories[:, 1]],
-            (match - [1.0, 0.5, 0.0, 2.0]) / [2.0, 0.5, 1.0, 1.0],
-        ],
-        1,
-    )
-    expected = row @ student.mlp[0].weight.detach().numpy().T + student.mlp[0].bias.detach().numpy()
-    np.testing.assert_allclose(
-        student(torch.from_numpy(x), torch.from_numpy(categories), torch.from_numpy(match)).detach().numpy(),
-        expected,
-        atol=1e-5,
-    )
+    pin, query = normal(x[:, : sizes[0]]), normal(x[:, sizes[0] :])
+    columns = [pin, query, query * pin] if sizes[0] == sizes[1] else [pin, query]
+    columns += [tables[0][categories[:, 0]], tables[1][categories[:, 1]], (numbers - 10) / 4]
+    columns.append((match - [1.0, 0.5, 0.0, 2.0]) / [2.0, 0.5, 1.0, 1.0])
+    weight, bias = (p.detach().numpy() for p in (student.mlp[0].weight, student.mlp[0].bias))
+    expected = np.concatenate(columns, axis=1) @ weight.T + bias
+    found = student(*tensors(x, categories, numbers, match)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_unknown_number_counts_as_the_mean():
+    student = Student(spec()).eval()
+    x, categories, numbers, match = some_inputs()
+    numbers[2], match[3, 1] = np.nan, np.nan
+    found = student(*tensors(x, categories, numbers, match))
+    numbers[2], match[3, 1] = 10.0, 0.5
+    torch.testing.assert_close(found, student(*tensors(x, categories, numbers, match)))
+    assert torch.isfinite(found).all()
+
+
+def test_dropout_of_inputs_is_for_embeddings_and_training_alone():
+    inputs = tensors(*some_inputs())
+    student = Student(spec(dropout=0.0, input_dropout=0.5))
+    student.train()
+    assert (student(*inputs) != student(*inputs)).any()
+    student.eval()
+    torch.testing.assert_close(student(*inputs), student(*inputs), rtol=0, atol=0)
+    student = Student(spec(embeddings={}, dropout=0.0, input_dropout=0.5)).train()
+    inputs[0] = inputs[0][:, :0]
+    torch.testing.assert_close(student(*inputs), student(*inputs), rtol=0, atol=0)
 
 
 def test_student_saved_and_loaded_in_a_fresh_process(tmp_path):
     torch.manual_seed(3)
     student = Student(spec()).eval()
     student.save(tmp_path)
-    inputs = torch.randn(9, 10), torch.randint(0, 1, (9, 2)), torch.randn(9, 4)
+    inputs = tensors(*some_inputs(9))
     torch.save(inputs, tmp_path / "inputs.pt")
     code = "import sys, torch, common; folder = sys.argv[1]; student = common.Student.load(folder); "
     code += "torch.save(student(*torch.load(folder + '/inputs.pt')), folder + '/logits.pt')"
@@ -168,44 +195,68 @@ def test_student_saved_and_loaded_in_a_fresh_process(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), student(*inputs), rtol=0, atol=1e-6)
 
 
+def test_a_student_of_another_version_is_named(tmp_path):
+    Student(spec()).save(tmp_path)
+    about = read_json(tmp_path / "features.json")
+    del about["numbers"]
+    write_json(tmp_path / "features.json", about)
+    assert str(tmp_path) in stop_line(Student.load, tmp_path)
+
+
+def with_column(path, name, values):
+    """Adds a column to a Parquet file."""
+    table = pq.read_table(path)
+    write_parquet(path, table.append_column(name, pa.array(values)))
+
+
 def test_gather_equals_plain_indexing(tmp_path):
     synthetic(tmp_path)
     features = tmp_path / "features"
+    price = [None if i == 3 else float(i) for i in range(30)]
+    with_column(features / "pins.parquet", "price", price)
+    with_column(features / "queries.parquet", "length", list(range(200)))
     inputs = StudentInputs(features)
     rng = np.random.default_rng(1)
     q, p = rng.integers(0, 200, 100), rng.integers(0, 30, 100)
-    embeddings, categories = inputs.gather(q, p)
+    embeddings, categories, numbers = inputs.gather(q, p)
     pin, query = np.load(features / "pin_text_embedding.npy"), np.load(features / "query_text_embedding.npy")
     assert list(inputs.dims.items()) == [("pin_text", 6), ("query_text", 4)]
-    np.testing.assert_array_equal(
-        embeddings.numpy(), np.concatenate([pin[p], query[q].astype(np.float32)], 1)
-    )
-    assert inputs.categories == {
-        "query_interest": ["home", "food"],
-        "pin_kind": ["b", "a"],
-    }  # most frequent first
-    interest = {"home": 1, "food": 2, None: 0}
-    kind = {"b": 1, "a": 2, None: 0}
-    columns = (
-        pq.read_table(features / "queries.parquet")["interest"].to_pylist(),
-        pq.read_table(features / "pins.parquet")["kind"].to_pylist(),
-    )
-    np.testing.assert_array_equal(
-        categories.numpy(), [[interest[columns[0][i]], kind[columns[1][j]]] for i, j in zip(q, p)]
-    )
+    expected = np.concatenate([pin[p], query[q].astype(np.float32)], axis=1)
+    np.testing.assert_array_equal(embeddings.numpy(), expected)
+    most_frequent_first = {"query_interest": ["home", "food"], "pin_kind": ["b", "a"]}
+    assert inputs.categories == most_frequent_first
+    interest, kind = {"home": 1, "food": 2, None: 0}, {"b": 1, "a": 2, None: 0}
+    interests = pq.read_table(features / "queries.parquet")["interest"].to_pylist()
+    kinds = pq.read_table(features / "pins.parquet")["kind"].to_pylist()
+    expected = [[interest[interests[i]], kind[kinds[j]]] for i, j in zip(q, p)]
+    np.testing.assert_array_equal(categories.numpy(), expected)
+    assert list(inputs.numbers) == ["query_length", "pin_price"]
+    expected = [[i, np.nan if j == 3 else j] for i, j in zip(q, p)]
+    np.testing.assert_array_equal(numbers.numpy(), expected)
+    known = [value for value in price if value is not None]
+    assert inputs.numbers["pin_price"] == pytest.approx([np.mean(known), np.std(known)])
+
+
+def test_a_number_that_never_changes_does_not_divide_by_zero(tmp_path):
+    synthetic(tmp_path)
+    with_column(tmp_path / "features" / "pins.parquet", "price", [7.0] * 30)
+    assert StudentInputs(tmp_path / "features").numbers == {"pin_price": [7.0, 1.0]}
 
 
 def test_value_not_in_the_spec_is_unknown_and_other_features_are_refused(tmp_path):
     synthetic(tmp_path)
     features = tmp_path / "features"
     made = StudentInputs(features)
-    later = {"embeddings": made.dims, "categories": {"query_interest": ["home", "garden"], "pin_kind": ["a"]}}
-    _, categories = StudentInputs(features, later).gather(np.arange(4), np.zeros(4, int))
-    assert categories[:, 0].tolist() == [1, 1, 0, 0]  # home; food and null are unknown
-    assert "categories" in stop_line(
-        StudentInputs, features, {**later, "categories": {"query_interest": ["home"]}}
-    )
-    assert "embeddings" in stop_line(StudentInputs, features, {**later, "embeddings": {"pin_text": 6}})
+    categories = {"query_interest": ["home", "garden"], "pin_kind": ["a"]}
+    later = {"embeddings": made.dims, "categories": categories, "numbers": {}}
+    _, codes, _ = StudentInputs(features, later).gather(np.arange(4), np.zeros(4, int))
+    assert codes[:, 0].tolist() == [1, 1, 0, 0]  # home; food and null are unknown
+    for what, other in (
+        ("categories", {"query_interest": ["home"]}),
+        ("embeddings", {"pin_text": 6}),
+        ("numbers", {"pin_price": [0.0, 1.0]}),
+    ):
+        assert what in stop_line(StudentInputs, features, {**later, what: other})
 
 
 def test_an_id_column_is_no_category(tmp_path):
@@ -216,230 +267,136 @@ def test_an_id_column_is_no_category(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-def rows_of(folder, *more):
-    """The training rows of `folder`, and what their survey gives."""
-    argv = ["--run", str(folder), "--batch-size", "16", "--shuffle-window", "2", *more]
-    settings = distil.parse(distil.PRESETS, argv)
-    rows = distil.TrainingRows(settings, folder / "features", folder / "labels")
-    return rows, rows.survey()
-
-
-def keys(batches):
-    """How often each row stands in some batches."""
-    count = Counter()
-    for batch in batches:
-        columns = batch["query"], batch["pin"], batch["match"][:, 0], batch["target"][:, 0]
-        count.update(zip(*(column.tolist() for column in columns)))
-    return count
-
-
-def test_rows_are_counted_and_held_out_queries_are_never_trained_on(tmp_path):
-    every, _ = synthetic(tmp_path)
-    rows, (mean, std, held) = rows_of(tmp_path)
-    out = rows.is_held_out
-    total = sum(len(p) for _, p in every)
-    assert out.any() and rows.total + len(held) == total == 310
-    for epoch in (0, 1):
-        batches = list(rows.batches(epoch))
-        assert not out[np.concatenate([b["query"] for b in batches])].any()
-        expected = Counter()
-        for table, probabilities in every:
-            train = ~out[table["query_index"]]
-            columns = table["query_index"], table["pin_index"], table["bm25"], probabilities[:, 0]
-            expected.update(zip(*(column[train].tolist() for column in columns)))
-        assert keys(batches) == expected  # each training row once an epoch, and nothing else
-        assert all(len(b) <= 16 for b in batches)
-    assert out[held["query"]].all()
-    match = [np.stack([t[n] for n in MATCH_FEATURES], 1)[~out[t["query_index"]]] for t, _ in every]
-    training = np.concatenate(match).astype(np.float64)
-    np.testing.assert_allclose(mean, training.mean(0), atol=1e-9)
-    np.testing.assert_allclose(std, training.std(0), atol=1e-9)
-
-
-def test_held_out_rows_come_from_every_shard(tmp_path, monkeypatch):
-    every, _ = synthetic(tmp_path)
-    monkeypatch.setattr(distil, "HELD_OUT_ROWS", 7)
-    rows, (_, _, held) = rows_of(tmp_path)
-    share = -(-7 // len(every))
-    expected = []
-    for table, _ in every:
-        query = table["query_index"]
-        expected += query[rows.is_held_out[query]][:share].tolist()
-    assert len(every) > 3 and len(expected) > share and held["query"].tolist() == expected
-
-
-def test_epochs_differ_and_repeat(tmp_path):
-    synthetic(tmp_path)
-    (a, _), (b, _) = rows_of(tmp_path), rows_of(tmp_path)
-
-    def order(rows, epoch):
-        return np.concatenate([batch["match"] for batch in rows.batches(epoch)])
-
-    np.testing.assert_array_equal(order(a, 0), order(b, 0))
-    assert (order(a, 0) != order(a, 1)).any()
-
-
-@pytest.mark.parametrize("skip", [0, 1, 5, 8, 13, 100])
-def test_skipping_batches_equals_dropping_them(tmp_path, skip):
-    synthetic(tmp_path)
-    rows, _ = rows_of(tmp_path)
-    whole, rest = list(rows.batches(0))[skip:], list(rows.batches(0, skip=skip))
-    assert len(whole) == len(rest)
-    for a, b in zip(whole, rest):
-        assert a.tobytes() == b.tobytes()
-
-
-def test_only_one_window_is_held(tmp_path, monkeypatch):
-    synthetic(tmp_path)
-    rows, _ = rows_of(tmp_path)
-    held, read_window = [], rows.read_window
-
-    def read(window):
-        assert not any(array() is not None for array in held), (
-            "the window before is still in memory while the next is read"
-        )
-        made = read_window(window)
-        parts = np.concatenate([rows.training_rows(i) for i in window])
-        assert made.tobytes() == parts.tobytes()
-        held.append(weakref.ref(made))
-        return made
-
-    monkeypatch.setattr(rows, "read_window", read)
-    assert sum(len(b) for b in rows.batches(0)) == rows.total
-    assert len(held) >= 3  # more than one window was read
-
-
-@pytest.mark.parametrize("n", [1, 17, 100, 10_000])
-def test_subsample_has_exactly_so_many_rows(tmp_path, n):
-    every, _ = synthetic(tmp_path)
-    rows, _ = rows_of(tmp_path, "--rows", str(n))
-    all_of_them, _ = rows_of(tmp_path)
-    first, second = keys(rows.batches(0)), keys(rows.batches(1))
-    assert sum(first.values()) == rows.total == min(n, all_of_them.total)
-    assert first == second and not first - keys(all_of_them.batches(0))  # the same rows every epoch
-
-
-def test_languages(tmp_path):
-    synthetic(tmp_path)
-    rows, (_, _, held) = rows_of(tmp_path, "--languages", "fr")
-    used = np.concatenate([b["query"] for b in rows.batches(0)])
-    assert len(used) and (used % 4 == 0).all() and (held["query"] % 4 == 0).all()
-    assert "xx" in stop_line(rows_of, tmp_path, "--languages", "xx")
-
-
-def test_human_labels_are_one_hot_and_of_the_training_split(tmp_path):
-    _, human = synthetic(tmp_path)
-    rows, (_, _, held) = rows_of(tmp_path, "--labels", "human")
-    batches = list(rows.batches(0))
-    train = human["split"] == "train"
-    assert rows.total + len(held) == train.sum()
-    target, query = (
-        np.concatenate([b["target"] for b in batches]),
-        np.concatenate([b["query"] for b in batches]),
-    )
-    train &= ~rows.is_held_out[human["query_index"]]
-    expected = Counter(zip(human["query_index"][train].tolist(), human["label"][train].tolist()))
-    assert Counter(zip(query.tolist(), (target.argmax(1) + 1).tolist())) == expected
-    assert (target.max(1) == 1).all() and (target.sum(1) == 1).all()
-
-
-def test_a_constant_match_feature_does_not_divide_by_zero(tmp_path):
-    synthetic(tmp_path)
-    for path in (tmp_path / "features" / "impressions").glob("*.parquet"):
-        table = pq.read_table(path)
-        zeros = pa.array(np.zeros(len(table), np.float32))
-        write_parquet(path, table.set_column(table.column_names.index("engagement"), "engagement", zeros))
-    _, (mean, std, _) = rows_of(tmp_path)
-    assert (mean[3], std[3]) == (0, 1)
-
-
-def test_shards_of_different_length_are_refused(tmp_path):
-    synthetic(tmp_path)
-    path = tmp_path / "labels" / "impressions" / "part-00001.parquet"
-    write_parquet(path, pq.read_table(path).slice(1))
-    line = stop_line(rows_of, tmp_path)
-    assert "part-00001.parquet" in line and "60" in line and "61" in line
-
-
-def test_prepared_ahead_in_order_and_errors_arrive():
-    assert list(distil.ahead(iter(range(20)), depth=3)) == list(range(20))
-    assert list(distil.ahead(iter([]))) == []
-
-    def fail():
-        yield from range(5)
-        raise RuntimeError("broken shard")
-
-    got = []
-    with pytest.raises(RuntimeError, match="broken shard"):
-        for x in distil.ahead(fail()):
-            got.append(x)
-    assert got == list(range(5))
-
-
-def test_no_more_is_prepared_than_asked_for():
-    """Memory: at most `depth` batches wait beside the one in use."""
-    made = []
-
-    def batches():
-        for x in range(50):
-            made.append(x)
-            yield x
-
-    for x in distil.ahead(batches(), depth=3):
-        assert len(made) <= x + 1 + 3
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def test_student_learns_what_can_be_learnt_and_survives_a_reload(tmp_path):
-    """Soft labels that follow from one match feature: the loss falls far below that of the best constant."""
-    every, _ = synthetic(tmp_path, shards=4, shard_rows=400)
+def learnable(folder):
+    """Soft labels that follow from one match feature."""
+    every, _ = synthetic(folder, shards=4, shard_rows=400)
     for i, (table, _) in enumerate(every):
         z = np.outer(table["bm25"], [-2, -1, 0, 1, 2])
         p = (np.exp(z) / np.exp(z).sum(1, keepdims=True)).astype(np.float32)
-        write_parquet(
-            tmp_path / "labels" / "impressions" / f"part-{i:05d}.parquet",
-            {f"p{k}": p[:, k - 1] for k in range(1, 6)},
-        )
-    mark_finished(tmp_path / "labels", identity="labels", inputs={"features": "features"})
-    distil.main(
-        [
-            "--run",
-            str(tmp_path),
-            "--epochs",
-            "12",
-            "--hidden",
-            "32",
-            "--batch-size",
-            "64",
-            "--lr",
-            "0.01",
-            "--device",
-            "cpu",
-        ]
-    )
+        soft = {f"p{level}": p[:, level - 1] for level in range(1, 6)}
+        write_parquet(folder / "labels" / "impressions" / f"part-{i:05d}.parquet", soft)
+    mark_finished(folder / "labels", identity="labels", inputs={"features": "features"})
+
+
+def train(folder, *more):
+    """Runs stage 04; returns its stage.json and its log."""
+    small = ["--hidden", "32", "--batch-size", "64", "--lr", "0.01", "--human-rows", "none"]
+    distil.main(["--run", str(folder), *small, "--device", "cpu", "--overwrite", *more])
+    log = (folder / "student" / "training_log.jsonl").read_text().splitlines()
+    return read_json(folder / "student" / "stage.json"), [json.loads(line) for line in log]
+
+
+def test_student_learns_what_can_be_learnt_and_survives_a_reload(tmp_path):
+    """The loss falls far below that of the best constant; the last epoch is kept."""
+    learnable(tmp_path)
+    about, log = train(tmp_path, "--epochs", "12", "--input-dropout", "0")
     rows, (_, _, held) = rows_of(tmp_path)
     target = np.concatenate([b["target"] for b in rows.batches(0)])
     constant = (held["target"] * np.log(np.maximum(held["target"], 1e-12) / target.mean(0))).sum(1).mean()
-    best = read_json(tmp_path / "student" / "stage.json")["best"]
-    assert best["kl"] < 0.2 * constant
+    assert about["kept"] == log[-1] and [line["epoch"] for line in log] == list(range(1, 13))
+    assert about["kept"]["held_out_kl"] < 0.2 * constant and log[-1]["loss"] < 0.5 * log[0]["loss"]
     student = Student.load(tmp_path / "student")
-    kl, agreement = distil.held_out_scores(
-        student, StudentInputs(tmp_path / "features", student.spec), held, torch.device("cpu")
-    )
-    assert kl == pytest.approx(best["kl"], abs=1e-6) and agreement == best["agreement"]
-    names = {"model.safetensors", "features.json", "training_log.jsonl", "stage.json"}
-    assert {path.name for path in (tmp_path / "student").iterdir()} == names
+    inputs = StudentInputs(tmp_path / "features", student.spec)
+    scores = distil.held_out_scores(student, inputs, held, torch.device("cpu"))
+    assert scores["held_out_kl"] == pytest.approx(log[-1]["held_out_kl"], abs=1e-6)
+    assert scores["held_out_agreement"] == log[-1]["held_out_agreement"]
+    left = {path.name for path in (tmp_path / "student").iterdir()}
+    assert not [name for name in left if name.endswith(".pt")]
+
+
+def test_the_best_epoch_is_kept_where_it_is_asked_for_and_can_be_told(tmp_path, monkeypatch, capsys):
+    learnable(tmp_path)
+    worse = ["--lr", "0.3", "--warmup", "0", "--epochs", "5", "--keep", "best"]
+    about, log = train(tmp_path, *worse)  # 10 queries are held out
+    assert about["kept"] == log[-1] and "the last epoch is kept" in capsys.readouterr().out
+    last = (tmp_path / "student" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(distil, "MIN_QUERIES", 5)
+    about, log = train(tmp_path, *worse, "--seed", "1")
+    best = max(log, key=lambda line: line["held_out_agreement"])  # the first of equal ones
+    assert about["kept"] == best
+    student = Student.load(tmp_path / "student")
+    rows, (_, _, held) = rows_of(tmp_path, "--seed", "1")
+    inputs = StudentInputs(tmp_path / "features", student.spec)
+    scores = distil.held_out_scores(student, inputs, held, torch.device("cpu"))
+    assert scores["held_out_agreement"] == best["held_out_agreement"]
+    assert last != (tmp_path / "student" / "model.safetensors").read_bytes()
+
+
+def test_the_training_loss_is_that_of_the_steps(tmp_path, monkeypatch):
+    """Also of an epoch that was continued after a checkpoint."""
+    learnable(tmp_path)
+    losses, train_step = [], distil.train_step
+
+    def note(student, optimizer, features, target, temperature):
+        loss = train_step(student, optimizer, features, target, temperature)
+        losses.append(loss.item() * len(target))
+        return loss
+
+    monkeypatch.setattr(distil, "train_step", note)
+    about, log = train(tmp_path, "--epochs", "1")
+    assert log[0]["loss"] == pytest.approx(sum(losses) / about["rows"]["train"], rel=1e-5)
+    losses_of_all = list(losses)
+
+    def killed(*args):
+        if len(losses) == 10:
+            raise KeyboardInterrupt
+        return note(*args)
+
+    losses.clear()
+    monkeypatch.setattr(distil, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "--epochs", "1", "--checkpoint-steps", "4")
+    monkeypatch.setattr(distil, "train_step", note)
+    losses.clear()
+    again, log_again = train(tmp_path, "--epochs", "1", "--checkpoint-steps", "4")
+    assert losses == losses_of_all[8:] and log_again == log
+
+
+@pytest.mark.parametrize("labels", ["teacher", "human"])
+def test_a_dataset_of_few_queries_trains_without_held_out_rows(tmp_path, labels, capsys):
+    synthetic(tmp_path, queries=3)
+    name = {"teacher": "student", "human": "student_human_labels"}[labels]
+    distil.main(["--run", str(tmp_path), "--labels", labels, "--epochs", "1", "--keep", "best"])
+    out = capsys.readouterr().out
+    assert "0 rows of 0 queries" in out and "too few queries" in out
+    assert "held_out_kl" not in read_json(tmp_path / name / "stage.json")["kept"]
 
 
 def test_loss_that_is_not_finite_stops(tmp_path):
     synthetic(tmp_path)
-    line = stop_line(
-        distil.main, ["--run", str(tmp_path), "--lr", "1e30", "--epochs", "9", "--device", "cpu"]
-    )
+    line = stop_line(train, tmp_path, "--lr", "1e30", "--epochs", "9")
     assert "not finite" in line and "--lr" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+BAD_FLAGS = """--hidden 256,x|--hidden 256 x|--hidden 0|--hidden -4|--epochs 0|--rows -5|--lr -1|--lr nan
+--lr 0|--batch-size 0|--dropout 1|--input-dropout 1.5|--device gpu|--temperature 0|--labels mine
+--human-rows some|--keep first|--shuffle-window 0|--seed -1|--nonsense 1|--epochs 1.5
+--warmup 1|--weight-decay -1"""
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
+def test_bad_flags_end_with_a_line_before_anything_is_touched(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        distil.main(["--run", str(tmp_path), *flags.split()])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+BAD_NAMES = ["teacher", "student/../teacher", "student/../../out", "student/x", "student\\x", "students/.."]
+BAD_NAMES += ["student ", "", "student\n", "../student", "/student"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_is_one_folder_of_a_student(tmp_path, name):
+    synthetic(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    line = stop_line(distil.main, ["--run", str(tmp_path), "--name", name, "--overwrite"])
+    assert "--name" in line and "student" in line
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,271 @@
+"""Stage 05 on a small run of random content: what it reads, refuses, leaves out; report.md, pictures."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import mark_finished, stage, stop_line, synthetic
+
+from common import Student
+from runs import pictures, report
+from runs.stage import read_json, write_json, write_parquet
+
+distil, evaluate = stage("04"), stage("05")
+TEXTS = ["$10 50% off $20", "椅子 🪑", "<img src=x onerror=alert(1)> | # **b**", "a\tb\nc"]
+LANGUAGES = ["en", "zh-|<b>", "$de$", "#fr"]
+
+
+def awkward(folder):
+    """Puts awkward texts and languages into features/queries.parquet, and titles into pins.parquet."""
+    path = folder / "features" / "queries.parquet"
+    table = pq.read_table(path).to_pydict()
+    n = len(table["query"])
+    table["query"] = [f"{TEXTS[i % 4]} {i // 4}" for i in range(n)]
+    table["language"] = [LANGUAGES[i % 4] for i in range(n)]
+    write_parquet(path, table)
+    path = folder / "features" / "pins.parquet"
+    table = pq.read_table(path).to_pydict()
+    table["title"] = [TEXTS[i % 4] for i in range(len(table["title"]))]
+    table["image"] = pa.array([None] * len(table["title"]), pa.string())
+    write_parquet(path, table)
+
+
+def about_features(folder, **more):
+    arguments = {"text_encoder": "some/encoder", "caption_model": "some/captioner"}
+    facts = {"dataset": str(folder / "data"), "arguments": arguments, "identity": "features"}
+    mark_finished(folder / "features", **facts, **more)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """features/, labels/ and both students, of two epochs."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("report")
+    synthetic(folder, queries=40)
+    awkward(folder)
+    about_features(folder)
+    teacher = folder / "teacher"
+    write_json(teacher / "teacher.json", {"model": "some/model"})
+    held_out = {"share": 0.3, "salt": "teacher:0"}
+    mark_finished(teacher, held_out=held_out, rows={"train": 111})
+    for labels in ("teacher", "human"):
+        distil.main(["--run", str(folder), "--labels", labels, "--epochs", "2", "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def measure(run, *more):
+    evaluate.main(["--run", str(run), "--resamples", "10", "--search-pages", "4", *more])
+    return (run / "report" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than all the rest."""
+    for name in ("plot_accuracy", "plot_languages", "plot_confusion", "plot_reliability", "plot_search_page"):
+        monkeypatch.setattr(pictures, name, lambda *arguments: None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Texts of anybody
+
+
+def test_awkward_texts_are_drawn_as_they_are_and_escaped(run, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as "Glyph 26893 missing from font"
+        text = measure(run)
+    assert len(list((run / "report").glob("*.png"))) == 8
+    assert "<img" not in text and "<b>" not in text and "&lt;img" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") - line.count("\\|") for line in tables if "\\#fr" in line}) == 1
+    assert all(line.count("|") - line.count("\\|") == 6 for line in tables if "zh-" in line)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0] == "# Evaluation" and all(line.startswith("## ") for line in headings[1:])
+    assert "$10 50% off $20" in text
+    out = capsys.readouterr().out
+    assert out.count("no font here draws") <= 4  # once for a set of characters, not once for a glyph
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("a|b", "a\\|b"), ("# h", "\\# h"), ("<img onerror=x>", "&lt;img onerror=x&gt;"), ("a\nb  c", "a b c"),
+    ("[x](y)", "\\[x\\](y)"), ("a_b", "a_b"), ("*b* `c` ~d~ \\", "\\*b\\* \\`c\\` \\~d\\~ \\\\"),
+    ("&lt;", "&amp;lt;"),
+])  # fmt: skip
+def test_escaped(text, expected):
+    assert report.escaped(text) == expected
+
+
+def test_what_no_font_draws_is_a_box(monkeypatch, tmp_path, capsys):
+    pictures.fonts_for.cache_clear()
+    monkeypatch.setattr(pictures.font_manager.fontManager, "ttflist", [])
+    assert pictures.drawable("red 椅子 café\u200d\n") == "red □□ café"
+    assert "椅" in capsys.readouterr().out
+    pictures.drawable("red 椅子 café\u200d\n")
+    assert not capsys.readouterr().out  # said once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pictures.picture_file(tmp_path / "x.png", (2, 2), ["椅子"]) as figure:
+            figure.suptitle(pictures.drawable("$10 椅子 $\\frac{"))
+    assert (tmp_path / "x.png").stat().st_size > 500
+    pictures.fonts_for.cache_clear()
+
+
+def test_metrics_are_written_before_pictures(run, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(pictures, "plot_accuracy", broken)
+    with pytest.raises(RuntimeError):
+        measure(run)
+    (unfinished,) = run.glob(".report.unfinished-*")
+    assert read_json(unfinished / "metrics.json")["systems"]["student"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the report says
+
+
+def test_the_report_stands_alone(run):
+    text = measure(run)
+    facts = f"""{run.parent / "run"}|some/encoder|some/captioner|some/model|111 human-labelled|made: 20
+05_evaluate|student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
+expected calibration error|† fewer than 30 queries"""
+    for fact in facts.replace("\n", "|").split("|")[1:]:
+        assert fact in text, fact
+    rows = read_json(run / "student" / "stage.json")["rows"]["train"]
+    assert f"{rows:,} rows, the teacher labels" in text
+    human = pq.read_table(run / "features" / "labelled.parquet").to_pydict()
+    best = {}
+    for query, split, label in zip(human["query_index"], human["split"], human["label"]):
+        if split == "eval":
+            best[query] = max(best.get(query, 0), label)
+    assert f"{sum(label == 1 for label in best.values())} queries have no gain" in text
+    for name in [*report.CAPTIONS, *(f"search_{i}.png" for i in (1, 2, 3, 4))]:
+        assert f"![{name}]({name})" in text and (run / "report" / name).exists()
+
+
+def test_levels_that_nobody_used(run, no_pictures):
+    """Labels 1 and 5 alone: no metrics without meaning, no row of the paper's figures."""
+    path = run / "features" / "labelled.parquet"
+    table = pq.read_table(path)
+    label = pa.array(np.where(table["label"].to_numpy() > 3, 5, 1), pa.int8())
+    write_parquet(path, table.set_column(table.column_names.index("label"), "label", label))
+    about_features(run)
+    text = measure(run)
+    metrics = read_json(run / "report" / "metrics.json")["systems"]["student"]["overall"]
+    assert set(metrics) == {"accuracy", "auroc_4", "ndcg_20", "ece", "kl_to_teacher"}
+    assert "within" not in text and "AUROC ≥3" not in text and "in the paper %" not in text
+
+
+def test_temperatures_are_stored_and_used_on_request(run, no_pictures):
+    measure(run)
+    found = read_json(run / "report" / "temperatures.json")
+    assert set(found) == {"student", "student_human_labels", "teacher"}
+    before = read_json(run / "report" / "metrics.json")["systems"]
+    for system, fitted in found.items():
+        assert fitted["ece"] == before[system]["overall"]["ece"] and fitted["temperature"] > 0
+    assert read_json(run / "report" / "stage.json")["temperatures"] == found
+    measure(run, "--temperatures", "--overwrite")
+    after = read_json(run / "report" / "metrics.json")["systems"]
+    assert read_json(run / "report" / "temperatures.json") == found
+    for system, fitted in found.items():
+        assert after[system]["overall"]["ece"] == fitted["ece_at_temperature"]
+        assert after[system]["overall"]["accuracy"] == before[system]["overall"]["accuracy"]
+
+
+def test_without_held_out_queries_there_is_no_temperature(run, no_pictures):
+    shutil.rmtree(run / "teacher")
+    for name in ("student", "student_human_labels"):
+        about = read_json(run / name / "stage.json")
+        del about["held_out"]
+        mark_finished(run / name, **about)
+    text = measure(run)
+    assert "No training query was held out" in text
+    assert read_json(run / "report" / "temperatures.json") == {}
+
+
+def test_numbers_of_pins_and_pairs_reach_the_student(run, no_pictures):
+    for path in [*(run / "features" / "impressions").iterdir(), run / "features" / "labelled.parquet"]:
+        table = pq.read_table(path)
+        values = np.arange(len(table), dtype=np.float32)
+        values[::3] = np.nan
+        write_parquet(path, table.append_column("clicks", pa.array(values)))
+    path = run / "features" / "pins.parquet"
+    table = pq.read_table(path)
+    write_parquet(path, table.append_column("price", pa.array(np.linspace(0, 1, len(table)))))
+    about_features(run)
+    distil.main(["--run", str(run), "--epochs", "1", "--overwrite", "--device", "cpu"])
+    distil.main(["--run", str(run), "--epochs", "1", "--overwrite", "--device", "cpu", "--labels", "human"])
+    spec = Student.load(run / "student").spec
+    assert list(spec["numbers"]) == ["pin_price"] and spec["match"][-1] == "clicks"
+    measure(run)
+    accuracy = read_json(run / "report" / "metrics.json")["systems"]["student"]["overall"]["accuracy"]
+    assert 0 <= accuracy["value"] <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which students
+
+
+def test_a_student_that_does_not_fit_is_named_and_left_out(run, capsys, no_pictures):
+    """One failed, one of other labels, one damaged, one somebody's own folder."""
+    stop_line(distil.main, ["--run", str(run), "--name", "student_bad", "--lr", "1e30", "--epochs", "50"])
+    for name in ("student_other", "student_damaged"):
+        shutil.copytree(run / "student", run / name)
+    about = read_json(run / "student_other" / "stage.json")
+    mark_finished(run / "student_other", **{**about, "inputs": {**about["inputs"], "labels": "old"}})
+    (run / "student_damaged" / "model.safetensors").write_bytes(b"0")
+    (run / "student_notes").mkdir()
+    (run / "student_notes" / "ideas.txt").write_text("mine")
+    capsys.readouterr()
+    measure(run)
+    out = capsys.readouterr().out
+    for name in ("student_bad", "student_other", "student_damaged", "student_notes"):
+        (line,) = [line for line in out.splitlines() if line.startswith("left out") and name in line]
+        assert f"04_train_student.py --run {run} --name {name}" in line
+    systems = read_json(run / "report" / "metrics.json")["systems"]
+    assert list(systems) == ["majority", "bm25", "student_human_labels", "student", "teacher"]
+
+
+def test_the_main_student_is_needed(run):
+    about = read_json(run / "student" / "stage.json")
+    mark_finished(run / "student", **{**about, "inputs": {**about["inputs"], "labels": "old"}})
+    line = stop_line(measure, run)
+    assert "other labels" in line and f"04_train_student.py --run {run} --overwrite" in line
+    shutil.rmtree(run / "student")
+    line = stop_line(measure, run)
+    assert "missing" in line and line.endswith(f"python 04_train_student.py --run {run}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags and folders
+
+
+@pytest.mark.parametrize("flags", ["--resamples 0", "--resamples 1", "--resamples x", "--search-pages -1",
+                                   "--seed -1", "--compare a=b", "--preset huge"])  # fmt: skip
+def test_bad_flags(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--run", str(tmp_path), *flags.split()])
+    assert stopped.value.code == 2 and capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_somebodys_own_report_is_not_touched(run):
+    (run / "report").mkdir()
+    (run / "report" / "mine.txt").write_text("mine")
+    line = stop_line(measure, run, "--overwrite")
+    assert str(run / "report") in line
+    assert [path.name for path in (run / "report").iterdir()] == ["mine.txt"]
+
+
+def test_no_page_of_search_results_is_fine(run):
+    text = measure(run, "--search-pages", "0")
+    assert "search_1.png" not in text
