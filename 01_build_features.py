@@ -13,10 +13,7 @@ Paper   python 01_build_features.py --preset paper --data /data/search --run /ru
 """
 
 import functools
-import multiprocessing
 import os
-import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -25,17 +22,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import regex
 import torch
-from rank_bm25 import BM25Okapi
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
-from common import FIELDS, MATCH_FEATURES, in_hash_split, pad_rows, token_batches
+from common import FIELDS, MATCH_FEATURES, in_hash_split
+from data.embeddings import own_embeddings, own_fingerprint, users_embedding
 from data.images import load_images, pictures_fingerprint, read_pictures, write_skipped
-from data.tables import RawTables, levels_of, own_embeddings, own_fingerprint, quoted, users_embedding
+from data.tables import RawTables, levels_of, quoted
 from runs import models, stage
+from runs.bm25 import PairBM25, count_terms, tokenize  # noqa: F401 (count_terms: for runs/new_features.py)
+from runs.encoders import Captioner, TextEncoder, encoder_config
 from runs.stage import ROOT, Count, Device, Precision, StageSettings, Stop
 from runs.streams import (
     keep_chunks,
@@ -108,30 +106,7 @@ CHUNK = 4_096  # images captioned, or texts embedded, between two files of a res
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tokens, for BM25 and for the top tokens
-
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_TOKEN = regex.compile(rf"(?P<run>[{_UNSPACED}ー]+)|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}])+")
-_ASCII = regex.compile(r"[a-z0-9]+")
-_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")  # soft hyphens, joiners, zero-width spaces
-
-
-def tokenize(text, characters=True):
-    """Runs of Unicode letters and digits, case-folded. A run of a script written without spaces becomes its
-    character bigrams and, so that a word of one character is found in it, its single `characters`."""
-    if text.isascii():
-        return _ASCII.findall(text.lower())
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    tokens = []
-    for match in _TOKEN.finditer(text):
-        word = match.group()
-        if match.group("run") and len(word) > 1:
-            tokens += [word[i : i + 2] for i in range(len(word) - 1)]
-            if characters:
-                tokens += [c for c in word if not unicodedata.category(c).startswith("M")]
-        else:
-            tokens.append(word)
-    return tokens
+# Texts
 
 
 def pin_text(columns, row):
@@ -154,43 +129,6 @@ def query_texts(path, rows=20_000):
 
 # ------------------------------------------------------------------------------------------------------------
 # Images: caption and visual embedding from one pass of the vision tower
-
-
-class Captioner:
-    """BLIP (Li et al., 2022), called directly."""
-
-    def __init__(self, model, tokens, device, dtype):
-        from transformers import AutoProcessor, BlipForConditionalGeneration
-
-        if models.load_config(model).model_type != "blip":
-            raise Stop(f"{model}: --caption-model must be a BLIP captioning model")
-        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-        try:
-            self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
-            self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()
-        except Exception as error:  # transformers and safetensors raise many kinds for a broken folder
-            raise Stop(
-                f"{model}: cannot be loaded as a BLIP captioner ({stage.first_line(error)})"
-            ) from error
-        self.tokens, self.device = tokens, device
-        self.dim = self.model.config.vision_config.hidden_size
-
-    @torch.inference_mode()
-    def __call__(self, images):
-        """RGB images -> captions (list) and the vision tower's pooled output [B, D] float16, seen by a hook
-        on the one pass."""
-        pooled = []
-
-        def hook(module, inputs, output):
-            pooled.append(output.pooler_output)
-
-        seen = self.model.vision_model.register_forward_hook(hook)
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.model.dtype)
-        ids = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
-        seen.remove()
-        captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [c.strip() for c in captions], pooled[0].float().cpu().numpy().astype(np.float16)
 
 
 def caption_chunk(chunk, captioner, root, image_batch):
@@ -327,50 +265,6 @@ def write_pins(raw, captions, path):
 # Embeddings: the user's own, else open counterparts of SearchSage and PinSage (data/README.md has the table)
 
 
-def encoder_config(model, max_tokens):
-    """The config of a text encoder that reads `max_tokens` tokens, or Stop."""
-    config = models.load_config(model)
-    if models.backbone_kind(config) == "decoder":
-        raise Stop(f"{model}: --text-encoder must be an encoder")
-    try:
-        models.fit_length(max_tokens, config)
-    except Stop as error:
-        raise Stop(str(error).replace("--max-tokens", "--text-tokens")) from None
-    return config
-
-
-class TextEncoder:
-    """Mean-pooled, L2-normalized sentence embeddings of an off-the-shelf encoder."""
-
-    def __init__(self, model, max_tokens, token_batch, device, dtype):
-        config = encoder_config(model, max_tokens)
-        self.tokenizer = models.load_tokenizer(model, config)
-        self.model = models.load_backbone(model, dtype, device=device).eval()
-        self.max_tokens, self.token_batch, self.device = max_tokens, token_batch, device
-        self.dim = config.hidden_size
-
-    @torch.inference_mode()
-    def __call__(self, texts):
-        """B texts -> float16 [B, D]. Batches hold `token_batch` tokens, from rows sorted by length."""
-        options = {"truncation": True, "max_length": self.max_tokens, "return_attention_mask": False}
-        rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
-        lengths = np.array([len(row) for row in rows])
-        order = np.argsort(lengths, kind="stable")
-        out = np.empty((len(texts), self.dim), dtype=np.float16)
-        for batch in token_batches(lengths[order], self.token_batch):
-            batch = order[batch]
-            ids, mask = pad_rows([rows[row] for row in batch], self.tokenizer.pad_token_id)
-            mask = mask.to(self.device)
-            hidden = self.model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state.float()
-            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-            out[batch] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
-        return out
-
-    def columns(self, texts):
-        """Columns of a chunk's file."""
-        return {"vector": vector_column(self(texts))}
-
-
 def embed_texts(encoder, chunks, total, parts, path):
     """`total` texts, a stream of lists -> `path` [total, D]. A chunk's file in the folder `parts` survives a
     kill."""
@@ -422,73 +316,6 @@ def save_graph(raw, idf, axes, path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Match features of pairs
-
-
-def count_terms(columns, texts):
-    """B texts -> how often each has each term of `columns` {term: column} (sparse [B, terms]), how many
-    tokens it has [B], and in how many texts each token of any kind stands (Counter)."""
-    counts, terms, ends, lengths, texts_with = [], [], [0], [], Counter()
-    for text in texts:
-        tokens = tokenize(text)
-        frequency = Counter(tokens)
-        texts_with.update(frequency.keys())
-        lengths.append(len(tokens))
-        for term in columns.keys() & frequency.keys():
-            terms.append(columns[term])
-            counts.append(frequency[term])
-        ends.append(len(terms))
-    matrix = csr_matrix((np.array(counts, np.int32), terms, ends), shape=(len(texts), len(columns)))
-    matrix.sort_indices()
-    return matrix, np.array(lengths, np.int32), texts_with
-
-
-class PairBM25(BM25Okapi):
-    """BM25 of given (query, pin) pairs. rank_bm25's BM25Okapi owns the formula: its k1, b, epsilon, and its
-    _calc_idf, which raises a negative idf (a term in more than half of the pins) to epsilon x the mean idf.
-    Its own scoring visits the whole corpus for a query; here a pair is one product of two sparse rows."""
-
-    def __init__(self, queries, pin_texts, workers=1, k1=1.5, b=0.75, epsilon=0.25):
-        """queries: list of strings; pin_texts: iterable of lists of strings (chunks), pins in index order."""
-        self.k1, self.b, self.epsilon, self.idf = k1, b, epsilon, {}
-        terms = sorted({term for query in queries for term in tokenize(query)})
-        count = functools.partial(count_terms, {term: column for column, term in enumerate(terms)})
-        self.queries, self.query_length, _ = count(queries)
-        if workers > 1:
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                matrices, lengths, pins_with = zip(*pool.imap(count, pin_texts))
-        else:
-            matrices, lengths, pins_with = zip(*map(count, pin_texts))
-        self.pins, self.doc_len = vstack(matrices, format="csr"), np.concatenate(lengths)
-        self.corpus_size, self.avgdl = len(self.doc_len), self.doc_len.mean() or 1.0
-        total = Counter()
-        for chunk in pins_with:
-            total.update(chunk)
-        if total:
-            self._calc_idf(total)
-        self.term_idf = np.array([self.idf.get(term, 0.0) for term in terms])
-
-    def save(self, path):
-        """The idf of every term of the pins and, in the schema's metadata, the other numbers of the formula:
-        what BM25 of a new query or pin needs. Then lets go of terms that no query of ours has."""
-        terms = sorted(self.idf)
-        idf = pa.array([self.idf[term] for term in terms], pa.float64())
-        table = pa.table({"token": pa.array(terms, pa.string()), "idf": idf})
-        numbers = {"k1": self.k1, "b": self.b, "epsilon": self.epsilon, "mean_length": float(self.avgdl)}
-        numbers["corpus_size"] = self.corpus_size
-        metadata = {name: repr(number) for name, number in numbers.items()}
-        stage.write_parquet(path, table.replace_schema_metadata(metadata))
-        self.idf = None
-
-    def score(self, query, pin):
-        """Query and pin indices [B] -> BM25 [B], and the share of the query's tokens that the pin has [B]."""
-        asked, found = self.queries[query], self.pins[pin]
-        norm = self.k1 * (1 - self.b + self.b * self.doc_len[pin] / self.avgdl)
-        f = found.data.astype(np.float64)
-        found.data = f * (self.k1 + 1) / (f + np.repeat(norm, np.diff(found.indptr)))
-        score = asked.multiply(found) @ self.term_idf
-        found.data = np.ones_like(f)
-        matched = asked.multiply(found).sum(axis=1).A1
-        return score, matched / np.maximum(self.query_length[query], 1)
 
 
 class MatchFeatures:
@@ -599,12 +426,13 @@ def models_used(settings, inputs):
     return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
 
 
-def make_captions(pictures, settings, device, dtype, key, out):
+def make_captions(pictures, settings, inputs, device, dtype, out):
     """Captions every pin's picture. Writes pin_visual_embedding.npy and skipped_images.csv. Returns captions
     (Arrow, in pin order; "": none), and {captioned, skipped}, numbers of pins; None: no pin has a picture."""
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
+    key = stage.hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
     cache = out / "captions" / key[:16]
     caption_pictures(pictures, cache, settings, device, dtype)
     if cache.exists():
@@ -640,6 +468,15 @@ def make_embeddings(raw, settings, own, device, dtype, out):
             print("no boards: no graph embedding")
 
 
+def open_match_features(out, workers):
+    """MatchFeatures over the texts and embeddings of a features folder. Writes bm25.parquet."""
+    queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
+    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet"), workers)
+    bm25.save(out / "bm25.parquet")
+    vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
+    return MatchFeatures(bm25, *vectors)
+
+
 def main(argv=None):
     settings = stage.parse(PRESETS, argv, __doc__)
     stage.quiet_libraries()
@@ -663,13 +500,11 @@ def main(argv=None):
     raw.number_rows("queries", "query", reserved=())
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
-    print("\n".join(raw.remarks()))
+    for line in raw.remarks():
+        print(line)
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
-    caption_key = stage.hashed(
-        [inputs.get("caption model"), inputs.get("precision"), settings.caption_tokens]
-    )
-    captions, images = make_captions(pictures, settings, device, dtype, caption_key, out)
+    captions, images = make_captions(pictures, settings, inputs, device, dtype, out)
     as_of = text_from_logs(raw, settings.as_of, settings.top_tokens)
     write_queries(raw, out / "queries.parquet")
     write_pins(raw, captions, out / "pins.parquet")
@@ -678,27 +513,20 @@ def main(argv=None):
     make_embeddings(raw, settings, own, device, dtype, out)
 
     # 4. Match features of every labelled and unlabelled pair
-    queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
-    workers = settings.workers if counts["pins"] > 200_000 else 1
-    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet"), workers)
-    bm25.save(out / "bm25.parquet")
-    vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
+    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1)
     numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
-    features_of = functools.partial(pair_features, MatchFeatures(bm25, *vectors), list(numbers))
+    features_of = functools.partial(pair_features, match, list(numbers))
     splits = write_labelled(raw, features_of, numbers, out / "labelled.parquet")
     write_impressions(raw, features_of, numbers, out / "impressions", settings.shard_rows)
 
     # 5. Summary
-    if as_of:
-        print(f"engagement window: {WINDOW_YEARS} years up to {as_of}")
-    human = f"{splits['train']:,} train, {splits['eval']:,} eval"
-    print(f"labelled: {human}; impressions: {counts['impressions']:,}")
-    levels = [int(row[0]) for row in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY label")]
+    window = f"engagement window: {WINDOW_YEARS} years up to {as_of}; " if as_of else ""
+    print(f"{window}labelled: {splits['train']:,} train, {splits['eval']:,} eval")
+    facts = {"dataset": str(settings.data.resolve()), "images": images, "as_of": as_of and str(as_of)}
+    facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
+    facts["rows"] = {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}
     raw.db.close()
-    rows = {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}
-    dataset = str(settings.data.resolve())
-    facts = {"dataset": dataset, "as_of": as_of and str(as_of), "images": images, "levels": levels}
-    work.finish(rows=rows, models=models_used(settings, inputs), **facts)
+    work.finish(models=models_used(settings, inputs), **facts)
 
 
 if __name__ == "__main__":
