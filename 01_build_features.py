@@ -32,7 +32,7 @@ from data.embeddings import own_embeddings, own_fingerprint, users_embedding
 from data.images import load_images, pictures_fingerprint, read_pictures, write_skipped
 from data.tables import RawTables, levels_of, quoted
 from runs import models, stage
-from runs.bm25 import PairBM25, count_terms, tokenize  # noqa: F401 (count_terms: for runs/new_features.py)
+from runs.bm25 import PairBM25, tokenize
 from runs.encoders import Captioner, TextEncoder, encoder_config
 from runs.stage import ROOT, Count, Device, Precision, StageSettings, Stop
 from runs.streams import (

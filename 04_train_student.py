@@ -26,7 +26,7 @@ import torch
 
 from common import Student, StudentInputs, linear_warmup_decay
 from runs import cards
-from runs.export import CHECKED_ROWS, contract, save_onnx
+from runs.export import CHECKED_ROWS, contract, input_names, save_onnx
 from runs.pairs import TrainingRows, ahead, require_pairs
 from runs.stage import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
 
@@ -215,6 +215,13 @@ def save_for_serving(student, features, inputs, sample, work):
     print(f"student.onnx: as PyTorch on {len(columns[0]):,} rows, probabilities to {difference:.0e}")
 
 
+def write_card(student, settings, counts, log, work):
+    """README.md, the student's model card."""
+    command = cards.command_line("04_train_student.py", settings, PRESETS)
+    card = cards.student_card(settings.name, student.spec, command, settings.run, counts, log)
+    cards.write_text(work / "README.md", card)
+
+
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse(PRESETS, argv, __doc__)
@@ -260,8 +267,7 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     student = Student(spec).to(device)
     sizes = [f"{source} {size}" for source, size in inputs.dims.items()]
-    columns = [*inputs.categories, *inputs.numbers, *rows.match]
-    print(f"inputs: {', '.join(sizes + columns)}")
+    print(f"inputs: {', '.join(sizes + input_names(spec)[len(sizes) :])}")
     print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
 
     # 4. Distillation
@@ -274,9 +280,7 @@ def main(argv=None):
     print(f"kept epoch {train_state['kept']['epoch']}")
     stage.discard("checkpoint.pt", "best.pt")
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
-    command = cards.command_line("04_train_student.py", settings, PRESETS)
-    card = cards.student_card(name, student.spec, command, settings.run, counts, train_state["log"])
-    cards.write_text(stage.work / "README.md", card)
+    write_card(student, settings, counts, train_state["log"], stage.work)
     stage.finish(rows=counts, held_out=rows.held_out, kept=train_state["kept"])
 
 
