@@ -67,7 +67,7 @@ def append(table, *row):
 
 def judgment_tables(source, movies, train_share, eval_share):
     """The judgments -> queries, labels and impressions, and the rows that are skipped. movies: known ids."""
-    queries, skipped = {}, []
+    queries, first_id, skipped = {}, {}, []
     labels = {"query_id": [], "pin_id": [], "label": [], "split": []}
     impressions = {"query_id": [], "pin_id": []}
     with open_text(source, "movies-judgments.tsv") as file:
@@ -82,9 +82,10 @@ def judgment_tables(source, movies, train_share, eval_share):
                 skipped.append((query, pin, grade, "no such movie"))
                 continue
             queries[query] = row["query"]
-            if in_hash_split([query], train_share, "msrd")[0]:
+            dealt = first_id.setdefault(row["query"].strip().lower(), query)  # one text, one side
+            if in_hash_split([dealt], train_share, "msrd")[0]:
                 append(labels, query, pin, LEVEL[grade], "train")
-            elif in_hash_split([query], train_share + eval_share, "msrd")[0]:
+            elif in_hash_split([dealt], train_share + eval_share, "msrd")[0]:
                 append(labels, query, pin, LEVEL[grade], "eval")
             else:
                 append(impressions, query, pin)

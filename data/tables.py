@@ -130,10 +130,10 @@ class RawTables:
         """Is this table there?"""
         return name in self.files
 
-    def ask(self, sql, **arrow):
+    def ask(self, sql, where="", **arrow):
         """All rows of a query, which may name the Arrow tables `arrow`. What DuckDB finds wrong with a file
-        or the machine becomes one line."""
-        with one_line(self.folder), self.lending(self.db, arrow):
+        (`where`: its name) or the machine becomes one line."""
+        with one_line(self.folder / where), self.lending(self.db, arrow):
             return self.db.execute(sql).fetchall()
 
     def table(self, sql, **arrow):
@@ -181,7 +181,7 @@ class RawTables:
             self.types[name] = {names[column]: stored[column] for column in stored}
             for column in must:
                 if column not in self.types[name]:
-                    found = ", ".join(sorted(self.types[name])) or "none"
+                    found = ", ".join(map(repr, sorted(self.types[name]))) or "none"
                     raise Stop(f"{files[0]}: column {column!r} is missing; it has {found}")
             columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
             self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
@@ -304,7 +304,7 @@ class RawTables:
     def check(self):
         """Everything that data/README.md promises, or Stop."""
         for name in self.files:
-            if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1"):
+            if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1", self.name[name]):
                 raise Stop(f"{self.name[name]}: the table is empty")
             for column, kind in kinds_of(name).items():
                 if column in self.types[name]:
@@ -329,7 +329,8 @@ class RawTables:
 
     def reject_rows(self, name, column, bad_rows, problem):
         """Stop if the query `bad_rows` returns any row: file, column, how many rows, the first of them."""
-        count, *first = self.ask(f"SELECT count(*), first(COLUMNS(*)::VARCHAR) FROM ({bad_rows})")[0]
+        sql = f"SELECT count(*), first(COLUMNS(*)::VARCHAR) FROM ({bad_rows})"
+        count, *first = self.ask(sql, self.name[name])[0]
         if count:
             rows = "1 row" if count == 1 else f"{count:,} rows"
             shown = ", ".join(repr(value)[:80] for value in first)
