@@ -26,7 +26,7 @@ import torch
 
 from common import Student, StudentInputs, linear_warmup_decay
 from runs import cards
-from runs.export import CHECKED_ROWS, contract, input_names, save_onnx
+from runs.export import CHECKED_ROWS, input_names, save_for_serving
 from runs.pairs import TrainingRows, ahead, require_pairs
 from runs.stage import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
 
@@ -205,38 +205,38 @@ def finite(loss, epoch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def save_for_serving(student, features, inputs, sample, work):
-    """Writes model.safetensors, features.json and the ONNX files. features: stage.json of stage 01;
-    sample: real rows, on which onnxruntime must give PyTorch's probabilities."""
-    student.spec |= contract(student.spec, features)
-    student.save(work)
-    *columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
-    difference = save_onnx(student, columns, work)
-    print(f"student.onnx: as PyTorch on {len(columns[0]):,} rows, probabilities to {difference:.0e}")
-
-
-def write_card(student, settings, counts, log, work):
-    """README.md, the student's model card."""
-    command = cards.command_line("04_train_student.py", settings, PRESETS)
-    card = cards.student_card(settings.name, student.spec, command, settings.run, counts, log)
-    cards.write_text(work / "README.md", card)
-
-
-def main(argv=None):
-    # 1. Settings, what is inherited, and the folder
-    settings = parse(PRESETS, argv, __doc__)
+def with_name(settings):
+    """The settings with the name of the output folder, checked."""
     default = {"teacher": "student", "human": "student_human_labels"}[settings.labels]
     name = default if settings.name is None else settings.name
     if not re.fullmatch(r"student[\w.+-]*", name):
         raise Stop(f"--name {name!r}: one folder's name, that begins with 'student'")
-    settings = replace(settings, name=name)
+    return replace(settings, name=name)
+
+
+def student_spec(settings, inputs, rows, mean, std):
+    """What the network is made of, and how its inputs are normalized."""
+    return {
+        "embeddings": inputs.dims,
+        "categories": inputs.categories,
+        "category_dim": settings.category_dim,
+        "numbers": inputs.numbers,
+        "match": rows.match,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "hidden": list(settings.hidden),
+        "dropout": settings.dropout,
+        "input_dropout": settings.input_dropout,
+    }
+
+
+def main(argv=None):
+    # 1. Settings, what is inherited, and the folder
+    settings = with_name(parse(PRESETS, argv, __doc__))
     device, features = pick_device(settings.device), settings.run / "features"
-    read = require_pairs(settings.run, READS, labels=settings.labels == "teacher")
-    if settings.labels == "teacher" and read["labels"]["arguments"].get("only_labelled"):
-        again = f"python 03_label.py --run {settings.run} --overwrite"
-        raise Stop(f"{settings.run / 'labels'}: made with --only-labelled; {again}")
+    read = require_pairs(settings.run, READS, settings.labels == "teacher", impressions=True)
     identities = {folder: about["identity"] for folder, about in read.items()}
-    stage = Stage(settings.run / name, settings, identities)
+    stage = Stage(settings.run / settings.name, settings, identities)
     if stage.done:
         return
 
@@ -252,19 +252,8 @@ def main(argv=None):
         print(f"the last epoch is kept: under {MIN_QUERIES} queries tell no best one")
 
     # 3. The network
-    spec = {
-        "embeddings": inputs.dims,
-        "categories": inputs.categories,
-        "category_dim": settings.category_dim,
-        "numbers": inputs.numbers,
-        "match": rows.match,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "hidden": list(settings.hidden),
-        "dropout": settings.dropout,
-        "input_dropout": settings.input_dropout,
-    }
     torch.manual_seed(settings.seed)
+    spec = student_spec(settings, inputs, rows, mean, std)
     student = Student(spec).to(device)
     sizes = [f"{source} {size}" for source, size in inputs.dims.items()]
     print(f"inputs: {', '.join(sizes + input_names(spec)[len(sizes) :])}")
@@ -275,12 +264,14 @@ def main(argv=None):
 
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))
-    save_for_serving(student, read["features"], inputs, sample, stage.work)
+    *columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
+    save_for_serving(student, read["features"], columns, stage.work)
     write_jsonl(stage.work / "training_log.jsonl", train_state["log"])
     print(f"kept epoch {train_state['kept']['epoch']}")
     stage.discard("checkpoint.pt", "best.pt")
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
-    write_card(student, settings, counts, train_state["log"], stage.work)
+    command = cards.command_line("04_train_student.py", settings, PRESETS)
+    cards.write_student_card(student, settings, command, counts, train_state["log"], stage.work)
     stage.finish(rows=counts, held_out=rows.held_out, kept=train_state["kept"])
 
 

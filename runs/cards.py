@@ -176,6 +176,12 @@ def student_card(name, spec, command, run, counts, log):
     )
 
 
+def write_student_card(student, settings, command, counts, log, folder):
+    """The student's README.md."""
+    card = student_card(settings.name, student.spec, command, settings.run, counts, log)
+    write_text(folder / "README.md", card)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Stage 05
 

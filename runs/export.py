@@ -186,6 +186,15 @@ def save_onnx(student, inputs, folder):
     return max(difference, compare(expected, found, folder / ONNX_ONE_QUERY))
 
 
+def save_for_serving(student, features, inputs, folder):
+    """Writes model.safetensors, features.json and the ONNX files. features: stage.json of stage 01; inputs:
+    of save_onnx()."""
+    student.spec |= contract(student.spec, features)
+    student.save(folder)
+    difference = save_onnx(student, inputs, folder)
+    print(f"student.onnx: as PyTorch on {len(inputs[0]):,} rows, probabilities to {difference:.0e}")
+
+
 def compare(expected, found, path):
     """Greatest difference between probabilities [B, C] and those of an ONNX file's outputs."""
     p, level = found

@@ -18,15 +18,17 @@ HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a te
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 
 
-def require_pairs(run, reads, labels=True):
+def require_pairs(run, reads, labels=True, impressions=False):
     """{"features": its stage.json, "labels": its stage.json}, checked; both stay locked as long as it
-    lives."""
+    lives. impressions: the labels must be those of impressions too."""
     read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", reads)}
     if labels:
         command = f"03_label.py --run {run}"
         read["labels"] = require_finished(run / "labels", command, reads)
         if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
             raise Stop(f"{run / 'labels'}: of other features than those here; python {command} --overwrite")
+        if impressions and read["labels"]["arguments"].get("only_labelled"):
+            raise Stop(f"{run / 'labels'}: made with --only-labelled; python {command} --overwrite")
     return read
 
 

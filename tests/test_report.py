@@ -1,5 +1,7 @@
 """Stage 05 on a small run of random content: what it reads, refuses, leaves out; report.md, pictures."""
 
+import contextlib
+import io
 import shutil
 import warnings
 
@@ -79,10 +81,20 @@ def no_pictures(monkeypatch):
 # Texts of anybody
 
 
-def test_awkward_texts_are_drawn_as_they_are_and_escaped(run, capsys):
-    with warnings.catch_warnings():
+@pytest.fixture(scope="module")
+def measured(made, tmp_path_factory):
+    """A run with its report, pictures and all, and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("measured") / "run", io.StringIO()
+    shutil.copytree(made, folder)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
         warnings.simplefilter("error")  # as "Glyph 26893 missing from font"
-        text = measure(run)
+        measure(folder)
+    return folder, printed.getvalue()
+
+
+def test_awkward_texts_are_drawn_as_they_are_and_escaped(measured):
+    run, printed = measured
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
     assert len(list((run / "report").glob("*.png"))) == 8
     assert "<img" not in text and "<b>" not in text and "&lt;img" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -91,8 +103,7 @@ def test_awkward_texts_are_drawn_as_they_are_and_escaped(run, capsys):
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings[0] == "# Evaluation" and all(line.startswith("## ") for line in headings[1:])
     assert "$10 50% off $20" in text
-    out = capsys.readouterr().out
-    assert out.count("no font here draws") <= 4  # once for a set of characters, not once for a glyph
+    assert printed.count("no font here draws") <= 4  # once for a set of characters, not once for a glyph
 
 
 @pytest.mark.parametrize("text,expected", [
@@ -134,12 +145,13 @@ def test_metrics_are_written_before_pictures(run, monkeypatch):
 # What the report says
 
 
-def test_the_report_stands_alone(run):
-    text = measure(run)
-    facts = f"""{run.parent / "run"}|some/encoder|some/captioner|some/model|111 human-labelled|made: 20
-05_evaluate|student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
+def test_the_report_stands_alone(measured):
+    run, _ = measured
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    facts = """some/encoder|some/captioner|some/model|111 human-labelled|made: 20|05_evaluate
+student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
 expected calibration error|† fewer than 30 queries"""
-    for fact in facts.replace("\n", "|").split("|")[1:]:
+    for fact in facts.replace("\n", "|").split("|"):
         assert fact in text, fact
     rows = read_json(run / "student" / "stage.json")["rows"]["train"]
     assert f"{rows:,} rows, the teacher labels" in text
@@ -266,6 +278,6 @@ def test_somebodys_own_report_is_not_touched(run):
     assert [path.name for path in (run / "report").iterdir()] == ["mine.txt"]
 
 
-def test_no_page_of_search_results_is_fine(run):
+def test_no_page_of_search_results_is_fine(run, no_pictures):
     text = measure(run, "--search-pages", "0")
     assert "search_1.png" not in text
