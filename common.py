@@ -202,9 +202,10 @@ class Teacher(nn.Module):
     built outside the backbone, always fp32, never quantized, and saved in a file of its own: the classic
     ways to lose it are closed."""
 
-    def __init__(self, backbone, kind, dropout=0.1):
+    def __init__(self, backbone, kind, dtype=torch.float32, dropout=0.1):
+        """dtype: of the backbone's computation; its weights may have another."""
         super().__init__()
-        self.backbone, self.kind = backbone, kind
+        self.backbone, self.kind, self.dtype = backbone, kind, dtype
         self.pooling = "last" if kind == "decoder" else "first"
         D = backbone.config.hidden_size
         H = min(D, 1024)
@@ -222,11 +223,11 @@ class Teacher(nn.Module):
         """Token ids and mask [B, T] -> logits [B, C], fp32."""
         options = (
             {"use_cache": False} if self.kind == "decoder" else {}
-        )  # no use for keys and values after one pass
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
-        with torch.autocast(input_ids.device.type, enabled=False):
-            pooled = pooling(output.last_hidden_state, attention_mask, self.pooling)
-            return self.head(pooled.float())
+        )  # keys and values serve no second pass
+        device = input_ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return self.head(pooling(output.last_hidden_state, attention_mask, self.pooling).float())
 
     def save(self, folder, about):
         """Writes adapter/ or backbone/, head.safetensors and teacher.json.
@@ -252,7 +253,7 @@ class Teacher(nn.Module):
             quantized = about["finetuning"] == "qlora"
             base = load_backbone(about["model"], dtype, quantize=quantized, device=device)
             backbone = PeftModel.from_pretrained(base, folder / "adapter")
-        teacher = cls(backbone, about["kind"])
+        teacher = cls(backbone, about["kind"], dtype)
         teacher.head.load_state_dict(load_file(folder / "head.safetensors"))
         teacher.head.to(device)
         return teacher.eval(), about

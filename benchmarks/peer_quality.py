@@ -35,6 +35,7 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS  # noqa: E402
+from runs.pairs import read_labelled  # noqa: E402
 from runs.stage import Stop, quiet_libraries, read_json, require_finished, run_main, write_json  # noqa: E402
 
 stage_02 = importlib.import_module("02_train_teacher")
@@ -223,8 +224,9 @@ def main(argv=None):
     run = args.run
     require_finished(run / "features", f"01_build_features.py --run {run}")
     require_finished(run / "labels", f"03_label.py --run {run}", reads=("labelled.parquet",))
-    train, evaluation = stage_05.read_rows(run)
-    systems = stage_05.all_systems(run, train, evaluation)
+    train, evaluation = read_labelled(run)
+    students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
+    systems = stage_05.all_systems(run, students, train, evaluation)
     systems["cosine"] = cosine_system(train, evaluation)
 
     # 2. The peer, on the teacher's rows

@@ -7,9 +7,10 @@ import numpy as np
 import peer_quality
 import pyarrow.parquet as pq
 import pytest
-from helpers import mark_finished, stage, stop_line, synthetic
+from helpers import mark_finished, stop_line, synthetic
 
 import common
+from runs.pairs import read_labelled
 from runs.stage import write_json
 
 TRAINED = {
@@ -41,7 +42,7 @@ def labelled_run(tmp_path, models):
 
 def test_the_peer_gets_the_teachers_rows(labelled_run):
     run = labelled_run
-    train, _ = stage("05").read_rows(run)
+    train, _ = read_labelled(run)
     learned = peer_quality.teacher_rows(run, train, TRAINED)
     is_held_out = common.in_hash_split([f"q{i}" for i in train["query_index"]], 0.1, "teacher:3")
     assert 0 < is_held_out.sum() < len(is_held_out)

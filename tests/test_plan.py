@@ -1,56 +1,74 @@
-"""--dry-run of 02 and 03: the published shapes, parameters counted against the sizes their makers state, and nothing is touched."""
+"""benchmarks/plan.py: parameters counted against the sizes their makers state, rows of the run or dataset,
+and nothing is touched."""
 
-import re
-
+import plan
 import pytest
-import torch
-
-import common
 from helpers import stage
 
+from runs.stage import write_json
 
-def plan(capsys, number, *argv):
-    stage(number).main(["--dry-run", *map(str, argv)])
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name, millions", [
-    ("meta-llama/Meta-Llama-3-8B", 8_030.3 - 128_256 * 4_096 / 1e6),  # the model card's 8.03 B, without the language-model head
-    ("google-bert/bert-base-multilingual-cased", 177.3),  # 177.9 with the pooler
-    ("google-t5/t5-base", 109.6),  # its encoder
-    ("microsoft/deberta-v3-base", 183.8)])  # the model card: 86 M and 98 M in the embeddings
-def test_published_shapes(name, millions):
-    kind, shape = common.PUBLISHED[name]
-    from transformers import AutoConfig
-
-    backbone = common.load_backbone(name, torch.float32, device="meta", config=AutoConfig.for_model(kind, **shape))
-    assert all(p.device.type == "meta" for p in backbone.parameters())
-    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+# Millions of parameters without language-model head and pooler, head of ours included where noted.
+SIZES = {
+    "meta-llama/Meta-Llama-3-8B": 8_030.3 - 128_256 * 4_096 / 1e6,  # the model card's 8.03 B
+    "google-bert/bert-base-multilingual-cased": 177.3,  # 177.9 with the pooler
+    "google-t5/t5-base": 109.6,  # its encoder
+    "microsoft/deberta-v3-base": 183.8,  # the model card: 86 M and 98 M in the embeddings
+    "microsoft/mdeberta-v3-base": 278.2,  # the model card: 86 M and 190 M in the embeddings
+    "FacebookAI/xlm-roberta-large": 558.8,  # 559.9 with the pooler
+}
 
 
-def test_paper_preset(tmp_path, capsys):
-    run = tmp_path / "run"
-    out = plan(capsys, "02", "--preset", "paper", "--run", run)
-    assert "meta-llama/Meta-Llama-3-8B" in out and "280,000" in out
-    trainable, share = re.search(r"([\d.]+) M trainable \(([\d.]+) %\)", out).groups()
-    lora = 64 * 32 * (4 * 4096 + 2 * (4096 + 1024) + 4096 * 2 - 4096 * 2 + 2 * (4096 + 14336) + (14336 + 4096))  # r (in + out) of q, o; k, v; gate, up; down
+@pytest.mark.parametrize("name", SIZES)
+def test_published_shapes(name):
+    teacher, _ = plan.empty_teacher(name, stage("02").PRESETS["paper"])
+    assert all(p.device.type == "meta" for p in teacher.parameters())
+    weights = sum(p.numel() for key, p in teacher.backbone.named_parameters() if "lora_" not in key)
+    assert weights / 1e6 == pytest.approx(SIZES[name], rel=2e-3)
+
+
+def table(text):
+    """{teacher: cells of its row}"""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_the_papers_rows_and_teachers(capsys):
+    plan.main([])
+    out = capsys.readouterr().out
+    assert "280,000" in out and "30,000,000" in out and f"{2 * 2188:,} of 128 rows" in out
+    rows = table(out)
+    assert rows.keys() == SIZES.keys()
+    size, trained, memory, hours, _, memory_03, hours_03, cost = rows["meta-llama/Meta-Llama-3-8B"]
+    # r (in + out) of q and o; k and v; gate and up; down
+    lora = 64 * 32 * (2 * 2 * 4096 + 2 * (4096 + 1024) + 2 * (4096 + 14336) + (14336 + 4096))
     head = 4096 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 5 + 5
-    assert float(trainable) == pytest.approx((lora + head) / 1e6, abs=0.06)
-    assert float(re.search(r"memory:  ([\d.]+) GB", out).group(1)) < 20
-    assert float(re.search(r"([\d.]+) GB  linear layers, NF4", out).group(1)) == pytest.approx(6.979 * 0.516, abs=0.02)
-    hours = float(re.search(r"time:    ([\d.,]+) hours", out).group(1))
-    assert hours == pytest.approx(280_000 * 200 * 2 / 2_413 / 3600, abs=0.01)
-    assert f"{2 * 2188:,} of 128 rows" in out
-
-    out = plan(capsys, "03", "--preset", "paper", "--run", run, "--tokens-per-second", 20_000)
-    assert "30,000,000" in out and "83.33 hours" in out
-    assert not run.exists()
+    assert trained == f"{(lora + head) / 1e6:.1f} M, qlora"
+    assert 8 < float(memory) < 20 and 15 < float(memory_03) < 24
+    assert float(hours) == pytest.approx(280_000 * 200 * 2 / 2_413 / 3600, abs=0.1)
+    assert float(hours_03) == pytest.approx(30e6 * 200 / 10_000 / 3600, abs=0.3) and cost == "333"
+    assert rows["google-t5/t5-base"][1].endswith("full")
 
 
-def test_rows_come_from_the_features_unless_given(run, models, capsys):
+def test_one_teacher_in_parts_and_a_speed_of_ones_own(capsys):
+    plan.main(["--model", "meta-llama/Meta-Llama-3-8B", "--label-speed", "20000"])
+    out = capsys.readouterr().out
+    nf4 = next(line for line in out.splitlines() if "NF4" in line)
+    assert float(nf4.split()[1]) == pytest.approx(6.979 * 0.516, abs=0.02)
+    assert float(table(out)["meta-llama/Meta-Llama-3-8B"][6]) == pytest.approx(83.3, abs=0.2)
+
+
+def test_rows_are_those_of_the_run_or_of_the_dataset(run, toy, models, capsys):
     before = sorted(run.rglob("*"))
-    out = plan(capsys, "02", "--run", run, "--model", models["bert"], "--device", "cpu")
-    assert f"rows:    300 ({run / 'features' / 'labelled.parquet'})" in out and "(100.0 %)" in out
-    assert "rows:    777 (--expect-rows), 10 tokens" in plan(capsys, "02", "--run", run, "--model", models["llama"], "--expect-rows", 777, "--expect-tokens", 10)
-    assert "rows:    2,492" in plan(capsys, "03", "--run", run, "--expect-model", models["llama"])
+    plan.main(["--run", str(run), "--model", str(models["llama"])])
+    out = capsys.readouterr().out
+    assert f"300 labelled, 2,000 impressions ({run / 'features'})" in out and str(models["llama"]) in out
     assert sorted(run.rglob("*")) == before
+    plan.main(["--data", str(toy), "--model", str(models["bert"])])
+    assert f"300 labelled, 2,000 impressions ({toy})" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_the_papers(tmp_path, capsys):
+    shape = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    write_json(tmp_path / "config.json", shape)
+    plan.main(["--model", str(tmp_path)])
+    assert "full" in table(capsys.readouterr().out)[str(tmp_path)][1]

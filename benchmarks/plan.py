@@ -1,0 +1,152 @@
+"""What the paper's method would cost on your data: parameters, memory, hours, money, disk. Loads no weights.
+
+    python benchmarks/plan.py                                                 six teachers, the paper's rows
+    python benchmarks/plan.py --data DATASET_DIR --model google-t5/t5-base    your rows, one teacher
+    python benchmarks/plan.py --run RUN                                       rows of features that are there
+
+Speeds are public figures of Llama-3-8B on one GPU; another teacher's follow from the size of its linear
+layers. Put in your own, from the first minutes of a run or from benchmarks/teacher_gpu.py.
+"""
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import tyro
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data.tables import RawTables  # noqa: E402
+from runs import models, stage  # noqa: E402
+
+stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
+SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())  # as published with the weights
+LLAMA_LINEAR = 6.98e9  # weights in the linear layers of Llama-3-8B: what the speeds are of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the plan reckons with."""
+
+    data: Path | None = None  # dataset whose rows are counted
+    run: Path | None = None  # run directory whose features are counted
+    model: tuple[str, ...] = tuple(SHAPES)  # teachers: folders or hub ids
+    labels: int = 280_000  # human-labelled training rows (stated in the paper)
+    impressions: int = 30_000_000  # rows to label (stated in the paper)
+    tokens: stage.Positive = 200.0  # mean tokens a row (an assumption)
+    train_speed: stage.Positive = 2_413.0  # tokens/s; QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README
+    label_speed: stage.Positive = (
+        10_000.0  # tokens/s; 50 rows/s of 200 tokens, A100, Faire's engineering blog
+    )
+    price: stage.NonNegative = 2.0  # USD a GPU hour (an example)
+
+
+def counted(plan):
+    """The plan with the rows of the run or the dataset, and where they were counted."""
+    if plan.run is not None:
+        features = plan.run / "features"
+        stage.require_finished(features, f"01_build_features.py --run {plan.run}", reads=())
+        train = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")]).num_rows
+        impressions = sum(pq.read_metadata(path).num_rows for path in features.glob("impressions/*.parquet"))
+        return replace(plan, labels=train, impressions=impressions), f"{features}"
+    if plan.data is not None:
+        tables = RawTables(plan.data)
+        train = "WHERE split = 'train'" if "split" in tables.types["labels"] else ""
+        labels = tables.ask(f"SELECT count(*) FROM raw_labels {train}")[0][0]
+        rows = {"labels": labels, "impressions": tables.count_rows()["impressions"]}
+        return replace(plan, **rows), f"{plan.data}"
+    return plan, "the paper's, or as given"
+
+
+def empty_teacher(model, settings):
+    """Stage 02's teacher on the meta device: shapes alone. Returns it, and how it is fine-tuned."""
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+
+    # The paper's teachers are known without the hub.
+    config = AutoConfig.for_model(**SHAPES[model]) if model in SHAPES else models.load_config(model)
+    has_decoder = models.backbone_kind(config) == "encoder-decoder"
+    with torch.device("meta"):
+        auto_class = AutoModelForTextEncoding if has_decoder else AutoModel
+        backbone = models.without_pooler(auto_class.from_config(config, dtype=torch.bfloat16))
+        return stage02.build_teacher(settings, config, torch.device("meta"), torch.bfloat16, backbone)
+
+
+def memory_parts(teacher, finetuning, train, label):
+    """{stage: [(bytes, what for)]} of a process on a GPU in bf16. Weights are counted, activations estimated;
+    for labelling LoRA is merged."""
+    layers, (linear, weights) = teacher.backbone.config.num_hidden_layers, linear_layers(teacher)
+    ends = [layer.in_features + layer.out_features for layer in linear]
+    every = sum(p.numel() for name, p in teacher.named_parameters() if "lora_" not in name)
+    trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
+    packed = weights if finetuning == "qlora" else 0
+    # A linear layer keeps some 4.7 bytes an input and output for the backward pass; the rest: gradients.
+    kept = train.batch_tokens * (2 * teacher.backbone.config.hidden_size * layers + 6 * sum(ends) / layers)
+    context = (1e9, "device context and fragmentation (allowance)")
+    packed_size = packed * (0.5 + 1 / 64 + 4 / 64 / 256)
+    return {
+        "02": [
+            (packed_size, "linear layers, NF4: 4 bit, and scales in 8 bit"),
+            (2 * (frozen - packed), "other frozen weights, bf16"),
+            (16 * trained, "trained weights, gradients and both AdamW moments, fp32"),
+            (kept, "activations: inputs of all layers, one layer computed again"),
+            context,
+        ],
+        "03": [(2 * every, "weights, bf16"), (4 * label.batch_tokens * max(ends), "one layer"), context],
+    }
+
+
+def linear_layers(teacher):
+    """The backbone's linear layers, without LoRA's, and the number of their weights."""
+    named = teacher.backbone.named_modules()
+    layers = [module for name, module in named if isinstance(module, nn.Linear) and "lora_" not in name]
+    return layers, sum(layer.weight.numel() for layer in layers)
+
+
+def main(argv=None):
+    # 1. Rows, and the paper's settings
+    plan, where = counted(tyro.cli(Plan, args=argv, description=__doc__))
+    train, label = stage02.PRESETS["paper"], stage03.PRESETS["paper"]
+    steps = train.epochs * -(-plan.labels // train.batch_size)
+    print(
+        f"rows: {plan.labels:,} labelled, {plan.impressions:,} impressions ({where}); {plan.tokens:g} tokens"
+    )
+    print(f"steps of 02: {steps:,} of {train.batch_size} rows, {train.epochs} epochs")
+    print(f"disk: {44e-9 * plan.impressions:.1f} GB for impressions and soft labels, and the embeddings")
+
+    # 2. Each teacher, on one GPU; several share the hours
+    print("\n| teacher | parameters | trained | 02: GB | hours | USD | 03: GB | hours | USD |")
+    print("| --- |" + " ---: |" * 8)
+    for model in plan.model:
+        teacher, finetuning = empty_teacher(model, train)
+        size = linear_layers(teacher)[1] / LLAMA_LINEAR
+        # QLoRA: forward, forward again, gradients of the inputs, 6 FLOP a weight and token; in full: 8.
+        size_02 = size * (8 / 6 if finetuning == "full" else 1)
+        seconds = {"02": size_02 * plan.labels * plan.tokens * train.epochs / plan.train_speed}
+        seconds["03"] = size * plan.impressions * plan.tokens / plan.label_speed
+        every = sum(p.numel() for name, p in teacher.named_parameters() if "lora_" not in name)
+        trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+        cells = [model, f"{every / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M, {finetuning}"]
+        parts = memory_parts(teacher, finetuning, train, label)
+        for number, found in parts.items():
+            hours = seconds[number] / 3600
+            cells += [
+                f"{sum(part for part, _ in found) / 1e9:.1f}",
+                f"{hours:,.1f}",
+                f"{hours * plan.price:,.0f}",
+            ]
+        print(f"| {' | '.join(cells)} |")
+
+    # 3. Where one teacher's memory goes
+    for number, found in parts.items() if len(plan.model) == 1 else ():
+        for part, what in found:
+            print(f"{number}: {part / 1e9:6.2f} GB  {what}")
+
+
+if __name__ == "__main__":
+    stage.run_main(main)
