@@ -234,6 +234,8 @@ class Teacher(nn.Module):
         about: model, kind, fields, max_tokens, finetuning, …"""
         folder = Path(folder)
         part = "backbone" if about["finetuning"] == "full" else "adapter"
+        for adapter in getattr(self.backbone, "peft_config", {}).values():
+            adapter.target_modules = sorted(adapter.target_modules)  # a set: its order differs from run to run
         self.backbone.save_pretrained(folder / part)
         head = {name: tensor.float().contiguous().cpu() for name, tensor in self.head.state_dict().items()}
         save_file(head, folder / "head.safetensors")

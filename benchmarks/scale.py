@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,8 @@ def make_tables(folder, args, impressions, pins):
             'p' || {popular("i", pins, 33)} AS pin_id FROM range({impressions}) t(i)""",
         "engagements": f"""SELECT {query_of_event} AS query,
             'p' || {popular("i", pins, 34)} AS pin_id,
-            DATE '2024-01-01' + (hash(i, 35) % 900)::INTEGER AS date, 1 + hash(i, 37) % 9 AS count FROM range({args.engagements}) t(i)""",
+            DATE '2024-01-01' + (hash(i, 35) % 900)::INTEGER AS date, 1 + hash(i, 37) % 9 AS count
+            FROM range({args.engagements}) t(i)""",
     }
     for name, sql in tables.items():
         db.execute(f"COPY ({sql}) TO '{folder / name}.parquet' (FORMAT parquet)")
@@ -179,49 +181,62 @@ def tiny_encoder(folder):
     ).save_pretrained(folder)
 
 
+LOGS = """
+import importlib, sys
+from pathlib import Path
+from data.tables import RawTables
+data, memory = Path(sys.argv[1]), sys.argv[2]
+raw = RawTables(data, memory, spill=data / "spill")
+importlib.import_module("01_build_features").text_from_logs(raw, None, 6)
+"""
+
+
 def aggregate_logs(data, memory):
     """Seconds and peak memory (GB) of 01's text from logs alone."""
-    code = (
-        "import importlib, sys, common; from pathlib import Path; stage = importlib.import_module('01_build_features'); data, memory = sys.argv[1:]; "
-        "args = stage.parse_args(['--data', data, '--memory', memory]); raw = common.RawTables(args.data, spill=args.data / 'spill', memory=memory); "
-        "stage.index_rows(raw); stage.text_from_logs(raw, args)"
-    )
-    return measured(["-c", code, data, memory])
+    return measured(["-c", LOGS, data, memory])
 
 
 def match_rate(run, naive, pairs=4_000_000):
     """Pairs/s of 01's match features alone (BM25, terms matched, cosine), and of rank-bm25's
     get_batch_scores on the same texts, or None."""
-    import pyarrow.parquet as pq
-
     stage = importlib.import_module("01_build_features")
-    queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
-    bm25 = stage.PairBM25(queries, stage.pin_texts(run / "features/pins.parquet"), workers=os.cpu_count())
-    vectors = [
-        np.load(run / f"features/{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "features"
+        shutil.copytree(run / "features", out, copy_function=os.symlink)
+        (out / "bm25.parquet").unlink()
+        match = stage.open_match_features(out, os.cpu_count())
+    bm25 = match.bm25
     rng = np.random.default_rng(0)
-    query, pin = rng.integers(0, len(queries), pairs), rng.integers(0, bm25.corpus_size, pairs)
+    queries, pins = bm25.queries.shape[0], bm25.corpus_size
+    query, pin = rng.integers(0, queries, pairs), rng.integers(0, pins, pairs)
     seconds = []
     for _ in range(2):  # the first brings the embeddings into the page cache
         start = time.time()
-        stage.match_features(bm25, vectors, query, pin, np.zeros(pairs, np.int64))
+        match(query, pin, np.zeros(pairs, np.int64))
         seconds.append(time.time() - start)
-    peer = None
-    if naive and bm25.corpus_size <= 1_000_000:
-        from rank_bm25 import BM25Okapi
-
-        okapi = BM25Okapi(
-            [stage.tokenize(t) for chunk in stage.pin_texts(run / "features/pins.parquet") for t in chunk]
-        )
-        start, n = time.time(), 0
-        while time.time() - start < 10:
-            okapi.get_batch_scores(
-                stage.tokenize(queries[n % len(queries)]), rng.integers(0, okapi.corpus_size, 20).tolist()
-            )
-            n += 1
-        peer = 20 * n / (time.time() - start)
+    peer = rank_bm25_rate(run, rng) if naive and pins <= 1_000_000 else None
     return pairs / min(seconds), peer
+
+
+def rank_bm25_rate(run, rng, pins_a_query=20, seconds=10):
+    """Pairs/s of rank-bm25's get_batch_scores, BM25 alone."""
+    import pyarrow.parquet as pq
+    from rank_bm25 import BM25Okapi
+
+    from runs.bm25 import tokenize
+
+    stage = importlib.import_module("01_build_features")
+    queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
+    documents = []
+    for chunk in stage.pin_texts(run / "features/pins.parquet"):
+        documents += [tokenize(text) for text in chunk]
+    okapi = BM25Okapi(documents)
+    start, n = time.time(), 0
+    while time.time() - start < seconds:
+        pins = rng.integers(0, okapi.corpus_size, pins_a_query).tolist()
+        okapi.get_batch_scores(tokenize(queries[n % len(queries)]), pins)
+        n += 1
+    return pins_a_query * n / (time.time() - start)
 
 
 def bare_student_rate(run, hidden, batch=4_096, seconds=20):
@@ -235,16 +250,16 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     match = SimpleNamespace(match=list(common.MATCH_FEATURES))
     spec = stage.student_spec(settings, inputs, match, np.zeros(4), np.ones(4))
     student = common.Student(spec)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)
     columns = *inputs.gather(rows, rows), torch.randn(batch, 4)
     target = torch.randn(batch, 5).softmax(1)
 
     def step():
         loss = stage.distillation_loss(student(*columns), target)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     for _ in range(3):
         step()
@@ -273,11 +288,10 @@ def loader_rate(run, rows, batch=4_096, seconds=20):
             return len(self.query)
 
         def __getitem__(self, i):
-            return torch.from_numpy(
-                np.concatenate(
-                    [a[(self.query if name[0] == "q" else self.pin)[i]] for name, a in self.inputs.items()]
-                ).astype(np.float32)
-            )
+            columns = []
+            for name, array in self.inputs.items():
+                columns.append(array[(self.query if name[0] == "q" else self.pin)[i]])
+            return torch.from_numpy(np.concatenate(columns).astype(np.float32))
 
     start, n = time.time(), 0
     for x in torch.utils.data.DataLoader(Pairs(), batch_size=batch, shuffle=True):

@@ -75,7 +75,8 @@ def print_table(scores, shown, first=1):
     for row, (pin_id, text) in enumerate(shown):
         numbers = [scores.expected_level[row], *scores.probabilities[row], scores.match["bm25"][row]]
         cells = "  ".join(f"{number:5.2f}" for number in numbers)
-        print(f"{first + row:>4}  {cells}  {pin_id:<12}  {text[:40]}")
+        words = "".join(c for c in " ".join(text.split()) if c.isprintable())
+        print(f"{first + row:>4}  {cells}  {pin_id:<12}  {words[:40]}")
 
 
 def draw_grid(scores, images, texts, title, path):
@@ -91,6 +92,8 @@ def draw_grid(scores, images, texts, title, path):
         for row, (ax, image, text) in enumerate(zip(axes, images, texts)):
             if image is not None:
                 ax.imshow(image)
+            else:
+                ax.text(0.5, 0.5, "no picture", ha="center", va="center", fontsize=7)
             ax.set(xticks=[], yticks=[])
             ax.set_box_aspect(1)
             ax.spines[:].set(color=pictures.LEVEL_COLORS[levels[row]], linewidth=4, visible=True)

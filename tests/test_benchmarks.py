@@ -39,7 +39,8 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def msrd(tmp_path_factory):
-    """64 judgments of 9 queries and 12 movies, in MSRD's form; one movie has no overview, one judgment no movie."""
+    """64 judgments of 9 queries and 12 movies, in MSRD's form; one movie has no overview, one judgment no
+    movie."""
     folder = tmp_path_factory.mktemp("msrd")
     movies = []
     for i in range(12):

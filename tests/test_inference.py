@@ -48,7 +48,7 @@ def test_merging_is_the_formula(models, tmp_path, dtype, quantize):
     if quantize:
         weight = bnb.dequantize_4bit(weight.data, weight.quant_state)
     A, B = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-    expected = (weight.float() + 3 * B @ A).to(dtype)
+    expected = (weight.float() + 3 * (B @ A)).to(dtype)
     exact = teacher.backbone.base_model.model.rotary_emb.inv_freq.clone()
     labeller.merge_lora(teacher, tmp_path)
     assert torch.equal(teacher.backbone.layers[1].mlp.down_proj.weight, expected)
@@ -71,7 +71,7 @@ def test_shards_tokenized_by_workers_are_those_of_none(shards):
         assert all(np.array_equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_stop_in_a_worker_is_one_line(shards, workers):
     shards.text.max_tokens = 3
     line = stop_line(lambda: list(labeller.tokenized(shards, workers)))

@@ -1,4 +1,5 @@
-"""02 and 03 in two processes under `accelerate launch`: the same labels, the same training, and a restart continues."""
+"""02 and 03 in two processes under `accelerate launch`: the same labels, the same training, and a restart
+continues."""
 
 import json
 import shutil
