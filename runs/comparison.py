@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from runs.pairs import read_labelled
-from runs.pictures import in_percent, picture_file
+from runs.pictures import drawable, in_percent, picture_file
 from runs.report import ALL, cell, escaped, markdown_table
 from runs.stage import Stop, hashed, read_json, require_finished, whole_file, write_json
 
@@ -98,9 +98,15 @@ def read_system(run, name):
         "made": about["identity"],
         "home_language": str(languages[count.argmax()]),  # of the human training labels
         "learnt_from": "human labels" if is_teacher else f"{about['arguments']['labels']} labels",
-        "training_rows": None if is_teacher else about["rows"]["train"],
+        "training_rows": None if is_teacher else impressions_learnt(about),
     }
     return System(rows, [column[order].tolist() for column in ids], p[order], score[order], facts)
+
+
+def impressions_learnt(about):
+    """Impressions that a student learnt, or human labels where there were none. about: its stage.json."""
+    rows = about["rows"]
+    return rows["train"] - (rows["human"] if about["arguments"]["labels"] == "teacher" else 0)
 
 
 def read_conditions(conditions):
@@ -264,7 +270,7 @@ def plot_amounts(ax, entry):
             x.append(about["training_rows"])
         else:
             color = others.pop(0)
-            ax.axhline(100 * m.value, color=color, ls="--", lw=1.4, label=label)
+            ax.axhline(100 * m.value, color=color, ls="--", lw=1.4, label=drawable(label))
             ax.axhspan(100 * m.low, 100 * m.high, color=color, alpha=0.13, lw=0)
     ax.plot(x, [100 * m.value for m in curve], color=PALETTE[0], lw=1.2)
     dots(ax, x, curve, PALETTE[0], label="student on the teacher's labels")
@@ -279,10 +285,14 @@ def plot_languages(ax, entry):
     for number, label in enumerate(labels):
         found = [find(entry["table"], condition=label, language=tag, metric="accuracy") for tag in languages]
         shift = 0.7 * (number - (len(labels) - 1) / 2) / len(labels)
-        style = {"color": PALETTE[number % len(PALETTE)], "marker": "osD^vP"[number % 6], "label": label}
+        style = {
+            "color": PALETTE[number % len(PALETTE)],
+            "marker": "osD^vP"[number % 6],
+            "label": drawable(label),
+        }
         dots(ax, np.arange(len(languages)) + shift, found, **style)
-    ax.set_xticks(range(len(languages)), languages)
-    ax.set_xlabel(f"language of the query (human training labels: {entry['home_language']})")
+    ax.set_xticks(range(len(languages)), map(drawable, languages))
+    ax.set_xlabel(f"language of the query (human training labels: {drawable(entry['home_language'])})")
 
 
 def plot_conditions(ax, entry, key):
@@ -293,7 +303,7 @@ def plot_conditions(ax, entry, key):
     if key == "a" and PAPER_TEACHERS.keys() & set(labels):
         there = [100 * PAPER_TEACHERS.get(label, np.nan) for label in labels]
         ax.plot(there, "D", color=PALETTE[1], ms=6, label="the paper (other data and models)")
-    ax.set_xticks(range(len(labels)), labels)
+    ax.set_xticks(range(len(labels)), map(drawable, labels))
     ax.set_xlabel("teacher" if key == "a" else "text the teacher reads of a pin")
     ax.set_xlim(-0.5, len(labels) - 0.5)
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common import FIELDS
-from runs.comparison import compare
+from runs.comparison import compare, impressions_learnt
 from runs.stage import ROOT, Count, Size, Stop, parse, read_json, run_main
 
 TOY_RUN, TOY_MODELS = ROOT / "outputs" / "toy", ROOT / "data" / "toy_models"
@@ -165,19 +165,21 @@ def student_conditions(experiments, own_teachers):
     """(b): growing numbers of impressions; (c): languages.
 
     All students take as many optimizer steps as RUN's: at equal epochs the small sets would be trained too
-    little, and the curve would show that instead."""
+    little, and the curve would show that instead. All but the first also learn the human-labelled rows, as
+    RUN's does."""
     settings = experiments.settings
     run, more, home = settings.run, settings.more, settings.home_language
     made = read_json(run / "student" / "stage.json")
     human = read_json(run / "student_human_labels" / "stage.json")["rows"]["train"]
     features = read_json(more / "features" / "stage.json")["rows"]
 
-    def epochs(rows):
+    def epochs(impressions):
+        rows = impressions + made["rows"]["human"]
         return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
 
     own = experiments.students(run, "student_all", first=(run, "student"))
     amounts = {"student on human labels": experiments.students(
-        run, "student_human", "--labels", "human", *epochs(human))}  # fmt: skip
+        run, "student_human", "--labels", "human", *epochs(human - made["rows"]["human"]))}  # fmt: skip
     for n in sizes(features["labelled_train"], features["impressions"]):
         flags = ("--rows", n, *epochs(n))
         amounts[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
@@ -189,7 +191,7 @@ def student_conditions(experiments, own_teachers):
     alone = experiments.students(run, "student_home", "--languages", home, *steps)
     experiments.work()
     # As few rows as in the home language alone, of all languages: tells fewer rows from fewer languages.
-    rows = read_json(alone[0][0] / alone[0][1] / "stage.json")["rows"]["train"]
+    rows = impressions_learnt(read_json(alone[0][0] / alone[0][1] / "stage.json"))
     fewer = experiments.students(run, "student_fewer", "--rows", rows, *steps)
     experiments.work()
     languages = {"teacher": own_teachers, "student": own, "student, fewer impressions": fewer}

@@ -140,7 +140,9 @@ def plot_reliability(y, p, scaled, path):
                 right, confidence = probabilities.argmax(1) + 1 == y, probabilities.max(1)
                 label = shown(name) + " at its temperature" * (curves is scaled)
                 style = {"color": COLORS.get(name, OTHER_COLOR), "ls": line, "ms": 4, "name": label, "ax": ax}
-                CalibrationDisplay.from_predictions(right, confidence, n_bins=10, **style)
+                CalibrationDisplay.from_predictions(
+                    right, confidence, n_bins=10, strategy="quantile", **style
+                )
         ax.set(
             xlabel="probability given to the most probable level", ylabel="share of rows where it is right"
         )
