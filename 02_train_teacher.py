@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from sklearn.metrics import roc_auc_score
 
 import common
 from common import FIELDS, LEVELS, PairText, Teacher
@@ -53,6 +55,7 @@ class Settings(StageSettings):
     head_lr: Positive = 1e-3  # peak learning rate of the head
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
+    keep: Literal["last", "best"] = "last"  # epoch kept; best: by AUROC >= 4 on at least 50 held-out queries
     rows: Count | None = None  # train on a random N of the training rows (default: all)
     precision: Precision = "fp32"  # of the computation; auto: bf16 where the hardware has it
     checkpoint_steps: Count = 100  # steps between two checkpoints to resume from
@@ -63,6 +66,7 @@ class Settings(StageSettings):
 TOY = Settings()
 PAPER = replace(
     TOY,
+    preset="paper",
     model="meta-llama/Meta-Llama-3-8B",  # stated
     max_tokens=256,  # not stated; our choice
     lora_rank=64,  # not stated; the QLoRA paper's (Dettmers et al., 2023, appendix B)
@@ -78,7 +82,19 @@ PAPER = replace(
     precision="auto",  # our choice
     checkpoint_steps=200,  # our choice
 )
-PRESETS = {"toy": TOY, "small": TOY, "paper": PAPER}
+SMALL = replace(
+    TOY,
+    preset="small",  # a real encoder on a laptop or one small GPU; all values our choice
+    model="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+    max_tokens=128,
+    epochs=3,
+    lr=2e-4,
+    encoder_lr=5e-5,
+    head_lr=5e-5,
+    precision="auto",
+)
+PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
+ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -87,7 +103,7 @@ PRESETS = {"toy": TOY, "small": TOY, "paper": PAPER}
 
 class LabelledRows:
     """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
-    [N], 0 for level 1; `train` and `held_out`: row numbers; a tenth of the queries is held out."""
+    [N], 0 for level 1; `train` and `held_out`: row numbers; held_out_queries: how many they are of."""
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
@@ -102,8 +118,9 @@ class LabelledRows:
         self.lengths = np.array([len(row) for row in self.ids])
         self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
         self.pad_id = text.tokenizer.pad_token_id
-        query_ids = queries["query_id"].take(query_index).to_pylist()
-        self.train, self.held_out = split_rows(query_ids, settings)
+        keys = [common.query_key(query) for query in queries["query"].take(query_index).to_pylist()]
+        self.train, self.held_out = split_rows(keys, settings)
+        self.held_out_queries = len({keys[row] for row in self.held_out})
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
@@ -111,13 +128,13 @@ class LabelledRows:
         return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
 
 
-def split_rows(query_ids, settings):
-    """Row numbers to train on, and those of a tenth of the queries, held out to choose the epoch."""
-    is_held_out = common.in_hash_split(query_ids, 0.1, f"teacher:{settings.seed}")
+def split_rows(keys, settings):
+    """Row numbers to train on, and those of a tenth of the queries, at most a tenth of the rows,
+    held out to be looked at; of a small data set none. keys [N]: of the rows' queries (query_key)."""
+    salt = f"teacher:{settings.seed}"
+    share = common.held_out_share(keys, np.ones(len(keys)), 0.1, salt)
+    is_held_out = common.in_hash_split(keys, share, salt)
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    if not len(held_out):
-        tenth = max(1, len(train) // 10)
-        train, held_out = train[:-tenth], train[-tenth:]
     if settings.rows:
         train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
     return train, held_out
@@ -187,23 +204,32 @@ def train_step(model, rows, batch, accelerator, token_budget):
 
 @torch.inference_mode()
 def evaluate(teacher, rows, accelerator, token_budget):
-    """Cross-entropy and accuracy on the held-out rows, each process on its share."""
+    """{"held_out_loss" (cross-entropy), "held_out_accuracy", "held_out_auroc_4"} on the held-out rows, each
+    process on its share; {} if there are none. AUROC of P(label >= 4); NaN without both kinds."""
+    if not len(rows.held_out):
+        return {}
     teacher.eval()
     mine = rows.held_out[accelerator.process_index :: accelerator.num_processes]
     order = mine[np.argsort(rows.lengths[mine], kind="stable")]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+    scored = []
     for batch in common.token_batches(rows.lengths[order], token_budget):
         ids, mask, levels = rows.batch(order[batch], accelerator.device)
         logits = teacher(ids, mask)
         sums[0] += F.cross_entropy(logits, levels, reduction="sum")
         sums[1] += (logits.argmax(1) == levels).sum()
-    loss, right = accelerator.reduce(sums, "sum").tolist()
-    return loss / len(rows.held_out), right / len(rows.held_out)
+        scored += zip((levels >= 3).tolist(), logits.softmax(1)[:, 3:].sum(1).tolist())
+    loss, right = (accelerator.reduce(sums, "sum") / len(rows.held_out)).tolist()
+    if not math.isfinite(loss):
+        raise Stop("the held-out loss is not finite: lower --lr, --encoder-lr and --head-lr")
+    relevant, score = zip(*gather_object(scored))
+    auroc = roc_auc_score(relevant, score) if len(set(relevant)) == 2 else math.nan
+    return {"held_out_loss": loss, "held_out_accuracy": right, "held_out_auroc_4": float(auroc)}
 
 
 def train(teacher, optimizer, rows, settings, accelerator, work):
-    """The training loop. Leaves the weights of the epoch with the lowest held-out cross-entropy in `teacher`;
-    returns its log and that epoch. Checkpoints go into the folder `work`."""
+    """The training loop. Leaves the weights of the last epoch in `teacher` (--keep best: of the one with the
+    highest held-out AUROC); returns the log and that epoch's scores. Checkpoints go into `work`."""
     model = accelerator.prepare(teacher)
     is_main, path = accelerator.is_main_process, work / "checkpoint.pt"
     steps_per_epoch = math.ceil(len(rows.train) / settings.batch_size)
@@ -233,15 +259,18 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
                 {"step": step, "epoch": epoch + 1, "loss": round(loss, 6), "lr_factor": round(factor, 6)}
             )
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if is_main and step % settings.checkpoint_steps == 0 and step % steps_per_epoch:
                 stage.save_checkpoint(path, teacher, optimizer, {**train_state, "step": step})
 
-        loss, accuracy = evaluate(teacher, rows, accelerator, settings.batch_tokens)
-        accelerator.print(f"epoch {epoch + 1}: held-out cross-entropy {loss:.4f}, accuracy {accuracy:.4f}")
-        scores = {"epoch": epoch + 1, "held_out_loss": loss, "held_out_accuracy": accuracy}
+        losses = [line["loss"] for line in log if line["epoch"] == epoch + 1]
+        scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
+        scores |= evaluate(teacher, rows, accelerator, settings.batch_tokens)
+        accelerator.print(
+            ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+        )
         log.append({"step": step, **scores})
-        if train_state["best"] is None or loss < train_state["best"]["held_out_loss"]:
+        if is_better(scores, train_state["best"], rows, settings):
             train_state["best"] = scores
             if is_main:
                 stage.save_checkpoint(work / "best.pt", teacher, None, scores)
@@ -251,6 +280,14 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
     accelerator.wait_for_everyone()
     stage.load_checkpoint(work / "best.pt", teacher)
     return train_state
+
+
+def is_better(scores, best, rows, settings):
+    """Is this epoch to be kept? The last one always is (the learning rate falls to zero there), unless
+    --keep best and enough held-out queries to tell."""
+    if best is None or settings.keep == "last" or rows.held_out_queries < ENOUGH_QUERIES:
+        return True
+    return scores["held_out_auroc_4"] > best["held_out_auroc_4"]
 
 
 def update_weights(teacher, optimizer, lr_factor):
@@ -269,12 +306,14 @@ def describe(teacher, finetuning, rows, settings):
     """What is going to be trained, on what."""
     how = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}[finetuning]
     trainable = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-    print(
-        f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token; {how}, {trainable:,} weights"
-    )
+    print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
+    print(f"{how}: {trainable:,} weights")
     lengths, counts = rows.lengths, torch.bincount(rows.levels[rows.train], minlength=common.NUM_LEVELS)
-    print(f"rows: {len(rows.train):,} train, {len(rows.held_out):,} held out; "
-          f"tokens a row: mean {lengths.mean():.0f}, max {lengths.max()} of {settings.max_tokens}")  # fmt: skip
+    if settings.keep == "best" and rows.held_out_queries < ENOUGH_QUERIES:
+        print(f"--keep best: {rows.held_out_queries} held-out queries are too few: the last")
+    held_out = f"{len(rows.held_out):,} held out" if len(rows.held_out) else "none held out: too few queries"
+    print(f"rows: {len(rows.train):,} train, {held_out}")
+    print(f"tokens a row: mean {lengths.mean():.0f}, max {lengths.max()} of {settings.max_tokens}")
     shares = 100 * counts / len(rows.train)
     levels = [f"{level} {LEVELS[level]} {share:.0f} %" for level, share in enumerate(shares, 1)]
     print("labels: " + ", ".join(levels))

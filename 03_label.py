@@ -42,10 +42,10 @@ class Settings(StageSettings):
 
 
 TOY = Settings()
-PAPER = replace(
-    TOY, precision="auto", batch_tokens=32_768, workers=4
-)  # our choice; labels do not depend on it
-PRESETS = {"toy": TOY, "small": TOY, "paper": PAPER}
+SMALL = replace(TOY, preset="small", precision="auto")
+# Our choice; labels depend on the precision alone.
+PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, workers=4)
+PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 CHECKED_ROWS = 256  # rows labelled before and after LoRA is merged, to report how far labels move
 
 

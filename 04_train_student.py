@@ -69,6 +69,7 @@ class Settings(StageSettings):
 TOY = Settings()
 PAPER = replace(
     TOY,
+    preset="paper",
     hidden=(1024, 512, 256),  # not stated in the paper; our choice
     category_dim=32,  # not stated; our choice
     temperature=1.0,  # not stated; at 1 the gradient is that of soft cross-entropy
@@ -79,7 +80,7 @@ PAPER = replace(
     shuffle_window=8,  # our choice
     checkpoint_steps=2_000,  # our choice
 )
-PRESETS = {"toy": TOY, "small": TOY, "paper": PAPER}
+PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
 MIN_QUERIES = 50  # held-out queries that it takes to choose an epoch
 READS = ("*.parquet", "*_embedding.npy")  # files of features/ and labels/
 

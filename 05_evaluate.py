@@ -39,7 +39,9 @@ class Settings(StageSettings):
 
 
 TOY = Settings()
-PRESETS = {"toy": TOY, "small": TOY, "paper": replace(TOY, search_pages=10)}  # our choice
+SMALL = replace(TOY, preset="small")
+PAPER = replace(TOY, preset="paper", search_pages=10)  # our choice
+PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy")  # of features/ and labels/
 
 ALL = ""  # "language" of a metric over all rows

@@ -235,7 +235,7 @@ class Teacher(nn.Module):
         folder = Path(folder)
         part = "backbone" if about["finetuning"] == "full" else "adapter"
         for adapter in getattr(self.backbone, "peft_config", {}).values():
-            adapter.target_modules = sorted(adapter.target_modules)  # a set: its order differs from run to run
+            adapter.target_modules = sorted(adapter.target_modules)  # a set: its order changes
         self.backbone.save_pretrained(folder / part)
         head = {name: tensor.float().contiguous().cpu() for name, tensor in self.head.state_dict().items()}
         save_file(head, folder / "head.safetensors")

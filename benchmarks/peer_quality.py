@@ -34,7 +34,7 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import NUM_LEVELS  # noqa: E402
+from common import NUM_LEVELS, query_key  # noqa: E402
 from runs.pairs import read_labelled  # noqa: E402
 from runs.stage import Stop, quiet_libraries, read_json, require_finished, run_main, write_json  # noqa: E402
 
@@ -150,9 +150,10 @@ def peer_settings(made, about, args):
 def teacher_rows(run, train, made):
     """The training rows that the teacher learned from, by stage 02's own split: without the queries it held
     out, and the ones left out by its --rows. made: stage 02's arguments."""
-    query_ids = pq.read_table(run / "features" / "queries.parquet", columns=["query_id"])["query_id"]
+    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
+    keys = [query_key(query) for query in queries.take(train["query_index"]).to_pylist()]
     settings = replace(stage_02.TOY, rows=made["rows"], seed=made["seed"])
-    learned, _ = stage_02.split_rows(query_ids.take(train["query_index"]).to_pylist(), settings)
+    learned, _ = stage_02.split_rows(keys, settings)
     return {name: column[learned] for name, column in train.items()}
 
 

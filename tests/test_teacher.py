@@ -2,16 +2,21 @@
 folders that are refused."""
 
 import contextlib
+import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from helpers import TOY_MODELS, environment, stage, stop_line
+from helpers import TOY_MODELS, environment, mark_finished, stage, stop_line
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +24,7 @@ from torch import nn
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
 from runs.batches import epoch_batches, micro_batches
-from runs.stage import first_line, read_json
+from runs.stage import first_line, read_json, write_parquet
 
 trainer, labeller = stage("02"), stage("03")
 
@@ -512,3 +517,51 @@ def test_learning_rate():
     # a straight line that would reach 0 at the end
     np.testing.assert_allclose(factors[100:], (1 - np.arange(100, steps) / steps) / 0.9)
     assert linear_warmup_decay(0, 0) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Held out, and which epoch is kept
+
+
+def test_the_last_epoch_is_kept_unless_enough_queries_tell_otherwise():
+    stage_02 = stage("02")
+    low, high = {"held_out_auroc_4": 0.6}, {"held_out_auroc_4": 0.9}
+    many, few = SimpleNamespace(held_out_queries=50), SimpleNamespace(held_out_queries=49)
+    best = replace(stage_02.TOY, keep="best")
+    assert stage_02.is_better(low, high, many, stage_02.TOY)
+    assert not stage_02.is_better(low, high, many, best) and stage_02.is_better(high, low, many, best)
+    assert stage_02.is_better(low, high, few, best)  # too few to choose by
+    assert stage_02.is_better(low, None, many, best)
+
+
+def test_held_out_rows_are_of_whole_queries_and_at_most_a_tenth():
+    stage_02 = stage("02")
+    for queries in (1, 2, 12, 100, 400):
+        for seed in range(5):
+            sizes = np.random.default_rng(seed).integers(1, 60, queries)
+            keys = [f"query {i}" for i, size in enumerate(sizes) for _ in range(size)]
+            train, held_out = stage_02.split_rows(keys, replace(stage_02.TOY, seed=seed))
+            assert sorted([*train, *held_out]) == list(range(len(keys)))
+            assert len(held_out) <= len(keys) / 10 and len(train)
+            assert not {keys[row] for row in train} & {keys[row] for row in held_out}
+            assert len(held_out) or queries < 100
+
+
+def test_one_training_query_trains_without_held_out_rows(run, models, capsys):
+    """It ended in a traceback: no row was held out, and no epoch could be chosen."""
+    features = run / "features"
+    own = run.parent / "one" / "features"
+    shutil.copytree(features, own)
+    labelled = pq.read_table(own / "labelled.parquet")
+    train = labelled.filter(pc.equal(labelled["split"], "train"))
+    first = train.filter(pc.equal(train["query_index"], train["query_index"][0]))
+    write_parquet(own / "labelled.parquet", first)
+    mark_finished(own)
+    argv = ["--run", str(own.parent), "--model", str(models["bert"]), "--epochs", "2", "--device", "cpu"]
+    stage("02").main([*argv, "--keep", "best"])
+    said = capsys.readouterr().out
+    assert "none held out" in said and "too few" in said
+    text = (own.parent / "teacher" / "training_log.jsonl").read_text()
+    log = [json.loads(line) for line in text.splitlines()]
+    assert [line["epoch"] for line in log if "train_loss" in line] == [1, 2]
+    assert read_json(own.parent / "teacher" / "stage.json")["best"]["epoch"] == 2
