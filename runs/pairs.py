@@ -132,32 +132,39 @@ class TrainingRows:
         self.is_held_out = in_hash_split(self.keys, **self.held_out)
 
     def survey(self):
-        """One pass: counts the training rows of each shard and deals --rows to them. Returns mean and
-        standard deviation [F] of the match features, and held-out rows: of every shard at most its share of
-        HELD_OUT_ROWS, for logs change over time."""
+        """One pass: counts the training rows and deals --rows to them. Returns mean and standard deviation
+        [F] of the match features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for
+        logs change over time."""
+        held_out, counts = [], []
         is_held_out = self.is_held_out[self.human["query"]]
-        held_out, self.human = [self.human[is_held_out]], self.human[~is_held_out]
-        held_out = [rows for rows in held_out if not self.shards]  # the teacher's labels are for impressions
-        counts, moments = [], moments_of(self.human["match"])
+        if not self.shards:  # else the student is compared with the teacher, on impressions
+            held_out.append(self.human[is_held_out])
+        self.human = self.human[~is_held_out]
+        known, total, squares = moments_of(self.human["match"])
         for shard in progress_bar(iterable=range(len(self.shards)), desc="survey", unit=" shards"):
             rows = self.read_shard(shard)
             is_held_out = self.is_held_out[rows["query"]]
-            counts.append(np.count_nonzero(~is_held_out))
-            moments += moments_of(rows["match"][~is_held_out])
             held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
+            counts.append(np.count_nonzero(~is_held_out))
+            moments = moments_of(rows["match"][~is_held_out])
+            known, total, squares = known + moments[0], total + moments[1], squares + moments[2]
         if not sum(counts) + len(self.human):
             wanted = " ".join(["", "for --languages", *self.settings.languages])
             raise Stop(f"no rows to train on in {self.run}" + wanted * bool(self.settings.languages))
+        self.deal(counts)
+        n = np.maximum(known, 1)
+        mean = total / n
+        std = np.sqrt(np.maximum(squares / n - mean**2, 0))
+        return mean, np.where(std > 1e-6, std, 1.0), np.concatenate(held_out)
+
+    def deal(self, counts):
+        """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
         rng, n = np.random.default_rng([self.settings.seed, 1]), self.settings.rows
         if n and self.settings.labels == "human":
             self.human = rng.permutation(self.human)[:n]
         elif n and n < sum(counts):
             counts = rng.multivariate_hypergeometric(counts, n, method="marginals")
         self.counts = [int(count) for count in counts]
-        known, total, squares = moments
-        mean = total / np.maximum(known, 1)
-        std = np.sqrt(np.maximum(squares / np.maximum(known, 1) - mean**2, 0))
-        return mean, np.where(std > 1e-6, std, 1.0), np.concatenate(held_out)
 
     @property
     def total(self):
