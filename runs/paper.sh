@@ -5,8 +5,9 @@
 #
 # Access      Llama-3 is gated: ask for it on huggingface.co/meta-llama/Meta-Llama-3-8B, then `hf auth login` once on the machine.
 # Hardware    one GPU of 24 GB or more with bf16 (RTX 4090, L40S, A100, H100), 64 GB of memory, 200 GB of disk; or eight such GPUs.
-# Before      `DRY=1 bash runs/paper.sh DATASET_DIR` prints parameters, memory, steps and hours of 02 and 03, and ends. Put your own speed
-#             into it: --tokens-per-second, from the first minutes of a run or from benchmarks/teacher_gpu.py.
+# Before      `DRY=1 bash runs/paper.sh DATASET_DIR` prints parameters, memory, hours, cost and disk for your rows,
+#             and ends (benchmarks/plan.py). Put your own speed into it: --train-speed and --label-speed, from the
+#             first minutes of a run or from benchmarks/teacher_gpu.py.
 #
 # Expected, not measured here: what the dry run reckons from public figures, for 280,000 human labels, two epochs, 30 million impressions, 200
 # tokens a row. Cost: GPU hours at 2 USD, an example; put in your provider's price.
@@ -22,14 +23,13 @@
 # another number of GPUs. A finished stage says so and does nothing.
 #
 # What to change
-#     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --no-merge (NF4 instead of bf16, slower)
-#     faster labels           03 --compile; on Hopper and later also --fp8, which prints how far it moves labels (neither measured on a GPU here)
+#     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --no-merge (NF4, slower)
 #     another teacher         02 --model google-bert/bert-base-multilingual-cased, google-t5/t5-base or microsoft/deberta-v3-base: trained in full
 #     fewer impressions       a tenth of them costs a tenth in 03; 04 --rows N shows what more of them would bring
 #     several machines        accelerate launch's own flags (--num_machines, --machine_rank, --main_process_ip); RUN on a shared disk
 [ $# -ge 1 ] || { echo "usage: bash runs/paper.sh DATASET_DIR"; exit 2; }
-DATA="$(cd "$1" && pwd)"
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+DATA="$(from_here "$1")"
 RUN="${RUN:-outputs/paper}"
 GPUS="${GPUS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 
@@ -37,8 +37,7 @@ launch() {  # one process a GPU
     if [ "$GPUS" -gt 1 ]; then run accelerate launch --multi_gpu --num_processes "$GPUS" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"; else run python "$@"; fi
 }
 if [ -n "${DRY:-}" ]; then
-    run python 02_train_teacher.py --preset paper --run "$RUN" --dry-run
-    run python 03_label.py --preset paper --run "$RUN" --dry-run
+    run python benchmarks/plan.py --data "$DATA"
     exit
 fi
 run python 01_build_features.py --preset paper --run "$RUN" --data "$DATA"  # captions, text from logs, embeddings, match features
