@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from runs.models import load_backbone
+from runs.models import load_backbone, load_lora, output_width
 from runs.stage import Stop, read_json, write_json
 
 # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
@@ -65,8 +65,10 @@ class PairText:
     decoder, and both close with end-of-text: the token a decoder is read out at is then always the same one
     (our choice; RepLLaMA, Ma et al., 2023, does so)."""
 
-    def __init__(self, tokenizer, kind, fields, max_tokens):
+    def __init__(self, tokenizer, kind, fields, max_tokens, cut_queries=False):
+        """cut_queries: a query too long for max_tokens is cut to half of them; else it is a Stop."""
         self.tokenizer, self.fields, self.max_tokens = tokenizer, tuple(fields), max_tokens
+        self.cut_queries = cut_queries
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.open = [] if first is None else [first]
@@ -107,15 +109,19 @@ class PairText:
         return ids
 
     def queries(self, texts):
-        """Token ids of each query. Stop if one does not fit: it is never cut."""
+        """Token ids of each query. Stop if one does not fit, unless queries are cut."""
         ids = self.token_ids(list(texts))
         room = self.max_tokens - len(self.open) - len(self.separator) - len(self.close)
-        for text, tokens in zip(texts, ids):
-            if len(tokens) > room:
-                raise Stop(
-                    f"the query {text[:60]!r}… has {len(tokens)} tokens, room is for {room}: "
-                    "raise --max-tokens or shorten the query"
-                )
+        too_long = [row for row, tokens in enumerate(ids) if len(tokens) > room]
+        if too_long and not self.cut_queries:
+            first = too_long[0]
+            raise Stop(
+                f"{len(too_long)} of {len(ids)} queries do not fit into {room} tokens, the first has "
+                f"{len(ids[first])}: {texts[first][:60]!r}…; raise --max-tokens of stage 02, shorten it, or "
+                "--long-queries cut"
+            )
+        for row in too_long:
+            ids[row] = ids[row][: room // 2]
         return ids
 
     def pins(self, columns):
@@ -207,7 +213,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.backbone, self.kind, self.dtype = backbone, kind, dtype
         self.pooling = "last" if kind == "decoder" else "first"
-        D = backbone.config.hidden_size
+        D = output_width(backbone.config)
         H = min(D, 1024)
         self.head = nn.Sequential(
             nn.Linear(D, H),
@@ -219,15 +225,17 @@ class Teacher(nn.Module):
             nn.Linear(H, NUM_LEVELS),
         ).float()
 
-    def forward(self, input_ids, attention_mask):
-        """Token ids and mask [B, T] -> logits [B, C], fp32."""
-        options = (
-            {"use_cache": False} if self.kind == "decoder" else {}
-        )  # keys and values serve no second pass
+    def represent(self, input_ids, attention_mask):
+        """Token ids and mask [B, T] -> the vectors [B, D] that stand for the pairs."""
+        options = {"use_cache": False} if self.kind == "decoder" else {}  # there is no second pass
         device = input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return self.head(pooling(output.last_hidden_state, attention_mask, self.pooling).float())
+        return pooling(output.last_hidden_state, attention_mask, self.pooling).float()
+
+    def forward(self, input_ids, attention_mask):
+        """Token ids and mask [B, T] -> logits [B, C], fp32."""
+        return self.head(self.represent(input_ids, attention_mask))
 
     def save(self, folder, about):
         """Writes adapter/ or backbone/, head.safetensors and teacher.json.
@@ -242,19 +250,17 @@ class Teacher(nn.Module):
         write_json(folder / "teacher.json", about)
 
     @classmethod
-    def load(cls, folder, dtype=torch.float32, device="cpu"):
-        """The teacher that 02 wrote, in evaluation mode, and its `about`. LoRA is left beside the
-        backbone."""
+    def load(cls, folder, dtype=torch.float32, device="cpu", model=None):
+        """The teacher that 02 wrote, in evaluation mode, and its `about`. LoRA is left beside the backbone.
+        model: where that is now, if not where it was; a teacher trained in full holds its own."""
         folder = Path(folder)
         about = read_json(folder / "teacher.json")
         if about["finetuning"] == "full":
             backbone = load_backbone(folder / "backbone", dtype, device=device)
         else:
-            from peft import PeftModel
-
             quantized = about["finetuning"] == "qlora"
-            base = load_backbone(about["model"], dtype, quantize=quantized, device=device)
-            backbone = PeftModel.from_pretrained(base, folder / "adapter")
+            base = load_backbone(model or about["model"], dtype, quantize=quantized, device=device)
+            backbone = load_lora(base, folder / "adapter")
         teacher = cls(backbone, about["kind"], dtype)
         teacher.head.load_state_dict(load_file(folder / "head.safetensors"))
         teacher.head.to(device)

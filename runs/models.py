@@ -1,13 +1,17 @@
-"""Opens pre-trained models: config, tokenizer, backbone; from a folder or a hub, by safetensors, without
-remote code.
+"""Opens pre-trained models: config, tokenizer, backbone, LoRA; from a folder or a hub, by safetensors,
+without remote code.
 
 No method of the paper is in this file. transformers raises errors of many kinds for a folder that will not
-do: here each becomes one line.
+do: here each becomes one line. What a config promises is checked where it can be.
 """
 
+import contextlib
 from pathlib import Path
 
-from runs.stage import Stop, fingerprint, first_line
+import torch
+from safetensors import safe_open
+
+from runs.stage import Stop, fingerprint, first_line, read_json
 
 
 def backbone_kind(config):
@@ -48,14 +52,41 @@ def model_fingerprint(model):
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
+def empty_backbone(config, dtype=torch.float32):
+    """The backbone on the device "meta": its shapes alone."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
+    with torch.device("meta"):
+        return without_pooler(auto_class.from_config(config, dtype=dtype))
+
+
+def position_limit(config):
+    """Tokens that the model has positions for; None if it sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if limit <= 0:
+        return None
+    if backbone_kind(config) == "encoder":
+        with contextlib.suppress(Exception):  # what does not come into being is refused when it is loaded
+            for name, module in empty_backbone(config).named_modules():
+                counts_from_pad = getattr(module, "padding_idx", None) is not None
+                if name.endswith("position_embeddings") and counts_from_pad:  # RoBERTa, MPNet and their kin
+                    return module.num_embeddings - module.padding_idx - 1
+    return limit
+
+
 def fit_length(max_tokens, config):
     """max_tokens if the model has as many positions, else Stop."""
-    limit = getattr(config, "max_position_embeddings", None) or max_tokens
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        limit -= config.pad_token_id + 1  # these count positions from there
-    if max_tokens > limit:
+    limit = position_limit(config)
+    if limit is not None and max_tokens > limit:
         raise Stop(f"--max-tokens {max_tokens}: this model reads at most {limit}")
     return max_tokens
+
+
+def output_width(config):
+    """Size of the vectors that come out of the backbone."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 
 
 def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
@@ -109,6 +140,52 @@ def without_pooler(backbone):
     return backbone
 
 
+def load_trainable(settings, config, device, dtype):
+    """The backbone ready for training, and how: "qlora" (4 bit, LoRA beside it), "lora" or "full". The paper
+    trains Llama with QLoRA; `auto` does so with every decoder, and trains encoders in full."""
+    finetuning = settings.finetuning
+    if finetuning == "auto":
+        finetuning = "qlora" if backbone_kind(config) == "decoder" else "full"
+    # Weights that are trained are fp32 (bf16 only by autocast), a frozen backbone has the compute dtype.
+    weight_dtype = torch.float32 if finetuning == "full" else dtype
+    backbone = load_backbone(settings.model, weight_dtype, finetuning == "qlora", device, config)
+    return prepare_training(backbone, settings, finetuning, device), finetuning
+
+
+def prepare_training(backbone, settings, finetuning, device):
+    """A loaded backbone -> one with LoRA, and on a GPU with activation checkpointing."""
+    if finetuning != "full":
+        from peft import LoraConfig, get_peft_model
+
+        sizes = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+        lora = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules="all-linear")
+        # This freezes the backbone. peft's prepare_model_for_kbit_training is not used: it would upcast
+        # embeddings and norms to fp32.
+        backbone = get_peft_model(backbone, lora)
+    if torch.device(device).type == "cuda":
+        backbone.enable_input_require_grads()
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return backbone
+
+
+def load_lora(backbone, folder):
+    """A backbone with the LoRA weights of a folder beside it. Of the folder's config, which may be a
+    stranger's, rank, alpha and the names of layers are used, nothing else."""
+    from peft import LoraConfig, PeftModel
+
+    try:
+        saved = read_json(folder / "adapter_config.json")
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name}  # noqa: SIM118
+        if ranks != {saved["r"]}:
+            raise ValueError(f"rank {saved['r']}, weights of rank {sorted(ranks)}")
+        names = [str(name) for name in saved["target_modules"]]
+        lora = LoraConfig(r=saved["r"], lora_alpha=float(saved["lora_alpha"]), target_modules=names)
+        return PeftModel.from_pretrained(backbone, folder, config=lora)
+    except Exception as error:  # peft, safetensors and json raise many kinds
+        raise Stop(f"{folder}: LoRA weights that do not fit ({first_line(error)}); run 02 again") from error
+
+
 def load_tokenizer(model, config):
     """The tokenizer, with a pad token: its own, else the config's, else end-of-text (pooling goes by the
     mask)."""
@@ -118,10 +195,40 @@ def load_tokenizer(model, config):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # as above
         raise Stop(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from error
-    if tokenizer.pad_token_id is None:
+    rows = config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         known = getattr(config, "pad_token_id", None)
-        tokenizer.pad_token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
+        usable = known is not None and 0 <= known < min(rows, len(tokenizer))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known) if usable else tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise Stop(f"{model}: its tokenizer has neither a pad nor an end-of-text token")
-    config.pad_token_id = tokenizer.pad_token_id
+    largest = largest_id(tokenizer)
+    if largest >= rows:
+        raise Stop(f"{model}: its tokenizer makes ids up to {largest:,}, its embedding has {rows:,} rows")
     return tokenizer
+
+
+def largest_id(tokenizer):
+    """The largest token id that a pair's text can have: special tokens never come from text, but those that
+    open, separate and close a pair count."""
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    return max([tokenizer.vocab_size - 1, *added, *(number for number in special if number is not None)])
+
+
+@torch.inference_mode()
+def check_reading(represent, long_row, short_row, tolerance):
+    """Stop unless the model reads a row beside a longer one as it reads it alone: then a batch changes
+    nothing, and padding is not read. represent: rows -> vectors [B, D]."""
+    try:
+        together = represent([long_row, short_row])
+        alone = torch.cat([represent([long_row]), represent([short_row])])
+    except Exception as error:  # a model that wants more than token ids and a mask
+        raise Stop(
+            f"--model: this kind of model cannot be read as a teacher ({first_line(error)})"
+        ) from error
+    moved = ((together - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
+    if not moved <= tolerance:
+        raise Stop(
+            f"--model: this kind of model reads padding as text (a row moves by {moved:.1%} in a batch)"
+        )
