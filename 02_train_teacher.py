@@ -119,6 +119,7 @@ class LabelledRows:
         self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
         self.pad_id = text.tokenizer.pad_token_id
         keys = [common.query_key(query) for query in queries["query"].take(query_index).to_pylist()]
+        self.split = hash_split(keys, settings)
         self.train, self.held_out = split_rows(keys, settings)
         self.held_out_queries = len({keys[row] for row in self.held_out})
 
@@ -128,12 +129,16 @@ class LabelledRows:
         return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
 
 
+def hash_split(keys, settings):
+    """{"share", "salt"} of in_hash_split that hold out a tenth of the queries, or fewer."""
+    salt = f"teacher:{settings.seed}"
+    return {"share": common.held_out_share(keys, np.ones(len(keys)), 0.1, salt), "salt": salt}
+
+
 def split_rows(keys, settings):
     """Row numbers to train on, and those of a tenth of the queries, at most a tenth of the rows,
     held out to be looked at; of a small data set none. keys [N]: of the rows' queries (query_key)."""
-    salt = f"teacher:{settings.seed}"
-    share = common.held_out_share(keys, np.ones(len(keys)), 0.1, salt)
-    is_held_out = common.in_hash_split(keys, share, salt)
+    is_held_out = common.in_hash_split(keys, **hash_split(keys, settings))
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if settings.rows:
         train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
@@ -367,7 +372,8 @@ def main(argv=None):
         output.discard("checkpoint.pt", "best.pt")
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
         write_card(settings, about, counts, train_state["log"], output.work)
-        output.finish(rows=counts, best=train_state["best"], text=text.describe())
+        facts = {"best": train_state["best"], "text": text.describe(), "held_out": rows.split}
+        output.finish(rows=counts, **facts)
     accelerator.wait_for_everyone()
 
 

@@ -44,7 +44,9 @@ def test_the_peer_gets_the_teachers_rows(labelled_run):
     run = labelled_run
     train, _ = read_labelled(run)
     learned = peer_quality.teacher_rows(run, train, TRAINED)
-    is_held_out = common.in_hash_split([f"q{i}" for i in train["query_index"]], 0.1, "teacher:3")
+    keys = [f"text {i}" for i in train["query_index"]]
+    share = common.held_out_share(keys, np.ones(len(keys)), 0.1, "teacher:3")
+    is_held_out = common.in_hash_split(keys, share, "teacher:3")
     assert 0 < is_held_out.sum() < len(is_held_out)
     for name, column in learned.items():
         assert (column == train[name][~is_held_out]).all()

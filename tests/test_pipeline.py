@@ -14,6 +14,7 @@ from helpers import environment, script, stage, stop_line
 
 import common
 from data.tables import RawTables
+from runs.models import load_config, load_tokenizer
 from runs.stage import hold, read_json, run_main, write_json
 
 STEPS = (  # stage, its settings: the toy's with little training
@@ -137,18 +138,19 @@ def test_soft_labels(pipeline):
     run, _ = pipeline
     features = run / "features"
     teacher, about = common.Teacher.load(run / "teacher")
-    pairs = stage("03").Pairs(features, run / "teacher", about)
-    for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
+    tokenizer = load_tokenizer(run / "teacher" / "tokenizer", load_config(about["model"]))
+    text = common.PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"])
+    paths = [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]
+    for path, rows in stage("03").PairShards(features, text, paths):
         labels = table(run / "labels" / path.relative_to(features))
         assert labels.column_names == ["p1", "p2", "p3", "p4", "p5"]
         assert {str(kind) for kind in labels.schema.types} == {"float"}
         p = soft_labels(run / "labels" / path.relative_to(features))
         assert len(p) == len(table(path)) and (p >= 0).all()
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
-        rows = pairs.token_ids(path)
         for row in (0, len(p) // 2, len(p) - 1):
             with torch.inference_mode():
-                inputs = common.pad_rows([rows[row]], pairs.tokenizer.pad_token_id)
+                inputs = common.pad_rows([rows[row]], tokenizer.pad_token_id)
                 alone = teacher(*inputs).double().softmax(1)[0]
             np.testing.assert_allclose(p[row], alone, atol=1e-4)
 
