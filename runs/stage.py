@@ -219,6 +219,14 @@ class Stage:
             return
         self.refuse_strangers(settings)
         self.lock = hold(self.folder, "write")
+        try:
+            self.begin(settings)
+        except BaseException:
+            self.lock = None
+            raise
+
+    def begin(self, settings):
+        """Finds out whether anything is left to do, and makes the work folder ready for it."""
         self.recover()
         if self.folder.exists():
             self.compare(read_about(self.folder, settings.overwrite), settings)
@@ -349,7 +357,10 @@ def start_stage(accelerator, folder, settings, inputs):
             stage, verdict = error, ["stopped"]
     broadcast_object_list(verdict)
     if isinstance(stage, Exception):
-        raise stage
+        try:
+            raise stage
+        finally:
+            stage = None  # its traceback names this frame: a circle that would keep the locks of all frames
     if verdict[0] == "stopped":
         sys.exit(1)  # the main process says why
     if verdict[0] == "done":

@@ -451,3 +451,22 @@ def test_the_settings_of_a_finished_folder_are_plain_json(tmp_path):
     folder = make(tmp_path)
     shutil.copytree(folder, tmp_path / "copy")
     json.loads((folder / "stage.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+
+
+def test_a_refused_stage_holds_no_lock(tmp_path):
+    """The exception's traceback must not keep it, also not in a circle that only a collector would find."""
+    import gc
+
+    from accelerate import Accelerator
+
+    folder = make(tmp_path)
+    gc.disable()
+    try:
+        with pytest.raises(Stop) as refused:
+            Stage(folder, settings_of(tmp_path, epochs=4), {"data": "d"})
+        assert require_finished(folder, "01.py") and refused.value
+        accelerator = Accelerator(cpu=True)
+        stop_line(plumbing.start_stage, accelerator, folder, settings_of(tmp_path, epochs=4), {"data": "d"})
+        assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
+    finally:
+        gc.enable()
