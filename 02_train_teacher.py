@@ -17,21 +17,22 @@ Shapes: B rows, T tokens, C = 5 levels.
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sklearn.metrics import roc_auc_score
 
 import common
-from common import FIELDS, LEVELS, PairText, Teacher
+from common import FIELDS, NUM_LEVELS, PairText, Teacher
 from runs import cards, models, stage
-from runs.batches import epoch_batches, micro_batches
+from runs.batches import epoch_batches, hash_rows, micro_batches, start_processes
 from runs.stage import ROOT, Count, Device, NonNegative, Positive, Precision, Share, Size, StageSettings, Stop
+from runs.summary import ENOUGH_QUERIES, describe, warn_if_useless
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings(StageSettings):
     model: str = str(ROOT / "data/toy_models/llama")  # folder written by save_pretrained, or hub id
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
+    long_queries: Literal["stop", "cut"] = "stop"  # of a query that does not fit: stop, or cut it in half
 
     finetuning: Literal["auto", "qlora", "lora", "full"] = "auto"  # auto: decoders qlora, encoders full
     lora_rank: Count = 16  # rank R of the update of a weight
@@ -94,7 +96,7 @@ SMALL = replace(
     precision="auto",
 )
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
-ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
+READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -107,18 +109,19 @@ class LabelledRows:
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
-        queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query"])
+        queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
         pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
         query_index, pin_index = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
 
         def read_pins(numbers):
             return pins.take(numbers).to_pydict()
 
-        self.ids = common.tokenize_pairs(text, queries["query"], read_pins, query_index, pin_index)
+        self.queries = queries.to_pylist()  # of all rows and impressions
+        self.ids = common.tokenize_pairs(text, queries, read_pins, query_index, pin_index)
         self.lengths = np.array([len(row) for row in self.ids])
         self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
         self.pad_id = text.tokenizer.pad_token_id
-        keys = [common.query_key(query) for query in queries["query"].take(query_index).to_pylist()]
+        keys = [common.query_key(self.queries[query]) for query in query_index]
         self.split = hash_split(keys, settings)
         self.train, self.held_out = split_rows(keys, settings)
         self.held_out_queries = len({keys[row] for row in self.held_out})
@@ -128,6 +131,13 @@ class LabelledRows:
         ids, mask = common.pad_rows([self.ids[row] for row in rows], self.pad_id)
         return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
 
+    def prior(self):
+        """Cross-entropy and accuracy on the held-out rows of one that knows the labels' shares alone."""
+        shares = torch.bincount(self.levels[self.train], minlength=NUM_LEVELS).clamp(min=0.5)
+        guess = (shares / shares.sum()).log().expand(len(self.held_out), -1)
+        levels = self.levels[self.held_out]
+        return F.nll_loss(guess, levels).item(), (guess.argmax(1) == levels).double().mean().item()
+
 
 def hash_split(keys, settings):
     """{"share", "salt"} of in_hash_split that hold out a tenth of the queries, or fewer."""
@@ -136,8 +146,8 @@ def hash_split(keys, settings):
 
 
 def split_rows(keys, settings):
-    """Row numbers to train on, and those of a tenth of the queries, at most a tenth of the rows,
-    held out to be looked at; of a small data set none. keys [N]: of the rows' queries (query_key)."""
+    """Row numbers to train on, and those of a tenth of the queries, at most a tenth of the rows, held out to
+    be looked at; of a small data set none. keys [N]: of the rows' queries (query_key)."""
     is_held_out = common.in_hash_split(keys, **hash_split(keys, settings))
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if settings.rows:
@@ -146,32 +156,7 @@ def split_rows(keys, settings):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The teacher
-
-
-def build_teacher(settings, config, device, dtype, backbone=None):
-    """The teacher with a fresh head, and 'qlora', 'lora' or 'full'. backbone: one that is loaded already."""
-    kind = models.backbone_kind(config)
-    finetuning = settings.finetuning
-    if finetuning == "auto":
-        finetuning = "qlora" if kind == "decoder" else "full"
-    if backbone is None:
-        # Weights that are trained are fp32 (bf16 only by autocast), a frozen backbone has the compute dtype.
-        weight_dtype = torch.float32 if finetuning == "full" else dtype
-        quantize = finetuning == "qlora"
-        backbone = models.load_backbone(settings.model, weight_dtype, quantize, device, config)
-    if finetuning != "full":
-        from peft import LoraConfig, get_peft_model
-
-        # This freezes the backbone. peft's prepare_model_for_kbit_training is not used: it would upcast
-        # embeddings and norms to fp32.
-        lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
-        lora |= {"lora_dropout": settings.lora_dropout, "target_modules": "all-linear"}
-        backbone = get_peft_model(backbone, LoraConfig(**lora))
-    if device.type == "cuda":
-        backbone.enable_input_require_grads()
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Teacher(backbone, kind, dtype).to(device), finetuning
+# Training
 
 
 def make_optimizer(teacher, finetuning, settings):
@@ -185,10 +170,6 @@ def make_optimizer(teacher, finetuning, settings):
             if parameters:
                 groups.append({"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training
 
 
 def train_step(model, rows, batch, accelerator, token_budget):
@@ -211,10 +192,9 @@ def train_step(model, rows, batch, accelerator, token_budget):
 def evaluate(teacher, rows, accelerator, token_budget):
     """{"held_out_loss" (cross-entropy), "held_out_accuracy", "held_out_auroc_4"} on the held-out rows, each
     process on its share; {} if there are none. AUROC of P(label >= 4); NaN without both kinds."""
-    if not len(rows.held_out):
-        return {}
     teacher.eval()
-    mine = rows.held_out[accelerator.process_index :: accelerator.num_processes]
+    watched = rows.held_out if len(rows.held_out) else rows.train[:64]  # these for a finite loss alone
+    mine = watched[accelerator.process_index :: accelerator.num_processes]
     order = mine[np.argsort(rows.lengths[mine], kind="stable")]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     scored = []
@@ -224,12 +204,14 @@ def evaluate(teacher, rows, accelerator, token_budget):
         sums[0] += F.cross_entropy(logits, levels, reduction="sum")
         sums[1] += (logits.argmax(1) == levels).sum()
         scored += zip((levels >= 3).tolist(), logits.softmax(1)[:, 3:].sum(1).tolist())
-    loss, right = (accelerator.reduce(sums, "sum") / len(rows.held_out)).tolist()
+    loss, accuracy = (accelerator.reduce(sums, "sum") / len(watched)).tolist()
     if not math.isfinite(loss):
-        raise Stop("the held-out loss is not finite: lower --lr, --encoder-lr and --head-lr")
+        raise Stop(f"the loss after the epoch is {loss}: lower --lr, --encoder-lr and --head-lr")
     relevant, score = zip(*gather_object(scored))
+    if not len(rows.held_out):
+        return {}
     auroc = roc_auc_score(relevant, score) if len(set(relevant)) == 2 else math.nan
-    return {"held_out_loss": loss, "held_out_accuracy": right, "held_out_auroc_4": float(auroc)}
+    return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_auroc_4": float(auroc)}
 
 
 def train(teacher, optimizer, rows, settings, accelerator, work):
@@ -307,23 +289,6 @@ def update_weights(teacher, optimizer, lr_factor):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def describe(teacher, finetuning, rows, settings):
-    """What is going to be trained, on what."""
-    how = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}[finetuning]
-    trainable = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-    print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
-    print(f"{how}: {trainable:,} weights")
-    lengths, counts = rows.lengths, torch.bincount(rows.levels[rows.train], minlength=common.NUM_LEVELS)
-    if settings.keep == "best" and rows.held_out_queries < ENOUGH_QUERIES:
-        print(f"--keep best: {rows.held_out_queries} held-out queries are too few: the last")
-    held_out = f"{len(rows.held_out):,} held out" if len(rows.held_out) else "none held out: too few queries"
-    print(f"rows: {len(rows.train):,} train, {held_out}")
-    print(f"tokens a row: mean {lengths.mean():.0f}, max {lengths.max()} of {settings.max_tokens}")
-    shares = 100 * counts / len(rows.train)
-    levels = [f"{level} {LEVELS[level]} {share:.0f} %" for level, share in enumerate(shares, 1)]
-    print("labels: " + ", ".join(levels))
-
-
 def write_card(settings, about, counts, log, work):
     """The teacher's README.md; the empty form that peft leaves beside LoRA's weights goes."""
     (work / "adapter" / "README.md").unlink(missing_ok=True)
@@ -332,40 +297,49 @@ def write_card(settings, about, counts, log, work):
 
 
 def main(argv=None):
-    # 1. Settings, what is inherited, and whether anything is left to do
+    # 1. Settings
     settings = stage.parse(PRESETS, argv, __doc__)
     stage.quiet_libraries()
-    dtype = stage.pick_dtype(settings.precision, stage.pick_device(settings.device))
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    device = stage.pick_device(settings.device)
+    dtype = stage.pick_dtype(settings.precision, device)
+    accelerator = start_processes(device)
+
+    # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
-    made = stage.require_finished(features, f"01_build_features.py --run {settings.run}")
-    inputs = {"features": made["identity"], "model": models.model_fingerprint(settings.model)}
+    stage.require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    config = models.load_config(settings.model)
+    kind, tokenizer = models.backbone_kind(config), models.load_tokenizer(settings.model, config)
+    max_tokens = models.fit_length(settings.max_tokens, config)
+    text = PairText(tokenizer, kind, settings.fields, max_tokens, settings.long_queries == "cut")
+    rows = LabelledRows(features, text, settings)
+    inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
+    inputs["model"] = models.model_fingerprint(settings.model)
+    inputs["precision"] = f"{stage.dtype_name(dtype)} on {device.type}"
     output = stage.start_stage(accelerator, settings.run / "teacher", settings, inputs)
     if output is None:
         return
-
-    # 2. The text of the human-labelled pairs
-    config = models.load_config(settings.model)
-    tokenizer = models.load_tokenizer(settings.model, config)
-    max_tokens = models.fit_length(settings.max_tokens, config)
-    text = PairText(tokenizer, models.backbone_kind(config), settings.fields, max_tokens)
-    rows = LabelledRows(features, text, settings)
+    text.queries(rows.queries)  # those of impressions too: better now than halfway through stage 03
 
     # 3. The language model and a fresh head
     torch.manual_seed(settings.seed)
-    teacher, finetuning = build_teacher(settings, config, accelerator.device, dtype)
+    backbone, finetuning = models.load_trainable(settings, config, accelerator.device, dtype)
+    teacher = Teacher(backbone, kind, dtype).to(accelerator.device)
+    models.check_reading(teacher, rows.ids[rows.lengths.argmax()], rows.pad_id, accelerator.device)
     optimizer = make_optimizer(teacher, finetuning, settings)
     if accelerator.is_main_process:
         describe(teacher, finetuning, rows, settings)
-        print(f"{accelerator.device}, {stage.dtype_name(dtype)}, {accelerator.num_processes} process(es)")
+        print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
     train_state = train(teacher, optimizer, rows, settings, accelerator, output.work)
 
     # 5. Save
     if accelerator.is_main_process:
-        about = {"model": settings.model, "kind": teacher.kind, "finetuning": finetuning}
-        about |= {"fields": settings.fields, "max_tokens": max_tokens}
+        warn_if_useless(rows, train_state["best"])
+        is_folder = Path(settings.model).is_dir()
+        about = {"model": str(Path(settings.model).resolve()) if is_folder else settings.model}
+        about |= {"kind": kind, "finetuning": finetuning, "fields": settings.fields}
+        about |= {"max_tokens": max_tokens, "long_queries": settings.long_queries}
         teacher.save(output.work, about)
         tokenizer.save_pretrained(output.work / "tokenizer")
         stage.write_jsonl(output.work / "training_log.jsonl", train_state["log"])

@@ -106,6 +106,11 @@ class PairText:
             else:
                 options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
                 ids += self.tokenizer(some, **options)["input_ids"]
+        # To some SentencePiece models "</s>" is a piece like any other.
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        for row, tokens in enumerate(ids):
+            if not special.isdisjoint(tokens):
+                ids[row] = [token for token in tokens if token not in special]
         return ids
 
     def queries(self, texts):

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 from torch import nn
+from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import Teacher  # noqa: E402
 from data.tables import RawTables  # noqa: E402
 from runs import models, stage  # noqa: E402
 
@@ -65,15 +67,14 @@ def counted(plan):
 
 def empty_teacher(model, settings):
     """Stage 02's teacher on the meta device: shapes alone. Returns it, and how it is fine-tuned."""
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-
     # The paper's teachers are known without the hub.
     config = AutoConfig.for_model(**SHAPES[model]) if model in SHAPES else models.load_config(model)
-    has_decoder = models.backbone_kind(config) == "encoder-decoder"
+    kind = models.backbone_kind(config)
+    finetuning = "qlora" if kind == "decoder" else "full"
     with torch.device("meta"):
-        auto_class = AutoModelForTextEncoding if has_decoder else AutoModel
-        backbone = models.without_pooler(auto_class.from_config(config, dtype=torch.bfloat16))
-        return stage02.build_teacher(settings, config, torch.device("meta"), torch.bfloat16, backbone)
+        backbone = models.empty_backbone(config, torch.bfloat16)
+        backbone = models.prepare_training(backbone, settings, finetuning, "meta")
+        return Teacher(backbone, kind, torch.bfloat16), finetuning
 
 
 def memory_parts(teacher, finetuning, train, label):

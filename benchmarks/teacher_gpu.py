@@ -35,7 +35,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, Teacher, pad_rows  # noqa: E402
-from runs import stage  # noqa: E402
+from runs import models, stage  # noqa: E402
 from runs.batches import epoch_batches, micro_batches  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
@@ -168,13 +168,14 @@ def train_ours(config, args, device, dtype):
     """QLoRA steps as stage 02 makes them."""
     settings = paper_settings(args)
     backbone = random_backbone(config, device, dtype)
-    teacher, finetuning = stage02.build_teacher(settings, config, device, dtype, backbone)
+    backbone = models.prepare_training(backbone, settings, "qlora", device)
+    teacher = Teacher(backbone, "decoder", dtype).to(device)
     rows, lengths = random_rows(settings.batch_size * (args.steps + 1), config.vocab_size)
     steps = []
     for batch in epoch_batches(lengths, settings.batch_size, seed=0, epoch=0):
         passes = micro_batches(batch, lengths, settings.batch_tokens, rank=0, world=1)
         steps.append([(part, padded(rows, part)) for part in passes])
-    return train(teacher, stage02.make_optimizer(teacher, finetuning, settings), lengths, steps, device)
+    return train(teacher, stage02.make_optimizer(teacher, "qlora", settings), lengths, steps, device)
 
 
 def train_naive(config, args, device, dtype):
@@ -237,8 +238,8 @@ def label_figures(clock, lengths, positions):
 def label_naive(config, args, device, dtype):
     """NF4 with LoRA beside it, padded batches in the given order."""
     backbone = random_backbone(config, device, dtype)
-    teacher, _ = stage02.build_teacher(paper_settings(args), config, device, dtype, backbone)
-    teacher.eval()
+    backbone = models.prepare_training(backbone, paper_settings(args), "qlora", device)
+    teacher = Teacher(backbone, "decoder", dtype).to(device).eval()
     rows, lengths = random_rows(args.rows, config.vocab_size)
     batches = [padded(rows, part) for part in naive_batches(rows)]
     teacher(*(tensor.to(device) for tensor in batches[0]))

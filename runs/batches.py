@@ -3,7 +3,43 @@
 No method of the paper is in this file: with any batches of the same rows a step has the same gradients.
 """
 
+import hashlib
+import os
+
 import numpy as np
+from accelerate import Accelerator
+
+from runs.stage import Stop
+
+
+def start_processes(device):
+    """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        launch = "torchrun --nproc_per_node N -- SCRIPT --run RUN"
+        raise Stop(f"accelerate launch --cpu starts one process where N were asked for; on CPUs: {launch}")
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def hash_rows(rows, *columns):
+    """Hash of rows of token ids (N arrays [T]) in their order, and of further columns [N]."""
+    digest = hashlib.blake2b(np.array([len(row) for row in rows], np.int64).tobytes(), digest_size=16)
+    for row in rows:
+        digest.update(row.tobytes())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def unique_rows(rows):
+    """The different rows of token ids in the order of their first appearance, and for each row its number
+    among them [N]."""
+    numbers, different = {}, []
+    which = np.empty(len(rows), np.int64)
+    for row, ids in enumerate(rows):
+        which[row] = numbers.setdefault(ids.tobytes(), len(numbers))
+        if which[row] == len(different):
+            different.append(ids)
+    return different, which
 
 
 def epoch_batches(lengths, batch_size, seed, epoch, pool=16):

@@ -90,6 +90,7 @@ WITHOUT_EFFECT = {
     "memory",
     "batch_tokens",
     "checkpoint_steps",
+    "long_queries",
 }
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"data", "model", "caption_model", "text_encoder", "precision"}
@@ -207,10 +208,11 @@ class Stage:
 
     stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
     Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
-    identity is refused, naming what changed, unless --overwrite."""
+    identity is refused, naming what changed, unless --overwrite. `grows`: inputs that may change: the folder
+    is then made anew, and the stage takes from `old` what still holds."""
 
-    def __init__(self, folder, settings, inputs, main=True):
-        self.folder, self.main, self.start = Path(folder), main, time.time()
+    def __init__(self, folder, settings, inputs, main=True, grows=()):
+        self.folder, self.main, self.grows, self.start = Path(folder), main, grows, time.time()
         self.about = self.describe(settings, inputs)
         self.done, self.old, self.intermediate = False, None, set()
         unfinished = f".{self.folder.name}.unfinished-"
@@ -244,14 +246,13 @@ class Stage:
                 plain = isinstance(value, (bool, int, float, str, type(None), list, tuple))
                 arguments[name] = value if plain else str(value)
         arguments = json.loads(json.dumps(arguments))
-        counted = {k: v for k, v in arguments.items() if k not in PLACES and v is not False}
         packages = ("torch", "transformers", "numpy", "duckdb")
         return {
             "stage": self.folder.name,
             "finished": False,
             "arguments": arguments,
             "inputs": inputs,
-            "identity": hashed([counted, inputs]),
+            "identity": identity(arguments, inputs),
             "seed": arguments.get("seed"),
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
@@ -278,6 +279,13 @@ class Stage:
     def compare(self, before, settings):
         """The folder is there: is it what is asked for?"""
         if not settings.overwrite:
+            rest = [
+                identity(about["arguments"], about["inputs"], self.grows) for about in (before, self.about)
+            ]
+            if before["identity"] != self.about["identity"] and rest[0] == rest[1]:
+                print(f"{self.folder}: the {', '.join(self.grows)} have changed; what still holds is kept")
+                self.old = self.folder
+                return
             if before["identity"] != self.about["identity"]:
                 changes = "; ".join(self.changes(before))
                 raise Stop(
@@ -344,14 +352,20 @@ class Stage:
             remove(other)
 
 
-def start_stage(accelerator, folder, settings, inputs):
+def identity(arguments, inputs, without=()):
+    """Hash of what decides a stage's result: its arguments, and the content of what it reads."""
+    counted = {k: v for k, v in arguments.items() if k not in PLACES and v is not False}
+    return hashed([counted, {name: value for name, value in inputs.items() if name not in without}])
+
+
+def start_stage(accelerator, folder, settings, inputs, grows=()):
     """Stage for several processes: the main one takes the lock and decides for all. None: nothing to do."""
     from accelerate.utils import broadcast_object_list
 
     stage, verdict = None, ["go"]
     if accelerator.is_main_process:
         try:
-            stage = Stage(folder, settings, inputs)
+            stage = Stage(folder, settings, inputs, grows=grows)
             verdict = ["done" if stage.done else "go"]
         except (Stop, OSError) as error:
             stage, verdict = error, ["stopped"]

@@ -79,7 +79,7 @@ def test_label_throughput_names_what_to_install(bert, msrd, monkeypatch):
 
 
 def test_teacher_gpu(tmp_path):
-    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "32", "--batch-size", "8"]
+    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4"]
     argv += ["--images", "2", "--image-batch", "2", "--caption-tokens", "3", "--peak-tflops", "1"]
     teacher_gpu.main([*argv, "--json", str(tmp_path / "out.json")])
     out = json.loads((tmp_path / "out.json").read_text())

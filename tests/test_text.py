@@ -130,7 +130,7 @@ def test_a_query_that_does_not_fit_stops(models):
     _, text = template(models, "bert", max_tokens=10)
     assert len(text.queries(["chair " * 7])[0]) == 7  # 10 less [CLS], [SEP], [SEP]
     line = stop_line(text.queries, ["red", "chair " * 8])
-    assert "8 tokens" in line and "--max-tokens" in line
+    assert "the first has 8" in line and "--max-tokens" in line and "--long-queries cut" in line
 
 
 def test_describe_tells_templates_apart(models):
