@@ -106,7 +106,7 @@ class TeacherOnOneCore:
 
 def timed(call, arguments, seconds, least):
     """Milliseconds of call(*arguments of a turn), turn by turn, for `seconds`, at least `least` turns."""
-    for turn in range(WARM_UP):
+    for turn in range(min(WARM_UP, least // 2)):
         call(*arguments(turn))
     times, start = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - start < seconds:

@@ -109,7 +109,8 @@ def scores_line(log):
     shown = []
     for name, value in (lines[-1] if lines else {}).items():
         if name.startswith("held_out_") and isinstance(value, float):
-            shown.append(f"{name.removeprefix('held_out_').replace('_', ' ')} {value:.3f}")
+            metric = name.removeprefix("held_out_").replace("auroc_", "AUROC ≥").replace("_", " ")
+            shown.append(f"{metric} {value:.3f}")
     return ", ".join(shown) or "none, there are too few queries"
 
 

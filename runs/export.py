@@ -8,6 +8,7 @@ inputs are raw, one a name, any number of rows (B) at once.
 """
 
 import copy
+import os
 import warnings
 from pathlib import Path
 
@@ -147,7 +148,9 @@ def write_onnx(network, spec, one_row, path):
 
 
 def open_onnx(path, threads=1):
-    """An onnxruntime session of an ONNX file on `threads` cores."""
+    """An onnxruntime session of an ONNX file on `threads` cores. From 1.29 on onnxruntime reports to its
+    maker what it loads (names and hashes of models, …); here it does not, unless the environment says so."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
