@@ -14,6 +14,8 @@ from helpers import STAGES, stage
 from peft import PeftModel  # noqa: F401
 from transformers import AutoProcessor, BertModel, BlipForConditionalGeneration, LlamaModel  # noqa: F401
 
+from common import Teacher
+from runs import stage as plumbing
 from runs.stage import run_main
 
 for number in STAGES:
@@ -41,3 +43,32 @@ def work(number, argv, log, rename=None):
     os.replace = counted
     run_main(lambda: module.main(argv))
     os.write(1, f"renames: {done}\n".encode())
+
+
+def work_as(rank, port, number, argv, log, die_at=0):
+    """main(argv) of a stage as one of two processes, without dropout, which is drawn per process. die_at: the
+    first one dies at its n-th checkpoint."""
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    Teacher.__init__.__defaults__ = (*Teacher.__init__.__defaults__[:-1], 0.0)
+    save, done = plumbing.save_checkpoint, 0
+
+    def counted(path, model, optimizer, train_state):
+        nonlocal done
+        save(path, model, optimizer, train_state)
+        done += optimizer is not None
+        if optimizer is not None and done == die_at:
+            os._exit(9)
+
+    plumbing.save_checkpoint = counted
+    run_main(lambda: stage(number).main(argv))

@@ -2,54 +2,58 @@
 continues."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import socket
 import subprocess
 import sys
 
+import kill_child
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, environment, stage
+from helpers import ROOT, environment, stage, stop_line
 from safetensors.torch import load_file
 
 from common import Teacher
 
 labeller = stage("03")
 
-# Runs a stage without dropout, which is drawn per process; dies at the n-th checkpoint if n is not 0.
-CHILD = """
-import importlib, os, sys
-sys.path.insert(0, {root!r})
-from common import Teacher
-from runs import stage
-Teacher.__init__.__defaults__ = (*Teacher.__init__.__defaults__[:-1], 0.0)
-left, save = int(sys.argv[2]), stage.save_checkpoint
-def counted(path, model, optimizer, train_state):
-    global left
-    save(path, model, optimizer, train_state)
-    left -= optimizer is not None
-    if left == 0 and optimizer is not None:
-        os._exit(9)
-stage.save_checkpoint = counted
-stage.run_main(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[3:]))
-"""
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["kill_child"])
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the fork server looks for it
 
 
-def two_processes(tmp_path, module, argv, die_at=0):
-    """Exit code and output of a stage in two processes, launched as on two GPUs (with --cpu, `accelerate
-    launch` starts one, or asks for MPI); the stage's own --device cpu then makes them talk over gloo."""
-    script = tmp_path / "child.py"
-    script.write_text(CHILD.format(root=str(ROOT)))
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), str(script), module, str(die_at), *map(str, argv)]
+        return str(s.getsockname()[1])
+
+
+def launched(tmp_path, launcher, *script):
+    """Exit code and output of what a launcher starts."""
     options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 240}
-    done = subprocess.run(launch, env=environment(threads=1), **options)
+    argv = [sys.executable, "-m", *launcher, *map(str, script)]
+    done = subprocess.run(argv, env=environment(threads=1), **options)
     return done.returncode, done.stdout + done.stderr
+
+
+def two_processes(tmp_path, number, argv, die_at=0):
+    """Exit codes and output of a stage in two processes, as a launcher starts them, without its overhead."""
+    port, log = free_port(), tmp_path / "log"
+    log.unlink(missing_ok=True)
+    children = []
+    for rank in range(2):
+        arguments = (rank, port, number, [str(a) for a in argv], str(log), die_at if rank == 0 else 0)
+        children.append(server.Process(target=kill_child.work_as, args=arguments))
+        children[-1].start()
+    children[0].join()
+    children[1].join(2 if children[0].exitcode else None)
+    if children[1].is_alive():  # a launcher ends the others
+        children[1].kill()
+        children[1].join()
+    return [child.exitcode for child in children], log.read_text()
 
 
 def alone(monkeypatch, number, argv):
@@ -77,7 +81,7 @@ def new_run(folder, features):
 
 
 TRAIN = ["--rows", "96", "--epochs", "2", "--batch-size", "16", "--batch-tokens", "256"]
-TRAIN += ["--max-tokens", "48", "--checkpoint-steps", "2", "--device", "cpu"]
+TRAIN += ["--max-tokens", "48", "--checkpoint-steps", "2"]
 
 
 def shards(run):
@@ -95,47 +99,58 @@ def labelled(features, models, tmp_path, monkeypatch):
     return run
 
 
-def test_two_processes_label_as_one_and_another_number_continues(labelled, tmp_path, monkeypatch):
+def test_two_processes_continue_what_one_began_to_label(labelled, tmp_path, monkeypatch):
+    """Killed after its fourth shard, continued by two: the labels of one alone."""
     other = tmp_path / "two"
-    shutil.copytree(labelled, other, symlinks=True, ignore=shutil.ignore_patterns("labels"))
-    code, log = two_processes(tmp_path, "03_label", ["--run", other, "--device", "cpu"])
-    assert code == 0, log
-    assert "2 process(es)" in log
-    one = shards(labelled)
-    assert len(one) > 4 and shards(other) == one
-
-    # killed after its fourth shard, continued by one process
-    shutil.rmtree(other / "labels")
+    shutil.copytree(labelled, other, symlinks=True, ignore=shutil.ignore_patterns("labels", ".*"))
     written, write = [], labeller.write_labels
 
-    def counted(path, labels):
+    def counted(path, labels, key):
         if len(written) == 4:
             raise KeyboardInterrupt
         written.append(path)
-        write(path, labels)
+        write(path, labels, key)
 
-    monkeypatch.setattr(labeller, "write_labels", counted)
-    with pytest.raises(KeyboardInterrupt):
-        alone(monkeypatch, "03", ["--run", other, "--device", "cpu"])
-    monkeypatch.setattr(labeller, "write_labels", write)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(labeller, "write_labels", counted)
+        alone(monkeypatch, "03", ["--run", other])
     assert not (other / "labels").exists()
     times = {path.name: path.stat().st_mtime_ns for path in written}
-    code, log = two_processes(tmp_path, "03_label", ["--run", other, "--device", "cpu"])
-    assert code == 0 and f"of which {len(one) - 4} to label" in log, log
-    assert shards(other) == one
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
+    code, log = launched(tmp_path, launch, ROOT / "03_label.py", "--run", other)
+    one = shards(labelled)
+    assert code == 0 and f"of which {len(one) - 4} to label" in log and "2 process(es)" in log, log
+    assert len(one) > 6 and shards(other) == one
     made = {p.name: p.stat().st_mtime_ns for p in (other / "labels").rglob("*.parquet")}
     assert times.items() <= made.items()
+
+
+def test_a_launch_that_starts_one_process_is_refused(monkeypatch, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` sets an address and starts one process."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for number in ("02", "03"):
+        assert "torchrun --nproc_per_node" in stop_line(stage(number).main, ["--run", str(tmp_path)])
+
+
+def test_torchrun_takes_run_for_its_own_option_unless_dashes_stand_before(tmp_path):
+    """README's line for CPUs."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    code, log = launched(tmp_path, ["torch.distributed.run"], "--", script, "--run", "X")
+    assert code == 0 and "['--run', 'X']" in log
 
 
 def test_two_processes_train_as_one_and_continue(features, models, tmp_path, monkeypatch):
     argv = ["--model", models["llama"], *TRAIN]
     one, two = (new_run(tmp_path / name, features) for name in ("one", "two"))
     alone(monkeypatch, "02", ["--run", one, *argv])
-    code, log = two_processes(tmp_path, "02_train_teacher", ["--run", two, *argv], die_at=2)
+    codes, log = two_processes(tmp_path, "02", ["--run", two, *argv], die_at=2)
     [work] = two.glob(".teacher.unfinished-*")
-    assert code != 0 and (work / "checkpoint.pt").exists() and not (two / "teacher").exists(), log
-    code, log = two_processes(tmp_path, "02_train_teacher", ["--run", two, *argv])
-    assert code == 0, log
+    assert codes[0] == 9 and (work / "checkpoint.pt").exists() and not (two / "teacher").exists(), log
+    codes, log = two_processes(tmp_path, "02", ["--run", two, *argv])
+    assert codes == [0, 0], log
     assert "continuing at step 4" in log and "2 process(es)" in log
     losses = [losses_of(run / "teacher" / "training_log.jsonl") for run in (one, two)]
     assert len(losses[0]) == 14  # 2 epochs of 6 steps, and an evaluation after each
