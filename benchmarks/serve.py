@@ -6,6 +6,7 @@
 Reads   RUN/features, RUN/student, RUN/teacher
 Writes  a Markdown table; with --json FILE and --markdown FILE also there
 
+    any pairs student.onnx; else student_one_query.onnx, which has less to compute
     at hand   the student's inputs of all pairs lie in memory: the network, the order by expected level
     fresh     from the query's text on: its embedding, its match features, gathering, network, order
     teacher   from the texts on: tokens of all pairs (a pin's are kept for the next query), network, order
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import FIELDS, PairText, Student, Teacher, side_of  # noqa: E402
 from runs import models, stage  # noqa: E402
+from runs.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
 from runs.ranker import Query, Ranker  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
@@ -48,12 +50,14 @@ class Students:
     def __init__(self, run):
         self.ranker = Ranker(run)
         self.network = Student.load(run / "student")
+        self.any_pairs = open_onnx(run / "student" / ONNX)
 
     def features(self, text, rows):
         """Everything that is fresh: the student's inputs {name: array}."""
         new, pins = self.ranker.new, self.ranker.pins
         query = new.query(Query(text))
-        return self.ranker.feed(query, pins, rows, new.match(query, pins, rows, np.zeros(len(rows))))
+        match = new.match(query, pins, rows, np.zeros(len(rows)))
+        return self.ranker.feed(query, pins, rows, match)
 
     def tensors(self, feed, rows):
         """The inputs as Student.forward takes them."""
@@ -71,6 +75,10 @@ class Students:
     def onnx_order(self, feed):
         """Inputs -> order by expected level, onnxruntime."""
         return np.argsort(-self.ranker.predict(feed)[1], kind="stable")
+
+    def any_pairs_order(self, feed):
+        """Likewise by student.onnx, whose inputs have one row a pair."""
+        return np.argsort(-self.any_pairs.run(OUTPUTS, feed)[1], kind="stable")
 
     @torch.inference_mode()
     def torch_order(self, inputs):
@@ -90,14 +98,16 @@ class TeacherOnOneCore:
         source = folder / "backbone" if about["finetuning"] == "full" else about["model"]
         tokenizer = models.load_tokenizer(folder / "tokenizer", models.load_config(source))
         self.text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"])
-        self.pins = self.text.pins(pq.read_table(features / "pins.parquet", columns=list(FIELDS)).to_pydict())
+        pins = pq.read_table(features / "pins.parquet", columns=list(FIELDS))
+        self.pins = self.text.pins(pins.to_pydict())
 
     def order(self, text, rows):
         """Query and candidates -> order by expected level."""
         query = self.text.queries([text])[0]
         ids = [self.text.pair(query, self.pins[row]) for row in rows]
         labels = stage_03.soft_labels(self.teacher, ids, self.text.tokenizer.pad_token_id, 8_192)
-        return np.argsort(-(labels @ np.arange(1, labels.shape[1] + 1)), kind="stable")
+        level = labels @ np.arange(1, labels.shape[1] + 1)
+        return np.argsort(-level, kind="stable")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,6 +140,7 @@ def measure_students(students, texts, rows, seconds):
     """Rows of the results for candidates `rows`."""
     feeds = [students.features(text, rows) for text in texts[:8]]
     inputs = [students.tensors(feed, len(rows)) for feed in feeds]
+    pairs = [named_arrays(students.network.spec, *tensors) for tensors in inputs]
 
     def onnx_fresh(text):
         students.onnx_order(students.features(text, rows))
@@ -142,6 +153,7 @@ def measure_students(students, texts, rows, seconds):
 
     plan = (
         ("student, onnxruntime", "at hand", students.onnx_order, feeds),
+        ("student, onnxruntime, any pairs", "at hand", students.any_pairs_order, pairs),
         ("student, PyTorch", "at hand", students.torch_order, inputs),
         ("student, onnxruntime", "fresh", onnx_fresh, texts),
         ("student, PyTorch", "fresh", torch_fresh, texts),
@@ -156,12 +168,16 @@ def measure_students(students, texts, rows, seconds):
 
 def markdown(results, facts):
     """The table."""
-    head = ("", "features", "candidates", "p50, ms", "p99, ms", "calls")
-    lines = [f"{facts['cpu']}, one core; {facts['packages']}; {facts['pins']:,} pins.", ""]
-    lines += [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        f"{facts['cpu']}, one core; {facts['packages']}; {facts['pins']:,} pins.",
+        "",
+        "| | features | candidates | p50, ms | p99, ms | calls |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for found in results:
-        numbers = f"{found['p50_ms']:,.1f} | {found['p99_ms']:,.1f} | {found['calls']:,}"
-        lines.append(f"| {found['system']} | {found['features']} | {found['candidates']:,} | {numbers} |")
+        cells = [found["system"], found["features"], f"{found['candidates']:,}"]
+        cells += [f"{found['p50_ms']:,.1f}", f"{found['p99_ms']:,.1f}", f"{found['calls']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,9 +194,9 @@ def machine(pins):
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     packages = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
     return {"cpu": cpu, "packages": packages, "pins": pins, "load_at_start": load}

@@ -55,6 +55,11 @@ def input_names(spec):
     return names
 
 
+def expected_level(p):
+    """Probabilities [B, C] -> expected level [B]; a product with a vector is slow in onnxruntime."""
+    return (p * torch.arange(1.0, NUM_LEVELS + 1)).sum(dim=1)
+
+
 class NamedInputs(nn.Module):
     """A student whose inputs come one by one, in the order of input_names(): embeddings [B, D], category
     codes [B] int64, numbers and match features [B] -> probabilities [B, C] and expected level [B]."""
@@ -74,7 +79,7 @@ class NamedInputs(nn.Module):
         for part in parts[1:]:
             columns.append(torch.stack(part, dim=1) if part else embeddings[:, :0])
         p = self.student(embeddings, *columns).softmax(dim=1)
-        return p, p @ torch.arange(1.0, NUM_LEVELS + 1)
+        return p, expected_level(p)
 
 
 class OneQuery(nn.Module):
@@ -115,7 +120,7 @@ class OneQuery(nn.Module):
         pins = torch.cat([part[name] for name in of_pins], dim=1)
         hidden = pins @ torch.cat([weight[name] for name in of_pins]) + same_for_all
         p = nn.Sequential(*others)(hidden).softmax(dim=1)
-        return p, p @ torch.arange(1.0, NUM_LEVELS + 1)
+        return p, expected_level(p)
 
 
 def is_query(name, spec):

@@ -110,9 +110,10 @@ class Ranker:
 
     def no_scores(self, pins):
         """Scores of B pins, to be filled."""
-        columns = np.zeros((1 + len(self.spec["match"]), len(pins)), np.float32)
-        match = dict(zip(self.spec["match"], columns[1:]))
-        return Scores(pins, np.zeros((len(pins), NUM_LEVELS), np.float32), columns[0], match)
+        p = np.zeros((len(pins), NUM_LEVELS), np.float32)
+        level = np.zeros(len(pins), np.float32)
+        match = {name: level.copy() for name in self.spec["match"]}
+        return Scores(pins, p, level, match)
 
     def rank(self, query, candidates=None, engaged=None, top=None):
         """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin ids
@@ -124,8 +125,10 @@ class Ranker:
         scores = self.no_scores(ids)
         everything = np.arange(len(ids))
         rows = everything if candidates is None else self.rows(candidates)
-        self.fill(scores, everything, self.new.query(as_query(query)), self.pins, rows, events)
-        return scores.take(np.argsort(-scores.expected_level, kind="stable")[:top])
+        side = self.new.query(as_query(query))
+        self.fill(scores, everything, side, self.pins, rows, events)
+        best_first = np.argsort(-scores.expected_level, kind="stable")
+        return scores.take(best_first[:top])
 
     def score(self, pairs, engaged=None):
         """B pairs (query, pin) in their order. query: a text or a Query; pin: an id of the run, or a Pin;
@@ -154,7 +157,8 @@ def unfit(spec, made):
         return "has no ONNX file"
     found = sources_of(made)
     for name, trained in spec["sources"].items():
-        if name not in found or found[name]["fingerprint"] != trained["fingerprint"]:
+        here = found.get(name)
+        if here is None or here["fingerprint"] != trained["fingerprint"]:
             return f"trained on features of another {name} than those here"
     return None
 

@@ -22,7 +22,8 @@ def test_all_systems_do_the_same_work(run):
     by_torch = students.torch_order(students.tensors(feed, len(rows))).numpy()
     ids = [students.ranker.ids[row] for row in rows]
     level = students.ranker.score([(Query("red chair"), pin) for pin in ids]).expected_level
-    for order in (by_onnx, by_torch):
+    pairs = serve.named_arrays(students.network.spec, *students.tensors(feed, len(rows)))
+    for order in (by_onnx, by_torch, students.any_pairs_order(pairs)):
         assert sorted(order) == [0, 1, 2, 3, 4]
         assert (np.diff(level[order]) <= 1e-5).all()
     order = teacher.order("red chair", rows)
@@ -36,7 +37,7 @@ def test_benchmark(run, tmp_path, capsys, monkeypatch):
     serve.main(["--run", str(run), "--candidates", "3", "20", "--seconds", "0", *files])
     found = read_json(tmp_path / "serve.json")
     assert found["pins"] == 100 and {row["candidates"] for row in found["results"]} == {3, 20}
-    assert len(found["results"]) == 2 * 6
+    assert len(found["results"]) == 2 * 7
     for row in found["results"]:
         assert 0 < row["p50_ms"] <= row["p99_ms"] and row["calls"] >= 2
     table = (tmp_path / "serve.md").read_text()
