@@ -304,6 +304,9 @@ def main(argv=None):
     dtype = stage.pick_dtype(settings.precision, device)
     accelerator = start_processes(device)
 
+    if not settings.fields:
+        raise Stop(f"--fields: at least one of {' '.join(FIELDS)}")
+
     # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
     stage.require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)

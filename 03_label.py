@@ -107,7 +107,7 @@ def inherited(settings, device):
     model = run / "teacher" / "backbone"
     if about["finetuning"] != "full":  # LoRA stands beside a model that somebody may have changed or moved
         model = settings.model or about["model"]
-        if models.model_fingerprint(model) != trained["inputs"]["model"]:
+        if not models.is_model(model, trained["inputs"]["model"]):
             raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
     weights = {name: file["hash"] for name, file in trained["outputs"].items() if "safetensors" in name}
     dtype = stage.pick_dtype(settings.precision, device)
@@ -124,7 +124,6 @@ def load_teacher(settings, sample, pad_id, device):
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
-    sample = sample[:CHECKED_ROWS]
     before = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
     try:
         merge_lora(teacher, folder / "adapter")
@@ -144,6 +143,18 @@ def open_text(settings, about, model):
     queries = pq.read_table(settings.run / "features" / "queries.parquet", columns=["query"])["query"]
     text.queries(queries.to_pylist())
     return text
+
+
+def check_trained(run, rows, labelled):
+    """Stop if the teacher was trained on other human labels, or other text, than the features hold now. rows:
+    token ids of the file `labelled`."""
+    table = pq.read_table(labelled, columns=["label", "split"])
+    train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
+    levels = table["label"].to_numpy().astype(np.int64)[train] - 1
+    trained = stage.read_json(run / "teacher" / "stage.json")["inputs"]["rows"]
+    if hash_rows([rows[row] for row in train], levels) != trained:
+        what = f"trained on other labelled rows than {run / 'features'} holds now"
+        raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
 
 
 def label_shards(teacher, shards, kept, target, settings, bar):
@@ -182,7 +193,9 @@ def main(argv=None):
     accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same list
 
     # 3. The teacher, LoRA merged
-    [(_, sample)] = PairShards(features, text, [labelled])
+    [(_, rows)] = PairShards(features, text, [labelled])
+    check_trained(settings.run, rows, labelled)
+    sample = rows[:CHECKED_ROWS]
     teacher, moved = load_teacher(settings, sample, text.tokenizer.pad_token_id, accelerator.device)
     if is_main:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}")
@@ -203,8 +216,8 @@ def main(argv=None):
         print("this process: {:,} rows, {:,} of them labelled before, {:,} passes".format(*counts))
         shares = 100 * mean_label([target(path) for path in paths[-100:]])
         print("mean soft label: " + ", ".join(f"{n}: {share:.0f} %" for n, share in enumerate(shares, 1)))
-        rows = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
-        output.finish(rows=rows, merge=moved)
+        sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
+        output.finish(rows=sizes, merge=moved)
     accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,362 @@
+"""Kinds of language models: each of the paper's architectures through 02 and 03 with the tokenizer of its hub
+folder, others read right or refused in one line, and what a config or a folder promises put to the test."""
+
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers
+from conftest import save_tokenizer, toy_words
+from helpers import stage, stop_line
+from safetensors.torch import load_file, save_file
+
+from common import PairText, Teacher
+from runs import models as loading
+from runs.shards import read_labels
+from runs.stage import read_json, write_json
+
+trainer, labeller = stage("02"), stage("03")
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SIZE |= dict(max_position_embeddings=128)
+DECODER = SIZE | dict(num_key_value_heads=1, head_dim=16)
+T5 = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+DEBERTA = SIZE | dict(type_vocab_size=0, relative_attention=True, position_buckets=16, share_att_key=True)
+DEBERTA |= dict(pos_att_type=["p2c", "c2p"], position_biased_input=False, norm_rel_ebd="layer_norm")
+MODERN = SIZE | dict(bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1, pad_token_id=2)
+IMAGES = SIZE | dict(image_size=28, patch_size=14)
+MOE = DECODER | dict(num_experts_per_tok=2)
+
+# Special pieces of the hub's SentencePiece models, and what tokenizer_config.json says.
+BERT_PIECES = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]")
+BERT_PIECES |= dict(eos_piece="[SEP]", unk_piece="[UNK]")
+PIECES = {
+    "deberta-v2": ("spm.model", "DebertaV2Tokenizer", BERT_PIECES),
+    "xlm-roberta": ("sentencepiece.bpe.model", "XLMRobertaTokenizer", dict(unk_id=0, bos_id=1, eos_id=2)),
+    "t5": ("spiece.model", "T5Tokenizer", dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)),
+    "llama": ("tokenizer.model", "LlamaTokenizer", dict(model_type="bpe", byte_fallback=True)),
+}
+
+
+def sentencepiece_folder(folder, kind):
+    """A SentencePiece model alone, without tokenizer.json. Returns the size of the vocabulary."""
+    file, tokenizer_class, options = PIECES[kind]
+    words = toy_words()
+    lines = [f"{a} for ideas title: description: {b}" for a, b in zip(words, reversed(words))]
+    folder.mkdir(parents=True)
+    corpus, prefix = folder / "corpus.txt", folder / "made"
+    corpus.write_text("\n".join(3 * lines), encoding="utf-8")
+    settings = {"vocab_size": 420, "hard_vocab_limit": False, "minloglevel": 2, "num_threads": 1}
+    arguments = {"input": str(corpus), "model_prefix": str(prefix), **settings, **options}
+    sentencepiece.SentencePieceTrainer.train(**arguments)
+    corpus.unlink()
+    prefix.with_suffix(".vocab").unlink()
+    prefix.with_suffix(".model").rename(folder / file)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": tokenizer_class})
+    return 500
+
+
+def save_model(folder, kind, vocab_size, wide=0.2, **shape):
+    """A model with random weights, large enough that rows differ."""
+    config = transformers.AutoConfig.for_model(kind, **shape)
+    config.get_text_config().vocab_size = vocab_size
+    torch.manual_seed(0)
+    auto_class = transformers.AutoModel
+    if loading.backbone_kind(config) == "encoder-decoder":
+        auto_class = transformers.AutoModelForTextEncoding
+    model = auto_class.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=wide)
+    model.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's architectures, and two that people will bring
+
+BRACKETS = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+# hub id: (architecture, shape, special tokens of tokenizer.json, or a SentencePiece model alone)
+TEACHERS = {
+    "google-bert/bert-base-multilingual-cased": ("bert", SIZE, BRACKETS),
+    "google-t5/t5-base": ("t5", T5, "t5"),
+    "microsoft/deberta-v3-base": ("deberta-v2", DEBERTA, "deberta-v2"),
+    "microsoft/mdeberta-v3-base": ("deberta-v2", DEBERTA, "deberta-v2"),
+    "FacebookAI/xlm-roberta-large": ("xlm-roberta", SIZE | dict(pad_token_id=1), "xlm-roberta"),
+    "meta-llama/Meta-Llama-3-8B": ("llama", DECODER, dict(bos_token="<s>", eos_token="</s>")),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", DECODER, dict(eos_token="</s>", pad_token="<pad>")),
+    "answerdotai/ModernBERT-base": (
+        "modernbert",
+        MODERN,
+        dict(cls_token="<s>", sep_token="</s>", pad_token="<p>"),
+    ),
+}
+QUICK = ["--rows", "16", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
+QUICK += ["--lr", "1e-2", "--encoder-lr", "1e-3"]
+
+
+def test_the_list_is_that_of_the_plan():
+    import plan
+
+    assert set(plan.SHAPES) <= set(TEACHERS)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_through_02_and_03(run, tmp_path, name):
+    kind, shape, tokenizer = TEACHERS[name]
+    folder = tmp_path / "model"
+    if isinstance(tokenizer, str):
+        vocabulary = sentencepiece_folder(folder, tokenizer)
+    else:
+        vocabulary = save_tokenizer(folder, **tokenizer)
+    save_model(folder, kind, vocabulary, **shape)
+    trainer.main(["--run", str(run), "--model", str(folder), *QUICK])
+    if read_json(run / "teacher" / "teacher.json")["finetuning"] == "full":
+        shutil.rmtree(folder)  # such a teacher needs nothing outside its own folder
+    labeller.main(["--run", str(run), "--only-labelled"])
+    labels = read_labels(run / "labels" / "labelled.parquet")
+    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-6)
+    assert labels.std(0).max() > 1e-3  # rows are told apart
+    labeller.main(["--run", str(run), "--only-labelled", "--batch-tokens", "300", "--overwrite"])
+    np.testing.assert_allclose(read_labels(run / "labels" / "labelled.parquet"), labels, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_sentencepiece_alone(tmp_path, kind):
+    """It asked for tiktoken. What a user writes is no special token, though it is a piece of the model."""
+    vocabulary = sentencepiece_folder(tmp_path / "model", kind)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocabulary, **(T5 if kind == "t5" else SIZE))
+    tokenizer = loading.load_tokenizer(tmp_path / "model", config)
+    kind = loading.backbone_kind(config)
+    text = PairText(tokenizer, kind, ("title",), 64)
+    plain, tricky = text.queries(["red chair", "red </s> <s> [SEP] [CLS] <pad> chair"])
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    assert len(plain) > 1 and not special & {*plain, *tricky}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = PairText(loading.load_tokenizer(tmp_path / "saved", config), kind, ("title",), 64)
+    assert again.queries(["red chair"]) == [plain] and again.describe() == text.describe()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Other kinds
+
+OTHERS = {
+    "gpt2": ("gpt2", dict(n_embd=32, n_layer=2, n_head=2, n_positions=128)),  # layers of its own kind
+    "llama, not causal": ("llama", DECODER | dict(is_causal=False)),
+    "qwen3, not causal": ("qwen3", DECODER | dict(is_causal=False)),
+    "gemma3, not causal": ("gemma3_text", DECODER | dict(use_bidirectional_attention=True)),
+    "gemma3 with pictures": ("gemma3", dict(text_config=dict(DECODER), vision_config=dict(IMAGES))),
+    "qwen3 moe": ("qwen3_moe", MOE | dict(num_experts=4, moe_intermediate_size=16, decoder_sparse_step=1)),
+    "mixtral": ("mixtral", MOE | dict(num_local_experts=4)),
+    "opt": ("opt", dict(hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2,
+                        ffn_dim=64, do_layer_norm_before=False)),
+    "longformer": ("longformer", SIZE | dict(attention_window=[8, 8], pad_token_id=1)),
+    "xlnet": ("xlnet", dict(d_model=32, n_layer=2, n_head=2, d_inner=64)),
+}  # fmt: skip
+ROW = np.random.default_rng(0).integers(5, 200, 40).astype(np.int32)
+ROWS = [ROW[:length] for length in (3, 10, 25, 40)]
+
+
+def teacher_on(folder, finetuning):
+    """As 02 begins with it, but with LoRA weights that are not zero."""
+    settings = trainer.Settings(model=str(folder), finetuning=finetuning, lora_rank=4)
+    config = loading.load_config(folder)
+    backbone, _ = loading.load_trainable(settings, config, "cpu", torch.float32)
+    teacher = Teacher(backbone, loading.backbone_kind(config))
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    loading.check_reading(teacher, ROW, 0, "cpu")
+    return teacher.eval()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_batches_change_nothing_and_merged_is_unmerged(tmp_path, name):
+    kind, shape = OTHERS[name]
+    folder = save_model(tmp_path / "model", kind, 220, **shape)
+    for finetuning in ("full", "lora", "qlora"):
+        if finetuning == "qlora" and name == "longformer":
+            continue  # an encoder
+        teacher = teacher_on(folder, finetuning)
+        alone, together = (labeller.soft_labels(teacher, ROWS, 0, budget) for budget in (1, 10_000))
+        np.testing.assert_allclose(alone, together, atol=1e-5)
+        if finetuning != "full":
+            saved = tmp_path / finetuning
+            teacher.save(saved, {"finetuning": finetuning, "model": str(folder), "kind": teacher.kind})
+            teacher, _ = Teacher.load(saved)
+            loaded = labeller.soft_labels(teacher, ROWS, 0, 10_000)
+            np.testing.assert_allclose(loaded, together, atol=1e-6)
+            labeller.merge_lora(teacher, saved / "adapter")
+            merged = labeller.soft_labels(teacher, ROWS, 0, 10_000)
+            np.testing.assert_allclose(merged, together, atol=1e-4)
+
+
+MOBILE = SIZE | dict(embedding_size=32, intra_bottleneck_size=32, true_hidden_size=32)
+REFUSED = {
+    "convbert": (SIZE | dict(embedding_size=32), "padding"),
+    "mobilebert": (MOBILE, "padding"),
+    "fnet": (SIZE, "padding"),
+    "squeezebert": (SIZE | dict(embedding_size=32), "cannot be a teacher"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_kind_that_cannot_be_read_is_refused_before_training(tmp_path, kind):
+    shape, why = REFUSED[kind]
+    folder = save_model(tmp_path / "model", kind, 220, **shape)
+    assert why in stop_line(teacher_on, folder, "full")
+
+
+def test_an_encoder_decoder_without_an_encoder_of_its_own_is_refused(tmp_path):
+    shape = dict(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=220)
+    config = transformers.AutoConfig.for_model("bart", **shape)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert str(tmp_path) in stop_line(teacher_on, tmp_path, "full")
+
+
+def test_lora_where_it_cannot_stand(tmp_path):
+    shape = dict(hidden_size=32, state_size=4, num_hidden_layers=1)
+    folder = save_model(tmp_path / "model", "mamba", 220, **shape)
+    assert "--finetuning full" in stop_line(teacher_on, folder, "lora")
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "roberta", "xlm-roberta", "camembert", "longformer"])
+def test_positions_that_are_counted_from_the_pad_token(kind):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=220, pad_token_id=1, **SIZE)
+    config.max_position_embeddings = 66
+    assert loading.fit_length(64, config) == 64
+    assert "at most 64" in stop_line(loading.fit_length, 65, config)
+
+
+def test_no_limit_and_others_limits():
+    for_model = transformers.AutoConfig.for_model
+    assert loading.fit_length(5_000, for_model("t5", **T5)) == 5_000  # relative positions
+    assert loading.fit_length(5_000, for_model("xlnet", d_model=32, n_layer=1, n_head=2)) == 5_000
+    assert "at most 128" in stop_line(loading.fit_length, 129, for_model("bert", **SIZE))
+    pictures = for_model("gemma3", text_config=dict(DECODER), vision_config=dict(IMAGES))
+    assert "at most 128" in stop_line(loading.fit_length, 129, pictures)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers that do not fit their model
+
+
+def llama_config(vocab_size, **more):
+    return transformers.AutoConfig.for_model("llama", vocab_size=vocab_size, **DECODER, **more)
+
+
+@pytest.mark.parametrize("pad", [-1, 10_000])
+def test_a_pad_id_that_is_none(tmp_path, pad):
+    size = save_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
+    tokenizer = loading.load_tokenizer(tmp_path, llama_config(size, pad_token_id=pad))
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_a_pad_token_beyond_the_embedding(tmp_path):
+    """As that of many a Llama: added to the tokenizer, not to the model."""
+    size = save_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert loading.load_tokenizer(tmp_path, llama_config(size)).pad_token == "</s>"
+    assert loading.load_tokenizer(tmp_path, llama_config(size + 1)).pad_token == "<pad>"
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path):
+    size = save_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
+    line = stop_line(loading.load_tokenizer, tmp_path, llama_config(size - 9))
+    assert f"{size - 1}" in line and f"{size - 9} rows" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA stands beside a model that somebody may change, and is a stranger's file
+
+
+@pytest.fixture(scope="module")
+def lora_run(features, models, tmp_path_factory):
+    """A run whose teacher is LoRA beside a copy of the Llama."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    run.mkdir()
+    (run / "features").symlink_to(features)
+    shutil.copytree(models["llama"], run.parent / "base")
+    trainer.main(["--run", str(run), "--model", str(run.parent / "base"), *QUICK])
+    return run
+
+
+@pytest.fixture
+def lora(lora_run, tmp_path):
+    """A copy of it, and its model's folder."""
+    shutil.copytree(lora_run, tmp_path / "run", symlinks=True)
+    return tmp_path / "run", lora_run.parent / "base"
+
+
+def test_a_changed_base_is_named(lora):
+    run, base = lora
+    weights, before = base / "model.safetensors", (base / "model.safetensors").read_bytes()
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] += 0.1
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        line = stop_line(labeller.main, ["--run", str(run), "--only-labelled"])
+        assert str(base) in line and "--model" in line and not (run / "labels").exists()
+    finally:
+        weights.write_bytes(before)
+
+
+def test_a_moved_base_is_found_by_the_flag(lora):
+    run, base = lora
+    moved = run.parent / "elsewhere"
+    base.rename(moved)
+    try:
+        line = stop_line(labeller.main, ["--run", str(run), "--only-labelled"])
+        assert str(base) in line and "--model" in line
+        labeller.main(["--run", str(run), "--only-labelled", "--model", str(moved)])
+    finally:
+        moved.rename(base)
+    assert len(read_labels(run / "labels" / "labelled.parquet"))
+
+
+STRANGE = [{"r": 10**9}, {"r": "four"}, {"base_model_name_or_path": "/nowhere"}]
+STRANGE += [{"megatron_config": {"a": 1}, "megatron_core": "antigravity"}]
+
+
+@pytest.mark.parametrize("change", STRANGE, ids=str)
+def test_a_strangers_adapter(lora, monkeypatch, change):
+    """No memory is taken on a config's word, no module imported, no other model opened."""
+    run, _ = lora
+    expected, _ = Teacher.load(run / "teacher")
+    path = run / "teacher" / "adapter" / "adapter_config.json"
+    write_json(path, read_json(path) | change)
+    monkeypatch.setitem(__import__("sys").modules, "antigravity", None)  # an import of it is an error
+    if "r" in change:
+        assert "adapter" in stop_line(Teacher.load, run / "teacher")
+        return
+    found, _ = Teacher.load(run / "teacher")
+    same = [labeller.soft_labels(teacher, ROWS, 0, 10_000) for teacher in (expected, found)]
+    np.testing.assert_array_equal(*same)
+
+
+def test_positions_of_xlm_r_with_lora_are_those_of_training(features, tmp_path):
+    """Its tokenizer has a pad id of its own, which 02 wrote into the config and 03 did not."""
+    folder, run = tmp_path / "model", tmp_path / "run"
+    size = save_tokenizer(folder, pad_token="<pad>", cls_token="<s>", sep_token="</s>", mask_token="<m>")
+    save_model(folder, "xlm-roberta", size, **SIZE, pad_token_id=5)
+    assert loading.load_tokenizer(folder, loading.load_config(folder)).pad_token_id == 0
+    run.mkdir()
+    (run / "features").symlink_to(features)
+    seen, save = {}, Teacher.save
+
+    def spy(self, folder, about):
+        seen["labels"] = labeller.soft_labels(self.eval(), ROWS, 0, 1)
+        save(self, folder, about)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "save", spy)
+        trainer.main(["--run", str(run), "--model", str(folder), "--finetuning", "lora", *QUICK])
+    teacher, _ = Teacher.load(run / "teacher")
+    np.testing.assert_allclose(labeller.soft_labels(teacher, ROWS, 0, 1), seen["labels"], atol=1e-6)
+    assert read_json(run / "teacher" / "teacher.json")["finetuning"] == "lora"
