@@ -143,7 +143,7 @@ def test_05_killed(labelled, tmp_path):
     for run in labelled:
         argv = ["--run", run, "--epochs", "1", "--device", "cpu"]
         assert start("04", argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    killed_and_finished("05", [], *labelled, "report", tmp_path, seed=5)
+    killed_and_finished("05", ["--resamples", "100"], *labelled, "report", tmp_path, seed=5)
 
 
 def test_04_killed(tmp_path):
