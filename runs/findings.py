@@ -1,6 +1,7 @@
 """The paper's four findings, as experiments on a run directory that has been through the five stages.
 
     python -m runs.findings [--run RUN]     into RUN/../findings: findings.md, findings.json, finding_a.png …
+    python -m runs.findings --run RUN --findings a d --models SmolLM2=HuggingFaceTB/SmolLM2-135M
 
 (a) teachers BERT, T5, DeBERTa, Llama       (b) students on more and more impressions, beside the student on
 human labels alone      (c) teacher and student by language, the student also without impressions in other
@@ -19,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,6 +38,7 @@ class Settings:
     """What the experiments are told."""
 
     run: Path = TOY_RUN  # a run that has been through the five stages
+    findings: tuple[Literal["a", "b", "c", "d"], ...] = ("a", "b", "c", "d")  # those to be measured
     into: Path | None = None  # experiments and results (default: findings, beside RUN)
     more: Path | None = None  # run for (b): the same human labels, more impressions (default: RUN)
     models: tuple[str, ...] = tuple(
@@ -139,63 +142,84 @@ class Experiments:
 # The conditions of each finding: {label: systems}
 
 
-def teacher_conditions(experiments):
-    """(a): models; (d): sources of text. And RUN's own teacher."""
+def own_teachers(experiments):
+    """RUN's own teacher, and further seeds of it where a finding compares it with others."""
     settings = experiments.settings
-    model = read_json(settings.run / "teacher" / "teacher.json")["model"]
-    own = experiments.teachers(f"teacher_{settings.run_teacher}", "--model", model, run_is_first=True)
-    models = {}
-    for entry in settings.models:
+    if not {"a", "d"} & set(settings.findings):
+        return [(settings.run, "teacher")]
+    flags = ("--model", own_model(settings))
+    return experiments.teachers(f"teacher_{settings.run_teacher}", *flags, run_is_first=True)
+
+
+def own_model(settings):
+    """The model of RUN's teacher."""
+    return read_json(settings.run / "teacher" / "teacher.json")["model"]
+
+
+def compare_models(experiments, own):
+    """(a): teachers of other models, and RUN's own."""
+    conditions = {}
+    for entry in experiments.settings.models:
         name, _, place = entry.partition("=")
-        models[name] = experiments.teachers(f"teacher_{name}", "--model", place)
-    models[settings.run_teacher] = own
-    sources, read = {}, set()
+        conditions[name] = experiments.teachers(f"teacher_{name}", "--model", place)
+    return {**conditions, experiments.settings.run_teacher: own}
+
+
+def compare_sources(experiments, own):
+    """(d): pin text that grows, source by source; RUN's own teacher reads all of it."""
+    settings = experiments.settings
+    conditions, read = {}, set()
     for group in settings.fields:
         read |= set(group.split("+"))
-        label = f"+ {group}" if sources else group
+        label = f"+ {group}" if conditions else group
         fields = [field for field in FIELDS if field in read]
         name = f"fields_to_{group.replace('+', '_')}"
         last = group == settings.fields[-1]
-        flags = ("--model", model, "--fields", *fields)
-        sources[label] = own if last else experiments.teachers(name, *flags)
-    return own, models, sources
+        flags = ("--model", own_model(settings), "--fields", *fields)
+        conditions[label] = own if last else experiments.teachers(name, *flags)
+    return conditions
 
 
-def student_conditions(experiments, own_teachers):
-    """(b): growing numbers of impressions; (c): languages.
+def epochs_for(settings, impressions):
+    """Epochs that take as many optimizer steps on so many impressions as RUN's student took: at equal epochs
+    a small set would be trained too little, and a curve would show that instead. All students but that on
+    human labels also learn the human-labelled rows, as RUN's does."""
+    made = read_json(settings.run / "student" / "stage.json")
+    rows = impressions + made["rows"]["human"]
+    return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
 
-    All students take as many optimizer steps as RUN's: at equal epochs the small sets would be trained too
-    little, and the curve would show that instead. All but the first also learn the human-labelled rows, as
-    RUN's does."""
+
+def compare_amounts(experiments):
+    """(b): students on a growing number of impressions, and on human labels alone."""
     settings = experiments.settings
-    run, more, home = settings.run, settings.more, settings.home_language
-    made = read_json(run / "student" / "stage.json")
+    run, more = settings.run, settings.more
     human = read_json(run / "student_human_labels" / "stage.json")["rows"]["train"]
+    human -= read_json(run / "student" / "stage.json")["rows"]["human"]
     features = read_json(more / "features" / "stage.json")["rows"]
-
-    def epochs(impressions):
-        rows = impressions + made["rows"]["human"]
-        return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
-
-    own = experiments.students(run, "student_all", first=(run, "student"))
-    amounts = {"student on human labels": experiments.students(
-        run, "student_human", "--labels", "human", *epochs(human - made["rows"]["human"]))}  # fmt: skip
+    flags = ("--labels", "human", *epochs_for(settings, human))
+    conditions = {"student on human labels": experiments.students(run, "student_human", *flags)}
     for n in sizes(features["labelled_train"], features["impressions"]):
-        flags = ("--rows", n, *epochs(n))
-        amounts[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
-    amounts["all impressions"] = own
-    if more != run:
-        flags = epochs(features["impressions"])
-        amounts["all impressions"] = experiments.students(more, "student_all", *flags)
-    steps = epochs(impressions_in(run / "features", home))
+        flags = ("--rows", n, *epochs_for(settings, n))
+        conditions[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
+    if more == run:
+        every = experiments.students(run, "student_all", first=(run, "student"))
+    else:
+        every = experiments.students(more, "student_all", *epochs_for(settings, features["impressions"]))
+    return {**conditions, "all impressions": every}
+
+
+def compare_languages(experiments):
+    """(c): RUN's teacher and student, and students on fewer impressions: of the home language, of all."""
+    settings = experiments.settings
+    run, home = settings.run, settings.home_language
+    student = experiments.students(run, "student_all", first=(run, "student"))
+    steps = epochs_for(settings, impressions_in(run / "features", home))
     alone = experiments.students(run, "student_home", "--languages", home, *steps)
     experiments.work()
     # As few rows as in the home language alone, of all languages: tells fewer rows from fewer languages.
     rows = impressions_learnt(read_json(alone[0][0] / alone[0][1] / "stage.json"))
     fewer = experiments.students(run, "student_fewer", "--rows", rows, *steps)
-    experiments.work()
-    languages = {"teacher": own_teachers, "student": own, "student, fewer impressions": fewer}
-    return amounts, {**languages, f"student, fewer, {home} only": alone}
+    return {"student": student, "student, fewer impressions": fewer, f"student, fewer, {home} only": alone}
 
 
 def sizes(human, impressions):
@@ -238,19 +262,27 @@ def main(argv=None):
         if not (settings.run / stage / "stage.json").exists():
             raise Stop(f"{settings.run / stage}: missing; take {settings.run} through the five stages first")
     is_toy = settings.run.resolve() == TOY_RUN.resolve()
-    more = settings.more or (toy_with_more() if is_toy else settings.run)
+    more = settings.more or (toy_with_more() if is_toy and "b" in settings.findings else settings.run)
     into = settings.into or settings.run.parent / "findings"
     settings = replace(settings, more=more, into=into)
     into.mkdir(parents=True, exist_ok=True)
 
     # 2. Experiments
     experiments = Experiments(settings)
-    own, models, sources = teacher_conditions(experiments)
-    amounts, languages = student_conditions(experiments, own)
+    conditions, own = {}, own_teachers(experiments)
+    if "a" in settings.findings:
+        conditions["a"] = compare_models(experiments, own)
+    if "b" in settings.findings:
+        conditions["b"] = compare_amounts(experiments)
+    if "c" in settings.findings:
+        conditions["c"] = {"teacher": own, **compare_languages(experiments)}
+    if "d" in settings.findings:
+        conditions["d"] = compare_sources(experiments, own)
+    experiments.work()
 
-    # 3. The four comparisons
-    for key, conditions in (("a", models), ("b", amounts), ("c", languages), ("d", sources)):
-        compare(key, conditions, into, settings.resamples)
+    # 3. The comparisons
+    for key in conditions:
+        compare(key, conditions[key], into, settings.resamples)
     print((into / "findings.md").read_text(encoding="utf-8"))
 
 

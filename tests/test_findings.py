@@ -216,12 +216,28 @@ def test_experiments_of_the_paper(finished, tmp_path, trained, monkeypatch):
     assert {flags["--epochs"] for flags in of_home} == {flags["--epochs"] for flags in fewer}
 
 
+@pytest.mark.parametrize("wanted", [["a", "d"], ["b"], ["c"]])
+def test_only_the_findings_asked_for(finished, tmp_path, trained, monkeypatch, wanted):
+    compared = []
+
+    def note(key, conditions, into, resamples):
+        compared.append(key)
+        (into / "findings.md").write_text("done")
+
+    monkeypatch.setattr(findings, "compare", note)
+    flags = ["--run", str(finished), "--into", str(tmp_path / "out"), "--seeds", "0", "1"]
+    findings.main([*flags, "--models", "BERT=x", "--findings", *wanted])
+    assert compared == wanted
+    stages = {number for number, _ in trained}
+    assert stages == ({"02", "03"} if "a" in wanted else {"04"})
+
+
 def test_fields_of_the_experiments(finished, tmp_path, trained):
     """A teacher reads its fields in the order in which RUN's reads them."""
     into = tmp_path / "out"
     settings = findings.Settings(run=finished, into=into, more=finished, models=(), seeds=(0,))
     experiments = findings.Experiments(settings)
-    findings.teacher_conditions(experiments)
+    findings.compare_sources(experiments, findings.own_teachers(experiments))
     flags = {name: list(map(str, commands[0])) for name, commands in experiments.noted.items()}
     read = flags["fields_to_title_description_0"]
     assert read[read.index("--fields") + 1 :] == ["title", "description", "caption"]
