@@ -209,9 +209,13 @@ def compare_amounts(experiments):
 
 
 def compare_languages(experiments):
-    """(c): RUN's teacher and student, and students on fewer impressions: of the home language, of all."""
+    """(c): RUN's student, and students on fewer impressions: of the home language, of all. None where RUN has
+    no student."""
     settings = experiments.settings
     run, home = settings.run, settings.home_language
+    if not (run / "student" / "stage.json").exists():
+        print(f"{run}: no student, so (c) shows the teacher alone")
+        return {}
     student = experiments.students(run, "student_all", first=(run, "student"))
     steps = epochs_for(settings, impressions_in(run / "features", home))
     alone = experiments.students(run, "student_home", "--languages", home, *steps)
@@ -258,7 +262,10 @@ def toy_with_more():
 def main(argv=None):
     # 1. The run
     settings = parse({"toy": Settings()}, argv, __doc__)
-    for stage in ("features", "teacher", "labels", "student_human_labels", "student"):
+    needed = ["features", "teacher", "labels"]
+    if "b" in settings.findings:
+        needed += ["student_human_labels", "student"]
+    for stage in needed:
         if not (settings.run / stage / "stage.json").exists():
             raise Stop(f"{settings.run / stage}: missing; take {settings.run} through the five stages first")
     is_toy = settings.run.resolve() == TOY_RUN.resolve()

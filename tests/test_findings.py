@@ -232,6 +232,20 @@ def test_only_the_findings_asked_for(finished, tmp_path, trained, monkeypatch, w
     assert stages == ({"02", "03"} if "a" in wanted else {"04"})
 
 
+def test_languages_of_a_teacher_without_a_student(finished, tmp_path, capsys):
+    """English labels in other languages can be looked at before any impression is labelled."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("features", "teacher", "labels"):
+        (run / name).symlink_to((finished / name).resolve())
+    findings.main(["--run", str(run), "--findings", "c", "--resamples", "20"])
+    assert "the teacher alone" in capsys.readouterr().out
+    table = read_json(tmp_path / "findings" / "findings.json")["c"]["table"]
+    assert {row["condition"] for row in table} == {"teacher"}
+    assert {"en", "de", "es", "fr"} <= {row["language"] for row in table}
+    assert str(run / "student") in stop_line(findings.main, ["--run", str(run), "--findings", "b", "c"])
+
+
 def test_fields_of_the_experiments(finished, tmp_path, trained):
     """A teacher reads its fields in the order in which RUN's reads them."""
     into = tmp_path / "out"
