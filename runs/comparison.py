@@ -209,20 +209,22 @@ def languages_of(entry):
 
 def finding_text(key, entry):
     """A finding's section of findings.md, as lines."""
-    table, labels, paper = entry["table"], list(entry["conditions"]), key == "a"
+    table, labels, shown = entry["table"], list(entry["conditions"]), entry["shown"]
+    paper = key == "a" and shown == "accuracy" and bool(PAPER_TEACHERS.keys() & set(labels))
     lines = [f"## ({key}) {escaped(entry['title'])}", ""]
     lines.append(f"{FINDINGS[key][1]} {entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.")
     lines += ["", f"![finding {key}](finding_{key}.png)"]
     body = []
     for number, label in enumerate(labels):
         accuracy, auroc, ndcg = (find(table, condition=label, metric=metric) for metric in COMPARED)
-        seeds = ", ".join(f"{100 * value:.1f}" for value in accuracy.seeds)
-        before = {"condition": label, "minus": labels[number - 1], "metric": "accuracy"}
+        seeds = ", ".join(f"{100 * value:.1f}" for value in find(table, condition=label, metric=shown).seeds)
+        before = {"condition": label, "minus": labels[number - 1], "metric": shown}
         step = points(find(entry["differences"], **before)) if number else ""
         line = [label, cell(accuracy), seeds, step, cell(auroc, False), cell(ndcg, False)]
         there = PAPER_TEACHERS.get(label)
         body.append([escaped(label), *line[1:]] + [f"{100 * there:.1f}" if there else "–"] * paper)
-    head = ["condition", "accuracy %", "each seed %", "points above the one before", "AUROC ≥4", "nDCG@20"]
+    by_seed = f"each seed: {COMPARED[shown].removesuffix(' %')} × 100"
+    head = ["condition", "accuracy %", by_seed, "points above the one before", "AUROC ≥4", "nDCG@20"]
     lines += markdown_table(head + ["the paper, accuracy %"] * paper, body)
     shown = COMPARED if key == "c" else {"accuracy": COMPARED["accuracy"]}
     if key == "c":
@@ -252,7 +254,7 @@ def findings_report(findings):
 
 
 def dots(ax, x, found, color, marker="o", label=None):
-    """Mean accuracies with their intervals, and each seed as a small ring. found: rows of a table."""
+    """Means in % with their intervals, and each seed as a small ring. found: rows of a table."""
     value, error = in_percent(found)
     ax.errorbar(x, value, yerr=error, fmt=marker, color=color, capsize=3, ms=6, lw=1.4, label=label)
     for place, m in zip(x, found):
@@ -264,7 +266,7 @@ def plot_amounts(ax, entry):
     """(b): a curve over training rows, and what the human labels alone give."""
     curve, x, others = [], [], list(PALETTE[1:])
     for label, about in entry["conditions"].items():
-        m = find(entry["table"], condition=label, metric="accuracy")
+        m = find(entry["table"], condition=label, metric=entry["shown"])
         if about["learnt_from"] == "teacher labels":
             curve.append(m)
             x.append(about["training_rows"])
@@ -281,9 +283,9 @@ def plot_amounts(ax, entry):
 
 def plot_languages(ax, entry):
     """(c): conditions by language."""
-    labels, languages = list(entry["conditions"]), languages_of(entry)
+    labels, languages, metric = list(entry["conditions"]), languages_of(entry), entry["shown"]
     for number, label in enumerate(labels):
-        found = [find(entry["table"], condition=label, language=tag, metric="accuracy") for tag in languages]
+        found = [find(entry["table"], condition=label, language=tag, metric=metric) for tag in languages]
         shift = 0.7 * (number - (len(labels) - 1) / 2) / len(labels)
         style = {
             "color": PALETTE[number % len(PALETTE)],
@@ -298,9 +300,9 @@ def plot_languages(ax, entry):
 def plot_conditions(ax, entry, key):
     """(a), (d): conditions beside each other."""
     labels = list(entry["conditions"])
-    found = [find(entry["table"], condition=label, metric="accuracy") for label in labels]
+    found = [find(entry["table"], condition=label, metric=entry["shown"]) for label in labels]
     dots(ax, range(len(labels)), found, PALETTE[0], label="here")
-    if key == "a" and PAPER_TEACHERS.keys() & set(labels):
+    if key == "a" and entry["shown"] == "accuracy" and PAPER_TEACHERS.keys() & set(labels):
         there = [100 * PAPER_TEACHERS.get(label, np.nan) for label in labels]
         ax.plot(there, "D", color=PALETTE[1], ms=6, label="the paper (other data and models)")
     ax.set_xticks(range(len(labels)), map(drawable, labels))
@@ -319,7 +321,7 @@ def plot_finding(key, entry, path):
             plot_languages(ax, entry)
         else:
             plot_conditions(ax, entry, key)
-        ax.set_ylabel("accuracy, %\n(95 % interval; rings: seeds)")
+        ax.set_ylabel(f"{COMPARED[entry['shown']].removesuffix(' %')} × 100\n(95 % interval; rings: seeds)")
         ax.grid(axis="y", color="#DDDDDD", lw=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
@@ -340,7 +342,9 @@ def compare(key, conditions, into, resamples=1_000, title=None):
     findings = read_json(findings_path) if findings_path.exists() else {}
     title = title or FINDINGS[key][0]
     made = {label: [system.facts["made"] for system in systems] for label, systems in read.items()}
-    identity = hashed([title, list(made.items()), resamples])
+    rows = next(iter(read.values()))[0].rows
+    shown = "accuracy" if len(np.unique(rows["label"])) > 2 else "auroc_4"  # of two levels it says little
+    identity = hashed([title, list(made.items()), resamples, shown])
     if findings.get(key, {}).get("identity") == identity and plot.exists():
         print(f"{into}: finding {key} was measured before on the same conditions, nothing to do")
         return
@@ -349,18 +353,19 @@ def compare(key, conditions, into, resamples=1_000, title=None):
     table, differences = measure(read, resamples)
     about = {}
     for label, systems in read.items():
-        facts, rows = systems[0].facts, [system.facts["training_rows"] for system in systems]
+        facts = systems[0].facts
         runs = [f"{os.path.relpath(run, into)}:{name}" for run, name in conditions[label]]
-        known = [n for n in rows if n is not None]
+        learnt = [system.facts["training_rows"] for system in systems]
+        known = [n for n in learnt if n is not None]
         about[label] = {"learnt_from": facts["learnt_from"], "runs": runs}
         about[label]["training_rows"] = round(np.mean(known)) if known else None
-    rows = systems[0].rows
     findings[key] = {
         "title": title,
         "identity": identity,
         "rows": len(rows["label"]),
         "queries": len(np.unique(rows["query_index"])),
         "home_language": facts["home_language"],
+        "shown": shown,
         "conditions": about,
         "table": table,
         "differences": differences,

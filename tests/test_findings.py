@@ -152,6 +152,28 @@ def test_only_labelled(finished, tmp_path):
     assert "--only-labelled was True, is False" in line
 
 
+def test_two_levels_are_shown_by_auroc(finished, tmp_path, monkeypatch):
+    """Of relevant or not, most rows are not: accuracy says little."""
+    conditions = {"BERT": [(finished, "teacher")], "larger": [(finished, "teacher")]}
+    assert compare(tmp_path / "five", "a", conditions)["shown"] == "accuracy"
+    read = comparison.read_conditions
+
+    def read_binary(conditions):
+        found = read(conditions)
+        for systems in found.values():
+            for system in systems:
+                system.rows["label"] = np.where(system.rows["label"] >= 4, 5, 1)
+        return found
+
+    monkeypatch.setattr(comparison, "read_conditions", read_binary)
+    entry = compare(tmp_path / "two", "a", conditions)
+    assert entry["shown"] == "auroc_4"
+    text = (tmp_path / "two" / "findings.md").read_text()
+    seed = 100 * comparison.find(entry["table"], condition="BERT", metric="auroc_4").seeds[0]
+    assert "each seed: AUROC ≥4 × 100" in text and f"| {seed:.1f} |" in text
+    assert "the paper, accuracy" not in text
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The driver
 
