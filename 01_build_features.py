@@ -34,7 +34,19 @@ from data.tables import RawTables, levels_of, quoted
 from runs import models, stage
 from runs.bm25 import PairBM25, tokenize
 from runs.encoders import Captioner, TextEncoder, encoder_config
-from runs.stage import ROOT, Count, Device, Precision, StageSettings, Stop
+from runs.files import hashed, write_parquet
+from runs.settings import (
+    ROOT,
+    Count,
+    Device,
+    Precision,
+    StageSettings,
+    dtype_name,
+    parse,
+    pick_device,
+    pick_dtype,
+)
+from runs.stage import Stop
 from runs.streams import (
     keep_chunks,
     kept_rows,
@@ -311,7 +323,7 @@ def save_graph(raw, idf, axes, path):
     its idf and its place in each axis of the SVD [D, boards]."""
     titles = raw.table(f"SELECT text FROM saves GROUP BY text ORDER BY sum(n) DESC, text LIMIT {len(idf)}")
     columns = {"board_title": titles["text"], "idf": idf.astype(np.float32)}
-    stage.write_parquet(path, {**columns, "axes": vector_column(axes.T)})
+    write_parquet(path, {**columns, "axes": vector_column(axes.T)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -391,7 +403,7 @@ def write_labelled(raw, features_of, numbers, path):
             raise Stop(f"{raw.name['labels']}: no row in the split {side!r}; both are needed")
     columns = features_of(pairs)
     indices = {name: columns.pop(name) for name in ("query_index", "pin_index")}
-    stage.write_parquet(path, {**indices, "label": pairs["label"].to_numpy(), "split": split, **columns})
+    write_parquet(path, {**indices, "label": pairs["label"].to_numpy(), "split": split, **columns})
     return counts
 
 
@@ -432,7 +444,7 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
-    key = stage.hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
+    key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
     cache = out / "captions" / key[:16]
     caption_pictures(pictures, cache, settings, device, dtype)
     if cache.exists():
@@ -478,16 +490,16 @@ def open_match_features(out, workers):
 
 
 def main(argv=None):
-    settings = stage.parse(PRESETS, argv, __doc__)
-    stage.quiet_libraries()
+    settings = parse(PRESETS, argv, __doc__)
+    models.quiet_libraries()
     torch.manual_seed(settings.seed)
-    device = stage.pick_device(settings.device)
-    dtype = stage.pick_dtype(settings.precision, device)
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.precision, device)
 
     # 1. Raw tables: open, check, number the rows
     raw = RawTables(settings.data, settings.memory, levels_of(settings.levels))
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
-    inputs = inputs_of(raw, settings, own, pictures, f"{stage.dtype_name(dtype)} on {device.type}")
+    inputs = inputs_of(raw, settings, own, pictures, f"{dtype_name(dtype)} on {device.type}")
     work = stage.Stage(settings.run / "features", settings, inputs)
     if work.done:
         return

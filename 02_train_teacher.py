@@ -31,7 +31,23 @@ import common
 from common import FIELDS, NUM_LEVELS, PairText, Teacher
 from runs import cards, models, stage
 from runs.batches import epoch_batches, hash_rows, micro_batches, start_processes
-from runs.stage import ROOT, Count, Device, NonNegative, Positive, Precision, Share, Size, StageSettings, Stop
+from runs.files import write_jsonl
+from runs.settings import (
+    ROOT,
+    Count,
+    Device,
+    NonNegative,
+    Positive,
+    Precision,
+    Share,
+    Size,
+    StageSettings,
+    dtype_name,
+    parse,
+    pick_device,
+    pick_dtype,
+)
+from runs.stage import Stop
 from runs.summary import ENOUGH_QUERIES, describe, warn_if_useless
 
 
@@ -298,10 +314,10 @@ def write_card(settings, about, counts, log, work):
 
 def main(argv=None):
     # 1. Settings
-    settings = stage.parse(PRESETS, argv, __doc__)
-    stage.quiet_libraries()
-    device = stage.pick_device(settings.device)
-    dtype = stage.pick_dtype(settings.precision, device)
+    settings = parse(PRESETS, argv, __doc__)
+    models.quiet_libraries()
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.precision, device)
     accelerator = start_processes(device)
 
     if not settings.fields:
@@ -317,7 +333,7 @@ def main(argv=None):
     rows = LabelledRows(features, text, settings)
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
-    inputs["precision"] = f"{stage.dtype_name(dtype)} on {device.type}"
+    inputs["precision"] = f"{dtype_name(dtype)} on {device.type}"
     output = stage.start_stage(accelerator, settings.run / "teacher", settings, inputs)
     if output is None:
         return
@@ -345,7 +361,7 @@ def main(argv=None):
         about |= {"max_tokens": max_tokens, "long_queries": settings.long_queries}
         teacher.save(output.work, about)
         tokenizer.save_pretrained(output.work / "tokenizer")
-        stage.write_jsonl(output.work / "training_log.jsonl", train_state["log"])
+        write_jsonl(output.work / "training_log.jsonl", train_state["log"])
         output.discard("checkpoint.pt", "best.pt")
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
         write_card(settings, about, counts, train_state["log"], output.work)

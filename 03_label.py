@@ -25,8 +25,20 @@ import torch
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from runs import models, stage
 from runs.batches import hash_rows, start_processes, unique_rows
+from runs.files import hashed, read_json
+from runs.settings import (
+    Count,
+    Device,
+    Precision,
+    Size,
+    StageSettings,
+    dtype_name,
+    parse,
+    pick_device,
+    pick_dtype,
+)
 from runs.shards import KeptLabels, PairShards, count_rows, mean_label, tokenized, write_labels
-from runs.stage import Count, Device, Precision, Size, StageSettings, Stop
+from runs.stage import Stop
 
 
 @dataclass(frozen=True)
@@ -103,24 +115,24 @@ def inherited(settings, device):
     run = settings.run
     made = stage.require_finished(run / "features", f"01_build_features.py --run {run}")
     trained = stage.require_finished(run / "teacher", f"02_train_teacher.py --run {run}")
-    about = stage.read_json(run / "teacher" / "teacher.json")
+    about = read_json(run / "teacher" / "teacher.json")
     model = run / "teacher" / "backbone"
     if about["finetuning"] != "full":  # LoRA stands beside a model that somebody may have changed or moved
         model = settings.model or about["model"]
         if not models.is_model(model, trained["inputs"]["model"]):
             raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
     weights = {name: file["hash"] for name, file in trained["outputs"].items() if "safetensors" in name}
-    dtype = stage.pick_dtype(settings.precision, device)
+    dtype = pick_dtype(settings.precision, device)
     inputs = {"features": made["identity"], "text": trained["text"]}
-    inputs["teacher"] = stage.hashed([trained["inputs"], trained["arguments"], weights])
-    inputs["precision"] = f"{stage.dtype_name(dtype)} on {device.type}"
+    inputs["teacher"] = hashed([trained["inputs"], trained["arguments"], weights])
+    inputs["precision"] = f"{dtype_name(dtype)} on {device.type}"
     return about, model, inputs
 
 
 def load_teacher(settings, sample, pad_id, device):
     """The teacher ready to label, and how far merging LoRA moved the labels of `sample` (or None)."""
     folder = settings.run / "teacher"
-    dtype = stage.pick_dtype(settings.precision, device)
+    dtype = pick_dtype(settings.precision, device)
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
@@ -151,7 +163,7 @@ def check_trained(run, rows, labelled):
     table = pq.read_table(labelled, columns=["label", "split"])
     train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
     levels = table["label"].to_numpy().astype(np.int64)[train] - 1
-    trained = stage.read_json(run / "teacher" / "stage.json")["inputs"]["rows"]
+    trained = read_json(run / "teacher" / "stage.json")["inputs"]["rows"]
     if hash_rows([rows[row] for row in train], levels) != trained:
         what = f"trained on other labelled rows than {run / 'features'} holds now"
         raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
@@ -172,9 +184,9 @@ def label_shards(teacher, shards, kept, target, settings, bar):
 
 def main(argv=None):
     # 1. Settings, what is inherited, and whether anything is left to do
-    settings = stage.parse(PRESETS, argv, __doc__)
-    stage.quiet_libraries()
-    accelerator = start_processes(stage.pick_device(settings.device))
+    settings = parse(PRESETS, argv, __doc__)
+    models.quiet_libraries()
+    accelerator = start_processes(pick_device(settings.device))
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     features, folder = settings.run / "features", settings.run / "labels"
     about, model, inputs = inherited(settings, accelerator.device)

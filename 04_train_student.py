@@ -28,13 +28,14 @@ from common import Student, StudentInputs, linear_warmup_decay
 from runs import cards
 from runs.export import CHECKED_ROWS, input_names, save_for_serving
 from runs.pairs import TrainingRows, ahead, require_pairs
-from runs.stage import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
+from runs.settings import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
 
 # isort: split
 from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main
 
 # isort: split
-from runs.stage import save_checkpoint, write_jsonl
+from runs.files import write_jsonl
+from runs.stage import save_checkpoint
 
 
 @dataclass(frozen=True)

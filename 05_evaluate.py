@@ -24,8 +24,10 @@ from sklearn.metrics import ndcg_score
 
 from common import NUM_LEVELS, Student, StudentInputs, in_hash_split
 from runs import cards, pictures, report
+from runs.files import write_json
 from runs.pairs import read_labelled, require_pairs
-from runs.stage import Range, Size, Stage, StageSettings, Stop, parse, require_finished, run_main, write_json
+from runs.settings import Range, Size, StageSettings, parse
+from runs.stage import Stage, Stop, require_finished, run_main
 
 
 @dataclass(frozen=True)

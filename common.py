@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from runs.files import read_json, write_json
 from runs.models import load_backbone, load_lora, output_width
-from runs.stage import Stop, read_json, write_json
+from runs.stage import Stop
 
 # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
 # about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch

@@ -36,6 +36,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 from common import NUM_LEVELS, PairText, Teacher  # noqa: E402
 from runs import models, stage  # noqa: E402
+from runs.files import write_json  # noqa: E402
+from runs.settings import pick_dtype  # noqa: E402
 from runs.stage import Stop  # noqa: E402
 
 soft_labels = importlib.import_module("03_label").soft_labels
@@ -229,7 +231,7 @@ def device_facts():
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": stage.pick_dtype("auto", "cpu") == torch.bfloat16,
+        "bf16_instructions": pick_dtype("auto", "cpu") == torch.bfloat16,
         "load_at_start": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
     }
@@ -260,7 +262,7 @@ def measure(system, precision, rows, folder, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    stage.quiet_libraries()
+    models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = device_facts()
@@ -303,7 +305,7 @@ def main(argv=None):
         limits = {"max_tokens": args.max_tokens, "batch_tokens": args.batch_tokens}
         spread = float(reference.std(0).mean())
         found = {"device": facts, **counts, **limits, "spread": spread, "results": results}
-        stage.write_json(args.json, found)
+        write_json(args.json, found)
 
 
 def print_table(results, reference):

@@ -35,8 +35,10 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, query_key  # noqa: E402
+from runs.files import read_json, write_json  # noqa: E402
+from runs.models import quiet_libraries  # noqa: E402
 from runs.pairs import read_labelled  # noqa: E402
-from runs.stage import Stop, quiet_libraries, read_json, require_finished, run_main, write_json  # noqa: E402
+from runs.stage import Stop, require_finished, run_main  # noqa: E402
 
 stage_02 = importlib.import_module("02_train_teacher")
 stage_05 = importlib.import_module("05_evaluate")

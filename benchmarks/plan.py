@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from common import Teacher  # noqa: E402
 from data.tables import RawTables  # noqa: E402
 from runs import models, stage  # noqa: E402
+from runs.settings import NonNegative, Positive  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())  # as published with the weights
@@ -40,12 +41,10 @@ class Plan:
     model: tuple[str, ...] = tuple(SHAPES)  # teachers: folders or hub ids
     labels: int = 280_000  # human-labelled training rows (stated in the paper)
     impressions: int = 30_000_000  # rows to label (stated in the paper)
-    tokens: stage.Positive = 200.0  # mean tokens a row (an assumption)
-    train_speed: stage.Positive = 2_413.0  # tokens/s; QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README
-    label_speed: stage.Positive = (
-        10_000.0  # tokens/s; 50 rows/s of 200 tokens, A100, Faire's engineering blog
-    )
-    price: stage.NonNegative = 2.0  # USD a GPU hour (an example)
+    tokens: Positive = 200.0  # mean tokens a row (an assumption)
+    train_speed: Positive = 2_413.0  # tokens/s; QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README
+    label_speed: Positive = 10_000.0  # tokens/s; 50 rows/s of 200 tokens, A100, Faire's engineering blog
+    price: NonNegative = 2.0  # USD a GPU hour (an example)
 
 
 def counted(plan):

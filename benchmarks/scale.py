@@ -40,7 +40,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from runs.stage import hashed, list_files, read_json, write_json  # noqa: E402
+from runs.files import hashed, list_files, read_json, write_json  # noqa: E402
 
 
 def words_of(row, count, salt):
@@ -325,7 +325,7 @@ def random_labels(run):
     """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
     import pyarrow.parquet as pq
 
-    from runs.stage import write_parquet
+    from runs.files import write_parquet
 
     rng, features, labels = np.random.default_rng(0), run / "features", run / "labels"
     for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from common import FIELDS, PairText, Student, Teacher, side_of  # noqa: E402
 from runs import models, stage  # noqa: E402
 from runs.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
+from runs.files import write_json  # noqa: E402
 from runs.ranker import Query, Ranker  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
@@ -219,7 +220,7 @@ def parse_args(argv=None):
 def main(argv=None):
     # 1. One core; the models
     args = parse_args(argv)
-    stage.quiet_libraries()
+    models.quiet_libraries()
     one_core()
     students = Students(args.run)
     teacher = None if args.without_teacher else TeacherOnOneCore(args.run)
@@ -241,7 +242,7 @@ def main(argv=None):
     table = markdown(results, facts)
     print(table)
     if args.json:
-        stage.write_json(args.json, {**facts, "results": results})
+        write_json(args.json, {**facts, "results": results})
     if args.markdown:
         args.markdown.write_text(table, encoding="utf-8")
 

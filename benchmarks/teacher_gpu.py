@@ -37,6 +37,8 @@ sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, Teacher, pad_rows  # noqa: E402
 from runs import models, stage  # noqa: E402
 from runs.batches import epoch_batches, micro_batches  # noqa: E402
+from runs.files import write_json  # noqa: E402
+from runs.settings import pick_device  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
@@ -315,13 +317,13 @@ def attempt(function, *args):
 
 def main(argv=None):
     args = parse_args(argv)
-    stage.quiet_libraries()
+    models.quiet_libraries()
     import bitsandbytes
     import peft
     import transformers
     from transformers import AutoConfig
 
-    device, dtype = stage.pick_device(args.device), torch.bfloat16
+    device, dtype = pick_device(args.device), torch.bfloat16
     shape = {"model_type": "llama", **SMALL} if args.small else SHAPES["meta-llama/Meta-Llama-3-8B"]
     config = AutoConfig.for_model(**shape)
     with torch.device("meta"):
@@ -350,7 +352,7 @@ def main(argv=None):
                 figures["share_of_bound"] = figures["tokens_per_second"] * flop * linear / (peak * 1e12)
     print_table(out)
     if args.json:
-        stage.write_json(args.json, out)
+        write_json(args.json, out)
 
 
 def print_table(out):

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.files import regular_file
-from runs.stage import Stop, fingerprint, first_line, hashed
+from runs.files import fingerprint, hashed
+from runs.stage import Stop, first_line
 from runs.streams import new_matrix
 
 

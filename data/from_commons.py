@@ -41,7 +41,9 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import in_hash_split  # noqa: E402
-from runs.stage import ROOT, Stop, link_or_copy, run_main, whole_file, write_parquet  # noqa: E402
+from runs.files import link_or_copy, whole_file, write_parquet  # noqa: E402
+from runs.settings import ROOT  # noqa: E402
+from runs.stage import Stop, run_main  # noqa: E402
 
 HOME = "github.com/cormacparle/media-search-signal-test, sql/ratedSearchResult_20211207.sql"
 LAST_TYPED = 10_690  # id of the last search that somebody typed

@@ -27,7 +27,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import in_hash_split  # noqa: E402
 from data.files import plain_cell  # noqa: E402
-from runs.stage import ROOT, Stop, run_main, whole_file, write_parquet  # noqa: E402
+from runs.files import whole_file, write_parquet  # noqa: E402
+from runs.settings import ROOT  # noqa: E402
+from runs.stage import Stop, run_main  # noqa: E402
 
 LEVEL = {"0": 1, "1": 5}  # grade -> level
 SOURCE = "github.com/elastic/elasticsearch-labs, notebooks/search/sample_data/learning-to-rank/"

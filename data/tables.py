@@ -24,7 +24,8 @@ from data.files import (
     text_literal,
     with_folder_columns,
 )
-from runs.stage import Stop, fingerprint, first_line, hashed
+from runs.files import fingerprint, hashed
+from runs.stage import Stop, first_line
 
 TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
     "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),

@@ -14,6 +14,8 @@ import regex
 from rank_bm25 import BM25Okapi
 from scipy.sparse import csr_matrix, vstack
 
+from runs.files import write_parquet
+
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _TOKEN = regex.compile(rf"(?P<run>[{_UNSPACED}ー]+)|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}])+")
 _ASCII = regex.compile(r"[a-z0-9]+")
@@ -90,8 +92,6 @@ class PairBM25(BM25Okapi):
     def save(self, path):
         """The idf of every term of the pins and, in the schema's metadata, the other numbers of the formula:
         what BM25 of a new query or pin needs. Then lets go of terms that no query of ours has."""
-        from runs.stage import write_parquet  # brings PyTorch
-
         terms = sorted(self.idf)
         idf = pa.array([self.idf[term] for term in terms], pa.float64())
         table = pa.table({"token": pa.array(terms, pa.string()), "idf": idf})

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from runs.files import read_json, whole_file
 from runs.report import METRICS, cell, markdown_table, metrics_of
-from runs.stage import read_json, whole_file
 
 EVALUATION = "## Evaluation"
 UNTIL_THEN = """On queries of the training data that were held out, when training ended: {scores}.

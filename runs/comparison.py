@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 
+from runs.files import hashed, read_json, whole_file, write_json
 from runs.pairs import read_labelled
 from runs.pictures import drawable, in_percent, picture_file
 from runs.report import ALL, cell, escaped, markdown_table
-from runs.stage import Stop, hashed, read_json, require_finished, whole_file, write_json
+from runs.stage import Stop, require_finished
 
 evaluate = importlib.import_module("05_evaluate")
 

@@ -6,13 +6,28 @@ do: here each becomes one line. What a config promises is checked where it can b
 """
 
 import contextlib
+import logging
+import os
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
-from runs.stage import Stop, fingerprint, first_line, read_json
+from runs.files import fingerprint, read_json
+from runs.stage import Stop, first_line
+
+
+def quiet_libraries():
+    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes|peft|torch.utils.checkpoint")
 
 
 def backbone_kind(config):

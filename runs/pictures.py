@@ -18,8 +18,8 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from common import LEVELS
 from data.images import load_image
+from runs.files import read_json
 from runs.report import ALL, languages_of, systems_of
-from runs.stage import read_json
 
 # Okabe and Ito's colors, told apart by the color-blind and in grey by their lightness.
 COLORS = {

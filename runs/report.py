@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs.stage import read_json
+from runs.files import read_json
 
 ALL = ""  # "language" of a metric over all rows
 HUMAN = {  # --human-rows of 04

@@ -19,8 +19,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import LEVELS
 from runs import pictures
+from runs.models import quiet_libraries
 from runs.ranker import Pin, Query, Ranker
-from runs.stage import ROOT, Count, Device, Positive, Stop, parse, quiet_libraries, run_main
+from runs.settings import ROOT, Count, Device, Positive, parse
+from runs.stage import Stop, run_main
 
 GRID = 5  # pictures side by side
 

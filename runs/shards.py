@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common import NUM_LEVELS, tokenize_pairs
 from runs.batches import hash_rows
-from runs.stage import Stop, fingerprint, quiet_libraries, read_json, write_parquet
+from runs.files import fingerprint, read_json, write_parquet
+from runs.models import quiet_libraries
+from runs.stage import Stop
 
 
 class PairShards(IterableDataset):

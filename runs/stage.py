@@ -1,4 +1,4 @@
-"""What makes a stage resumable: settings, folder, lock, identity, whole writes, checkpoints, one-line errors.
+"""What makes a stage resumable: folder, lock, identity, checkpoints, one-line errors.
 
 No method of the paper is in this file: a reader of the paper may skip it.
 
@@ -8,33 +8,33 @@ continues its own work and no other's, and RUN/NAME is always whole: what --over
 then.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import errno
 import fnmatch
-import hashlib
 import importlib.metadata
 import json
-import logging
-import math
 import os
 import shutil
 import sys
 import time
-import typing
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
 
 import filelock
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs.files import (
+    fingerprint,
+    hashed,
+    link_or_copy,
+    list_files,
+    read_json,
+    remove,
+    whole_file,
+    write_json,
+)
 
 
 class Stop(Exception):
@@ -42,43 +42,7 @@ class Stop(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: one frozen dataclass a stage; its comments are the help, its instances the presets
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a setting, as metadata of its type."""
-
-    low: float
-    high: float = math.inf
-    low_included: bool = True
-
-    def __contains__(self, value):
-        above = value >= self.low if self.low_included else value > self.low
-        return above and value < self.high
-
-    def __str__(self):
-        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and below {self.high:g}"
-
-
-Count = Annotated[int, Range(1)]
-Size = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, low_included=False)]
-NonNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StageSettings:
-    """What every stage is told."""
-
-    preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
-    run: Path = ROOT / "outputs" / "toy"  # run directory
-    overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
-
+# The folder of a stage
 
 # Neither can change a result: these are not part of a folder's identity …
 WITHOUT_EFFECT = {
@@ -94,112 +58,6 @@ WITHOUT_EFFECT = {
 }
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"data", "model", "caption_model", "text_encoder", "precision"}
-
-
-def parse(presets, argv=None, description=""):
-    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
-    An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="toy")
-    name = first.parse_known_args(argv)[0].preset
-    default = presets.get(name, presets["toy"])
-    settings = tyro.cli(type(default), default=default, args=argv, description=description.split("\n")[0])
-    for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
-        value = getattr(settings, field)
-        for bounds in ranges_of(hint):
-            for each in value if isinstance(value, tuple) else [value]:
-                if each is not None and each not in bounds:
-                    flag = f"--{field.replace('_', '-')} {each}"
-                    print(f"error: {flag}: must be {bounds}", file=sys.stderr)
-                    raise SystemExit(2)
-    return settings
-
-
-def ranges_of(hint):
-    """The Range objects anywhere inside a type: tuple[Count, ...] | None -> [Range(1)]."""
-    found = [data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range)]
-    for inner in typing.get_args(hint):
-        found += ranges_of(inner)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Whole files and fingerprints
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields a temporary name beside `path`, renamed when the block ends well: `path` is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, value):
-    """A value -> a JSON file."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_jsonl(path, rows):
-    """A list of values -> a file of one JSON value a line."""
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_parquet(path, columns, **options):
-    """A dict of columns, or an Arrow table -> a Parquet file."""
-    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", **options)
-
-
-def read_json(path):
-    """The value of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def fingerprint(path):
-    """Hash of a file's content, or of a folder's files with their names."""
-    path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return hashed([[str(p.relative_to(path)), fingerprint(p)] for p in files])
-
-
-def hashed(value):
-    """Hash of a JSON value, whatever the order of its keys."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def save_checkpoint(path, model, optimizer, train_state):
-    """Trainable weights, the optimizer's state (or None) and `train_state` (plain values) in one file."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    moments = optimizer.state_dict() if optimizer is not None else None
-    with whole_file(path) as temporary, open(temporary, "wb") as f:
-        torch.save({"weights": weights, "optimizer": moments, "train_state": train_state}, f)
-
-
-@torch.no_grad()
-def load_checkpoint(path, model, optimizer=None):
-    """Puts a checkpoint's weights (and moments) in place; returns its train_state."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.copy_(saved["weights"][name])
-    if optimizer is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-    return saved["train_state"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The folder of a stage
 
 
 class Stage:
@@ -240,12 +98,9 @@ class Stage:
 
     def describe(self, settings, inputs):
         """The first part of stage.json."""
-        arguments = {}
-        for name, value in sorted(dataclasses.asdict(settings).items()):
-            if name not in WITHOUT_EFFECT:
-                plain = isinstance(value, (bool, int, float, str, type(None), list, tuple))
-                arguments[name] = value if plain else str(value)
-        arguments = json.loads(json.dumps(arguments))
+        told = sorted(dataclasses.asdict(settings).items())
+        told = {name: value for name, value in told if name not in WITHOUT_EFFECT}
+        arguments = json.loads(json.dumps(told, default=str))
         packages = ("torch", "transformers", "numpy", "duckdb")
         return {
             "stage": self.folder.name,
@@ -278,25 +133,25 @@ class Stage:
 
     def compare(self, before, settings):
         """The folder is there: is it what is asked for?"""
-        if not settings.overwrite:
-            rest = [
-                identity(about["arguments"], about["inputs"], self.grows) for about in (before, self.about)
-            ]
-            if before["identity"] != self.about["identity"] and rest[0] == rest[1]:
-                print(f"{self.folder}: the {', '.join(self.grows)} have changed; what still holds is kept")
-                self.old = self.folder
-                return
-            if before["identity"] != self.about["identity"]:
-                changes = "; ".join(self.changes(before))
-                raise Stop(
-                    f"{self.folder} was made with other settings or inputs ({changes}); "
-                    "--overwrite makes it anew, another --run keeps both"
-                )
-            self.done = True
-            print(f"{self.folder}: finished before with the same arguments and inputs, nothing to do "
-                  "(--overwrite makes it anew)")  # fmt: skip
-        else:
+        if settings.overwrite:
             self.old = self.folder
+            return
+        if before["identity"] == self.about["identity"]:
+            self.done = True
+            same = "finished before with the same arguments and inputs, nothing to do"
+            print(f"{self.folder}: {same} (--overwrite makes it anew)")
+            return
+        was, now = (
+            identity(about["arguments"], about["inputs"], self.grows) for about in (before, self.about)
+        )
+        if was != now:
+            changes = "; ".join(self.changes(before))
+            raise Stop(
+                f"{self.folder} was made with other settings or inputs ({changes}); "
+                "--overwrite makes it anew, another --run keeps both"
+            )
+        print(f"{self.folder}: the {', '.join(self.grows)} have changed; what still holds is kept")
+        self.old = self.folder
 
     def changes(self, before):
         """What differs from the stage.json `before`, in words."""
@@ -437,37 +292,32 @@ def hold(folder, mode):
     return lock
 
 
-def list_files(folder, without=()):
-    """{name: {"bytes", "hash"; of Parquet "rows"}} of a folder's files but stage.json; `without`: top-level
-    names."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder)
-        if name.parts[0] not in without and str(name) != "stage.json":
-            found[name.as_posix()] = {"bytes": path.stat().st_size, "hash": fingerprint(path)}
-            if path.suffix == ".parquet":
-                found[name.as_posix()]["rows"] = pq.read_metadata(path).num_rows
-    return found
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
-def link_or_copy(source, target):
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def save_checkpoint(path, model, optimizer, train_state):
+    """Trainable weights, the optimizer's state (or None) and `train_state` (plain values) in one file."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    moments = optimizer.state_dict() if optimizer is not None else None
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
+        torch.save({"weights": weights, "optimizer": moments, "train_state": train_state}, f)
 
 
-def remove(path):
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@torch.no_grad()
+def load_checkpoint(path, model, optimizer=None):
+    """Puts a checkpoint's weights (and moments) in place; returns its train_state."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(saved["weights"][name])
+    if optimizer is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    return saved["train_state"]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Running
+# At the terminal
 
 
 def run_main(main):
@@ -497,41 +347,9 @@ def first_line(error):
     return "".join(c for c in text if c.isprintable())[:300]
 
 
-def quiet_libraries():
-    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="bitsandbytes|peft|torch.utils.checkpoint")
-
-
 def progress_bar(**options):
     """tqdm; where nobody watches (output into a file), a line every half minute."""
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed}, {rate_fmt}{postfix}\n"
         options = {"mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
     return tqdm(**options)
-
-
-def pick_device(name):
-    """'auto' -> cuda where there is one, else cpu. Stop for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: PyTorch sees no GPU here; --device cpu or auto")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def pick_dtype(name, device):
-    """'auto' -> bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16, AMX), else fp32."""
-    if name == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def dtype_name(dtype):
-    """torch.bfloat16 -> 'bfloat16'"""
-    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from runs.stage import progress_bar, whole_file, write_parquet
+from runs.files import whole_file, write_parquet
+from runs.stage import progress_bar
 
 
 def slices(tables, rows):

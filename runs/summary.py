@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from common import LEVELS, NUM_LEVELS
-from runs.stage import dtype_name
+from runs.settings import dtype_name
 
 ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 import common
 from common import MATCH_FEATURES
-from runs.stage import Stop, list_files, write_json, write_parquet
+from runs.files import list_files, write_json, write_parquet
+from runs.stage import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"

@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, BertModel
 import common
 from data.tables import RawTables
 from runs import streams
-from runs.stage import Stop, read_json
+from runs.files import read_json
+from runs.stage import Stop
 
 build = stage("01")
 

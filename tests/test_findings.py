@@ -10,7 +10,7 @@ from finished_run import finished_run
 from helpers import mark_finished, stage, stop_line
 
 from runs import comparison, findings
-from runs.stage import read_json, write_parquet
+from runs.files import read_json, write_parquet
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from common import PairText, Teacher
 from runs import models as loading
+from runs.files import read_json, write_json
 from runs.shards import read_labels
-from runs.stage import read_json, write_json
 
 trainer, labeller = stage("02"), stage("03")
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from helpers import mark_finished, stage, stop_line
 
-from runs import stage as plumbing
 from runs.batches import hash_rows, unique_rows
+from runs.files import read_json, write_parquet
 from runs.shards import read_labels
-from runs.stage import read_json, write_parquet
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
@@ -144,7 +143,8 @@ def test_another_text_of_a_training_pin_trains_again(run):
 
 @pytest.mark.parametrize("number", ["02", "03"])
 def test_the_precision_that_auto_came_to_is_part_of_the_identity(run, monkeypatch, number):
-    monkeypatch.setattr(plumbing, "pick_dtype", lambda name, device: torch.bfloat16)
+    module = {"02": trainer, "03": labeller}[number]
+    monkeypatch.setattr(module, "pick_dtype", lambda name, device: torch.bfloat16)
     line = stop_line({"02": train, "03": label}[number], run, "--precision", "auto")
     assert "float32 on cpu" in line and "bfloat16 on cpu" in line
 

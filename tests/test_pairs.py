@@ -11,7 +11,7 @@ from helpers import stage, stop_line, synthetic
 
 from common import MATCH_FEATURES, held_out_share, in_hash_split, query_key
 from runs import pairs
-from runs.stage import write_parquet
+from runs.files import write_parquet
 
 distil = stage("04")
 

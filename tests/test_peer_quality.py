@@ -10,8 +10,8 @@ import pytest
 from helpers import mark_finished, stop_line, synthetic
 
 import common
+from runs.files import write_json
 from runs.pairs import read_labelled
-from runs.stage import write_json
 
 TRAINED = {
     "epochs": 1,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from common import FIELDS, MATCH_FEATURES
 from data.tables import RawTables
-from runs.stage import Stop, read_json
+from runs.files import read_json
+from runs.stage import Stop
 
 build = stage("01")
 

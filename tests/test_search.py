@@ -23,8 +23,9 @@ from data.tables import RawTables
 from runs import export, search
 from runs import ranker as ranker_module
 from runs.bm25 import tokenize
+from runs.files import read_json, write_json
 from runs.ranker import Pin, Query, Ranker
-from runs.stage import Stop, read_json, write_json
+from runs.stage import Stop
 
 LANGUAGES = ("en", "es", "fr", "de")
 

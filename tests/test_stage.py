@@ -15,7 +15,9 @@ from helpers import ROOT, stop_line
 from torch import nn
 
 from runs import stage as plumbing
-from runs.stage import Count, Share, Size, Stage, StageSettings, Stop, parse, require_finished, whole_file
+from runs.files import fingerprint, read_json, whole_file, write_json
+from runs.settings import Count, Share, Size, StageSettings, parse, pick_device
+from runs.stage import Stage, Stop, require_finished
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,13 @@ def test_fingerprint_sees_every_byte_and_name(tmp_path):
     folder, seen = tmp_path / "a", set()
     folder.mkdir()
     (folder / "x").write_bytes(b"1" * 100)
-    seen.add(plumbing.fingerprint(folder))
-    assert plumbing.fingerprint(folder) in seen
-    seen.add(plumbing.fingerprint(folder / "x"))
+    seen.add(fingerprint(folder))
+    assert fingerprint(folder) in seen
+    seen.add(fingerprint(folder / "x"))
     (folder / "x").write_bytes(b"1" * 99 + b"2")
-    seen.add(plumbing.fingerprint(folder))
+    seen.add(fingerprint(folder))
     (folder / "x").rename(folder / "y")
-    seen.add(plumbing.fingerprint(folder))
+    seen.add(fingerprint(folder))
     assert len(seen) == 4
 
 
@@ -128,11 +130,11 @@ def test_fingerprint_of_a_large_file_sees_a_byte_anywhere(tmp_path):
     path = tmp_path / "large"
     with open(path, "wb") as f:
         f.truncate(300_000_000)
-    first = plumbing.fingerprint(path)
+    first = fingerprint(path)
     with open(path, "r+b") as f:
         f.seek(1_700_001)
         f.write(b"x")
-    assert plumbing.fingerprint(path) != first
+    assert fingerprint(path) != first
 
 
 def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
@@ -156,7 +158,7 @@ def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
 
 def test_finished_once_is_finished(tmp_path, capsys):
     folder = make(tmp_path)
-    about = plumbing.read_json(folder / "stage.json")
+    about = read_json(folder / "stage.json")
     assert about["finished"] and about["rows"] == 1 and about["outputs"]["file.txt"]["bytes"] == 3
     assert {"arguments", "inputs", "seed", "versions", "seconds", "identity"} <= about.keys()
     assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
@@ -178,9 +180,9 @@ def test_settings_that_cannot_change_a_result_are_free(tmp_path):
 
 def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
     folder = make(tmp_path)
-    about = plumbing.read_json(folder / "stage.json")
+    about = read_json(folder / "stage.json")
     assert about["arguments"].pop("compile") is False  # an earlier version had no --compile
-    plumbing.write_json(folder / "stage.json", about)
+    write_json(folder / "stage.json", about)
     assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
 
 
@@ -406,14 +408,14 @@ def test_a_pipe_that_is_closed_is_quiet(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_disk_full_or_read_only_leaves_earlier_results_whole(tmp_path, monkeypatch, number):
-    plumbing.write_json(tmp_path / "metrics.json", {"a": 1})
+    write_json(tmp_path / "metrics.json", {"a": 1})
     before = (tmp_path / "metrics.json").read_bytes()
 
     def full(self, *args, **options):
         raise OSError(number, os.strerror(number), str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    line = ended(lambda: plumbing.write_json(tmp_path / "metrics.json", {"b": 2}))
+    line = ended(lambda: write_json(tmp_path / "metrics.json", {"b": 2}))
     assert line.startswith("error: ") and "\n" not in line
     assert (tmp_path / "metrics.json").read_bytes() == before
 
@@ -428,8 +430,8 @@ def test_a_checkpoint_on_a_full_disk_is_the_same_line(tmp_path, monkeypatch):
 
 def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in stop_line(plumbing.pick_device, "cuda")
-    assert plumbing.pick_device("auto").type == "cpu"
+    assert "--device cuda" in stop_line(pick_device, "cuda")
+    assert pick_device("auto").type == "cpu"
 
 
 def test_progress_in_a_file_is_lines(tmp_path):

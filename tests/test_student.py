@@ -14,7 +14,7 @@ from helpers import environment, mark_finished, stage, stop_line, synthetic
 from test_pairs import rows_of
 
 from common import MATCH_FEATURES, Student, StudentInputs
-from runs.stage import read_json, write_json, write_parquet
+from runs.files import read_json, write_json, write_parquet
 
 distil = stage("04")
 

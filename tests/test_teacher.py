@@ -24,7 +24,8 @@ from torch import nn
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
 from runs.batches import epoch_batches, micro_batches
-from runs.stage import first_line, read_json, write_parquet
+from runs.files import read_json, write_parquet
+from runs.stage import first_line
 
 trainer, labeller = stage("02"), stage("03")
 

@@ -1,0 +1,101 @@
+"""What a script is told: settings as one frozen dataclass, its comments the help, its instances the presets;
+and what a device and a precision are on this machine. No method of the paper is in this file.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from runs.stage import Stop
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a setting, as metadata of its type."""
+
+    low: float
+    high: float = math.inf
+    low_included: bool = True
+
+    def __contains__(self, value):
+        above = value >= self.low if self.low_included else value > self.low
+        return above and value < self.high
+
+    def __str__(self):
+        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and below {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Size = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, low_included=False)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings:
+    """What every stage is told."""
+
+    preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
+    run: Path = ROOT / "outputs" / "toy"  # run directory
+    overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
+
+
+def parse(presets, argv=None, description=""):
+    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
+    An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="toy")
+    name = first.parse_known_args(argv)[0].preset
+    default = presets.get(name, presets["toy"])
+    settings = tyro.cli(type(default), default=default, args=argv, description=description.split("\n")[0])
+    for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
+        value = getattr(settings, field)
+        for bounds in ranges_of(hint):
+            for each in value if isinstance(value, tuple) else [value]:
+                if each is not None and each not in bounds:
+                    flag = f"--{field.replace('_', '-')} {each}"
+                    print(f"error: {flag}: must be {bounds}", file=sys.stderr)
+                    raise SystemExit(2)
+    return settings
+
+
+def ranges_of(hint):
+    """The Range objects anywhere inside a type: tuple[Count, ...] | None -> [Range(1)]."""
+    found = [data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range)]
+    for inner in typing.get_args(hint):
+        found += ranges_of(inner)
+    return found
+
+
+def pick_device(name):
+    """'auto' -> cuda where there is one, else cpu. Stop for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda: PyTorch sees no GPU here; --device cpu or auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def pick_dtype(name, device):
+    """'auto' -> bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16, AMX), else fp32."""
+    if name == "auto":
+        on_gpu = torch.device(device).type == "cuda"
+        fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def dtype_name(dtype):
+    """torch.bfloat16 -> 'bfloat16'"""
+    return str(dtype).removeprefix("torch.")
