@@ -27,9 +27,10 @@ from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
-from common import FIELDS, MATCH_FEATURES, in_hash_split
+from common import FIELDS, MATCH_FEATURES
 from data.embeddings import own_embeddings, own_fingerprint, users_embedding
 from data.images import load_images, pictures_fingerprint, read_pictures, write_skipped
+from data.splits import in_hash_split
 from data.tables import RawTables, levels_of, quoted
 from runs import models, stage
 from runs.bm25 import PairBM25, tokenize

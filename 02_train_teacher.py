@@ -29,6 +29,7 @@ from sklearn.metrics import roc_auc_score
 
 import common
 from common import FIELDS, NUM_LEVELS, PairText, Teacher
+from data.splits import hash_split, in_hash_split, query_key
 from runs import cards, models, stage
 from runs.batches import epoch_batches, hash_rows, micro_batches, start_processes
 from runs.files import write_jsonl
@@ -137,9 +138,8 @@ class LabelledRows:
         self.lengths = np.array([len(row) for row in self.ids])
         self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
         self.pad_id = text.tokenizer.pad_token_id
-        keys = [common.query_key(self.queries[query]) for query in query_index]
-        self.split = hash_split(keys, settings)
-        self.train, self.held_out = split_rows(keys, settings)
+        keys = [query_key(self.queries[query]) for query in query_index]
+        self.train, self.held_out, self.split = split_rows(keys, settings)
         self.held_out_queries = len({keys[row] for row in self.held_out})
 
     def batch(self, rows, device):
@@ -155,20 +155,15 @@ class LabelledRows:
         return F.nll_loss(guess, levels).item(), (guess.argmax(1) == levels).double().mean().item()
 
 
-def hash_split(keys, settings):
-    """{"share", "salt"} of in_hash_split that hold out a tenth of the queries, or fewer."""
-    salt = f"teacher:{settings.seed}"
-    return {"share": common.held_out_share(keys, np.ones(len(keys)), 0.1, salt), "salt": salt}
-
-
 def split_rows(keys, settings):
-    """Row numbers to train on, and those of a tenth of the queries, at most a tenth of the rows, held out to
-    be looked at; of a small data set none. keys [N]: of the rows' queries (query_key)."""
-    is_held_out = common.in_hash_split(keys, **hash_split(keys, settings))
+    """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
+    in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
+    split = hash_split(keys, np.ones(len(keys)), 0.1, f"teacher:{settings.seed}")
+    is_held_out = in_hash_split(keys, **split)
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if settings.rows:
         train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
-    return train, held_out
+    return train, held_out, split
 
 
 # ------------------------------------------------------------------------------------------------------------

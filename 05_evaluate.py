@@ -22,7 +22,8 @@ from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score
 
-from common import NUM_LEVELS, Student, StudentInputs, in_hash_split
+from common import NUM_LEVELS, Student, StudentInputs
+from data.splits import in_hash_split
 from runs import cards, pictures, report
 from runs.files import write_json
 from runs.pairs import read_labelled, require_pairs

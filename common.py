@@ -9,9 +9,7 @@ features. The paper: Wang et al., 2024, "Improving Pinterest Search Relevance Us
 (arXiv 2410.17152).
 """
 
-import hashlib
 import os
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -460,35 +458,3 @@ def frequent_values(column, n):
     pairs = zip(counts.field("counts").to_pylist(), counts.field("values").to_pylist())
     ranked = sorted((-count, value) for count, value in pairs)
     return [value for _, value in ranked[:n]]
-
-
-def query_key(text):
-    """What makes two queries one: the same text but for its Unicode form, case, and spaces around it."""
-    return unicodedata.normalize("NFC", text).strip().lower()
-
-
-def hash_position(key, salt):
-    """A key's place between 0 and 1, the same on every machine."""
-    digest = hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
-def in_hash_split(keys, share, salt):
-    """Boolean mask [B]: does the query (its key) belong to the held-out `share`? By a hash, so that a query
-    never stands on both sides."""
-    held_out = {key: hash_position(key, salt) < share for key in set(keys)}
-    return np.array([held_out[key] for key in keys], dtype=bool)
-
-
-def held_out_share(keys, rows, share, salt):
-    """The share for in_hash_split that holds out about `share` of the queries, but at most a tenth of the
-    rows. keys [Q]: of the queries; rows [Q]: how many each has."""
-    rows_of = {}
-    for key, count in zip(keys, rows):
-        rows_of[key] = rows_of.get(key, 0) + int(count)
-    held_out, most = 0, sum(rows_of.values()) / 10
-    for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
-        held_out += count
-        if position >= share or held_out > most:
-            return min(position, share)
-    return share

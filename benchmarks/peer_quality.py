@@ -34,7 +34,8 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import NUM_LEVELS, query_key  # noqa: E402
+from common import NUM_LEVELS  # noqa: E402
+from data.splits import query_key  # noqa: E402
 from runs.files import read_json, write_json  # noqa: E402
 from runs.models import quiet_libraries  # noqa: E402
 from runs.pairs import read_labelled  # noqa: E402
@@ -155,7 +156,7 @@ def teacher_rows(run, train, made):
     queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
     keys = [query_key(query) for query in queries.take(train["query_index"]).to_pylist()]
     settings = replace(stage_02.TOY, rows=made["rows"], seed=made["seed"])
-    learned, _ = stage_02.split_rows(keys, settings)
+    learned, *_ = stage_02.split_rows(keys, settings)
     return {name: column[learned] for name, column in train.items()}
 
 

@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import in_hash_split  # noqa: E402
+from data.splits import in_hash_split  # noqa: E402
 from runs.files import link_or_copy, whole_file, write_parquet  # noqa: E402
 from runs.settings import ROOT  # noqa: E402
 from runs.stage import Stop, run_main  # noqa: E402

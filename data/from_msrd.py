@@ -25,8 +25,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import in_hash_split  # noqa: E402
 from data.files import plain_cell  # noqa: E402
+from data.splits import in_hash_split  # noqa: E402
 from runs.files import whole_file, write_parquet  # noqa: E402
 from runs.settings import ROOT  # noqa: E402
 from runs.stage import Stop, run_main  # noqa: E402

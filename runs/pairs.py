@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow.parquet as pq
 
-from common import NUM_LEVELS, held_out_share, in_hash_split, query_key
+from common import NUM_LEVELS
+from data.splits import hash_split, in_hash_split, query_key
 from runs.stage import Stop, progress_bar, require_finished
 
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
@@ -128,7 +129,7 @@ class TrainingRows:
             query = pq.read_table(path, columns=["query_index"])["query_index"].to_numpy()
             counts += np.bincount(query, minlength=len(self.keys)) * self.is_wanted
         share, salt = HELD_OUT[self.settings.labels], f"student:{self.settings.seed}"
-        self.held_out = {"share": held_out_share(self.keys, counts, share, salt), "salt": salt}
+        self.held_out = hash_split(self.keys, counts, share, salt)
         self.is_held_out = in_hash_split(self.keys, **self.held_out)
 
     def survey(self):

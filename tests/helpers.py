@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 import common
 from common import MATCH_FEATURES
+from data.splits import in_hash_split
 from runs.files import list_files, write_json, write_parquet
 from runs.stage import Stop
 
@@ -151,7 +152,7 @@ def synthetic(folder, shards=5, shard_rows=60, queries=200, pins=30, seed=0):
         write_parquet(labels / "impressions" / f"part-{i:05d}.parquet", soft)
         every.append((table, p))
     table = pairs(300)
-    in_eval = common.in_hash_split([f"q{i}" for i in table["query_index"]], 0.3, "eval")
+    in_eval = in_hash_split([f"q{i}" for i in table["query_index"]], 0.3, "eval")
     label = rng.integers(1, 6, 300).astype(np.int8)
     human = {**table, "label": label, "split": np.where(in_eval, "eval", "train")}
     write_parquet(features / "labelled.parquet", human)

@@ -12,7 +12,7 @@ from scipy.special import rel_entr
 from sklearn.metrics import accuracy_score, roc_auc_score
 from torch.nn.functional import kl_div
 
-from common import in_hash_split
+from data.splits import in_hash_split
 from runs import report
 
 evaluate = stage("05")

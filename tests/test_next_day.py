@@ -214,7 +214,7 @@ def test_02_stops_where_the_last_step_ruined_the_weights(features, models, tmp_p
     (tmp_path / "run" / "features").symlink_to(features)
     if not held_out:
         everything = {"share": 0.0, "salt": ""}
-        monkeypatch.setattr(trainer, "hash_split", lambda keys, settings: everything)
+        monkeypatch.setattr(trainer, "hash_split", lambda *of_queries: everything)
     argv = ["--run", str(tmp_path / "run"), "--model", str(models["bert"]), *QUICK, "--rows", "8"]
     argv += ["--encoder-lr", "1e30", "--head-lr", "1e30", "--warmup", "0"]
     assert "--lr" in stop_line(trainer.main, argv)

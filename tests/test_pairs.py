@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import stage, stop_line, synthetic
 
-from common import MATCH_FEATURES, held_out_share, in_hash_split, query_key
+from common import MATCH_FEATURES
+from data.splits import hash_split, in_hash_split, query_key
 from runs import pairs
 from runs.files import write_parquet
 
@@ -211,9 +212,9 @@ def test_at_most_a_tenth_of_the_rows_is_held_out(seed):
     rng = np.random.default_rng(seed)
     rows = np.maximum(1, rng.pareto(1.0, 30) * 20).astype(int)
     texts = [f"query {i} of {seed}" for i in range(30)]
-    share = held_out_share(texts, rows, 0.2, "s")
-    held = in_hash_split(texts, share, "s")
-    assert share <= 0.2 and rows[held].sum() <= rows.sum() / 10
+    split = hash_split(texts, rows, 0.2, "s")
+    held = in_hash_split(texts, **split)
+    assert split["share"] <= 0.2 and rows[held].sum() <= rows.sum() / 10
     every = in_hash_split(texts, 0.2, "s")
     if rows[every].sum() <= rows.sum() / 10:
         assert (held == every).all()

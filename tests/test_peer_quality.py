@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import mark_finished, stop_line, synthetic
 
-import common
+from data.splits import hash_split, in_hash_split
 from runs.files import write_json
 from runs.pairs import read_labelled
 
@@ -45,8 +45,8 @@ def test_the_peer_gets_the_teachers_rows(labelled_run):
     train, _ = read_labelled(run)
     learned = peer_quality.teacher_rows(run, train, TRAINED)
     keys = [f"text {i}" for i in train["query_index"]]
-    share = common.held_out_share(keys, np.ones(len(keys)), 0.1, "teacher:3")
-    is_held_out = common.in_hash_split(keys, share, "teacher:3")
+    split = hash_split(keys, np.ones(len(keys)), 0.1, "teacher:3")
+    is_held_out = in_hash_split(keys, **split)
     assert 0 < is_held_out.sum() < len(is_held_out)
     for name, column in learned.items():
         assert (column == train[name][~is_held_out]).all()

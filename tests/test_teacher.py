@@ -540,7 +540,7 @@ def test_held_out_rows_are_of_whole_queries_and_at_most_a_tenth():
         for seed in range(5):
             sizes = np.random.default_rng(seed).integers(1, 60, queries)
             keys = [f"query {i}" for i, size in enumerate(sizes) for _ in range(size)]
-            train, held_out = stage_02.split_rows(keys, replace(stage_02.TOY, seed=seed))
+            train, held_out, _ = stage_02.split_rows(keys, replace(stage_02.TOY, seed=seed))
             assert sorted([*train, *held_out]) == list(range(len(keys)))
             assert len(held_out) <= len(keys) / 10 and len(train)
             assert not {keys[row] for row in train} & {keys[row] for row in held_out}
