@@ -17,7 +17,6 @@ Shapes: B rows, T tokens, C = 5 levels.
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -30,9 +29,9 @@ from sklearn.metrics import roc_auc_score
 import common
 from common import FIELDS, NUM_LEVELS, PairText, Teacher
 from data.splits import hash_split, in_hash_split, query_key
-from runs import cards, models, stage
-from runs.batches import epoch_batches, hash_rows, micro_batches, start_processes
+from runs import cards, models, stage, summary
 from runs.files import write_jsonl
+from runs.rows import epoch_batches, hash_rows, micro_batches
 from runs.settings import (
     ROOT,
     Count,
@@ -48,8 +47,7 @@ from runs.settings import (
     pick_device,
     pick_dtype,
 )
-from runs.stage import Stop
-from runs.summary import ENOUGH_QUERIES, describe, warn_if_useless
+from runs.stage import Stop, start_processes
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,48 @@ def split_rows(keys, settings):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Fine-tuning: QLoRA or LoRA beside a frozen language model, or all of its weights
+
+
+def add_lora(backbone, settings):
+    """Freezes the backbone and puts LoRA beside every linear layer: W x + (alpha / R) B A x, A and B are
+    trained (Hu et al., 2022). With W in 4 bit (NF4) this is QLoRA (Dettmers et al., 2023)."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+    lora = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules="all-linear")
+    # peft's prepare_model_for_kbit_training is not used: it would upcast embeddings and norms to fp32.
+    try:
+        return get_peft_model(backbone, lora)
+    except Exception as error:  # peft knows no way for some layers
+        advice = "--finetuning full trains all weights"
+        raise Stop(f"--model: LoRA cannot stand in it ({stage.first_line(error)}); {advice}") from error
+
+
+def prepare_training(backbone, settings, finetuning, device):
+    """A loaded backbone -> one with LoRA, unless it is trained in full, and on a GPU with activation
+    checkpointing."""
+    if finetuning != "full":
+        backbone = add_lora(backbone, settings)
+    if torch.device(device).type == "cuda":
+        backbone.enable_input_require_grads()
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return backbone
+
+
+def load_trainable(settings, config, device, dtype):
+    """The language model ready for training, and how: "qlora" (4 bit, LoRA beside it), "lora" or "full". The
+    paper trains Llama with QLoRA; `auto` does so with every decoder, and trains encoders in full."""
+    finetuning = settings.finetuning
+    if finetuning == "auto":
+        finetuning = "qlora" if models.backbone_kind(config) == "decoder" else "full"
+    # Weights that are trained are fp32 (bf16 only by autocast), a frozen backbone has the compute dtype.
+    weight_dtype = torch.float32 if finetuning == "full" else dtype
+    backbone = models.load_backbone(settings.model, weight_dtype, finetuning == "qlora", device, config)
+    return prepare_training(backbone, settings, finetuning, device), finetuning
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -225,26 +265,17 @@ def evaluate(teacher, rows, accelerator, token_budget):
     return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_auroc_4": float(auroc)}
 
 
-def train(teacher, optimizer, rows, settings, accelerator, work):
-    """The training loop. Leaves the weights of the last epoch in `teacher` (--keep best: of the one with the
-    highest held-out AUROC); returns the log and that epoch's scores. Checkpoints go into `work`."""
-    model = accelerator.prepare(teacher)
-    is_main, path = accelerator.is_main_process, work / "checkpoint.pt"
-    steps_per_epoch = math.ceil(len(rows.train) / settings.batch_size)
-    steps = settings.epochs * steps_per_epoch
-    train_state = {"step": 0, "best": None, "log": []}
-    if path.exists():
-        train_state = stage.load_checkpoint(path, teacher, optimizer)
-        accelerator.print(f"continuing at step {train_state['step']} of {steps}")
-    step, log = train_state["step"], train_state["log"]
-    bar = stage.progress_bar(total=steps, initial=step, desc="teacher", unit=" steps", disable=not is_main)
-
-    while step < steps:
-        epoch = step // steps_per_epoch
-        batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
-        for batch in batches[step % steps_per_epoch :]:
-            factor = common.linear_warmup_decay(step / steps, settings.warmup)
-            step += 1
+def train_epoch(model, optimizer, rows, train_state, settings, accelerator, checkpoint):
+    """The steps of an epoch that are left, each a line of the log. Every so many steps a checkpoint."""
+    teacher, is_main = accelerator.unwrap_model(model), accelerator.is_main_process
+    epoch, done = divmod(train_state["step"], steps_per_epoch(rows, settings))
+    batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
+    steps = settings.epochs * len(batches)
+    options = {"total": steps, "initial": train_state["step"], "unit": " steps", "disable": not is_main}
+    with stage.progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
+        for number, batch in enumerate(batches[done:], done + 1):
+            factor = common.linear_warmup_decay(train_state["step"] / steps, settings.warmup)
+            step = train_state["step"] + 1
             # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
             torch.manual_seed(settings.seed * 1_000_003 + step * 1_009 + accelerator.process_index)
             teacher.train()
@@ -253,37 +284,54 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
                 where = f"at step {step}, training rows {rows.train[batch][:8].tolist()}…"
                 raise Stop(f"the loss is {loss} {where}: lower --lr, or use --precision fp32")
             update_weights(teacher, optimizer, factor)
-            log.append(
-                {"step": step, "epoch": epoch + 1, "loss": round(loss, 6), "lr_factor": round(factor, 6)}
-            )
+            line = {"step": step, "epoch": epoch + 1, "loss": round(loss, 6)}
+            train_state["log"].append({**line, "lr_factor": round(factor, 6)})
+            train_state["step"] = step
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if is_main and step % settings.checkpoint_steps == 0 and step % steps_per_epoch:
-                stage.save_checkpoint(path, teacher, optimizer, {**train_state, "step": step})
+            if is_main and step % settings.checkpoint_steps == 0 and number < len(batches):
+                stage.save_checkpoint(checkpoint, teacher, optimizer, train_state)
+    return epoch + 1
 
-        losses = [line["loss"] for line in log if line["epoch"] == epoch + 1]
-        scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
+
+def train(teacher, optimizer, rows, settings, accelerator, work):
+    """The training loop. Leaves the weights of the last epoch in `teacher` (--keep best: of the one with the
+    highest held-out AUROC); returns the log and that epoch's scores. Checkpoints go into `work`."""
+    model = accelerator.prepare(teacher)
+    checkpoint, best = work / "checkpoint.pt", work / "best.pt"
+    steps = settings.epochs * steps_per_epoch(rows, settings)
+    train_state = {"step": 0, "best": None, "log": []}
+    if checkpoint.exists():
+        train_state = stage.load_checkpoint(checkpoint, teacher, optimizer)
+        accelerator.print(f"continuing at step {train_state['step']} of {steps}")
+    log = train_state["log"]
+    while train_state["step"] < steps:
+        epoch = train_epoch(model, optimizer, rows, train_state, settings, accelerator, checkpoint)
+        losses = [line["loss"] for line in log if line["epoch"] == epoch]
+        scores = {"epoch": epoch, "train_loss": float(np.mean(losses))}
         scores |= evaluate(teacher, rows, accelerator, settings.batch_tokens)
-        accelerator.print(
-            ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
-        )
-        log.append({"step": step, **scores})
+        accelerator.print(summary.in_words(scores))
+        log.append({"step": train_state["step"], **scores})
         if is_better(scores, train_state["best"], rows, settings):
             train_state["best"] = scores
-            if is_main:
-                stage.save_checkpoint(work / "best.pt", teacher, None, scores)
-        if is_main:
-            stage.save_checkpoint(path, teacher, optimizer, {**train_state, "step": step})
-    bar.close()
+            if accelerator.is_main_process:
+                stage.save_checkpoint(best, teacher, None, scores)
+        if accelerator.is_main_process:
+            stage.save_checkpoint(checkpoint, teacher, optimizer, train_state)
     accelerator.wait_for_everyone()
-    stage.load_checkpoint(work / "best.pt", teacher)
+    stage.load_checkpoint(best, teacher)
     return train_state
+
+
+def steps_per_epoch(rows, settings):
+    """Optimizer steps of one pass over the training rows."""
+    return math.ceil(len(rows.train) / settings.batch_size)
 
 
 def is_better(scores, best, rows, settings):
     """Is this epoch to be kept? The last one always is (the learning rate falls to zero there), unless
     --keep best and enough held-out queries to tell."""
-    if best is None or settings.keep == "last" or rows.held_out_queries < ENOUGH_QUERIES:
+    if best is None or settings.keep == "last" or rows.held_out_queries < summary.ENOUGH_QUERIES:
         return True
     return scores["held_out_auroc_4"] > best["held_out_auroc_4"]
 
@@ -300,11 +348,11 @@ def update_weights(teacher, optimizer, lr_factor):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write_card(settings, about, counts, log, work):
-    """The teacher's README.md; the empty form that peft leaves beside LoRA's weights goes."""
-    (work / "adapter" / "README.md").unlink(missing_ok=True)
-    command = cards.command_line("02_train_teacher.py", settings, PRESETS)
-    cards.write_text(work / "README.md", cards.teacher_card(about, command, settings.run, counts, log))
+def open_text(settings, config):
+    """The PairText of the pairs, for a model of this config."""
+    kind, tokenizer = models.backbone_kind(config), models.load_tokenizer(settings.model, config)
+    max_tokens = models.fit_length(settings.max_tokens, config)
+    return PairText(tokenizer, kind, settings.fields, max_tokens, settings.long_queries == "cut")
 
 
 def main(argv=None):
@@ -314,17 +362,14 @@ def main(argv=None):
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.precision, device)
     accelerator = start_processes(device)
-
     if not settings.fields:
         raise Stop(f"--fields: at least one of {' '.join(FIELDS)}")
 
     # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
-    stage.require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    _lock = stage.require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
     config = models.load_config(settings.model)
-    kind, tokenizer = models.backbone_kind(config), models.load_tokenizer(settings.model, config)
-    max_tokens = models.fit_length(settings.max_tokens, config)
-    text = PairText(tokenizer, kind, settings.fields, max_tokens, settings.long_queries == "cut")
+    kind, text = models.backbone_kind(config), open_text(settings, config)
     rows = LabelledRows(features, text, settings)
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
@@ -336,12 +381,12 @@ def main(argv=None):
 
     # 3. The language model and a fresh head
     torch.manual_seed(settings.seed)
-    backbone, finetuning = models.load_trainable(settings, config, accelerator.device, dtype)
+    backbone, finetuning = load_trainable(settings, config, accelerator.device, dtype)
     teacher = Teacher(backbone, kind, dtype).to(accelerator.device)
     models.check_reading(teacher, rows.ids[rows.lengths.argmax()], rows.pad_id, accelerator.device)
     optimizer = make_optimizer(teacher, finetuning, settings)
     if accelerator.is_main_process:
-        describe(teacher, finetuning, rows, settings)
+        summary.describe_teacher(teacher, finetuning, rows, settings)
         print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
@@ -349,17 +394,20 @@ def main(argv=None):
 
     # 5. Save
     if accelerator.is_main_process:
-        warn_if_useless(rows, train_state["best"])
-        is_folder = Path(settings.model).is_dir()
-        about = {"model": str(Path(settings.model).resolve()) if is_folder else settings.model}
-        about |= {"kind": kind, "finetuning": finetuning, "fields": settings.fields}
-        about |= {"max_tokens": max_tokens, "long_queries": settings.long_queries}
+        summary.warn_if_useless(rows, train_state["best"])
+        about = {"model": models.full_name(settings.model), "kind": kind, "finetuning": finetuning}
+        about |= {
+            "fields": settings.fields,
+            "max_tokens": text.max_tokens,
+            "long_queries": settings.long_queries,
+        }
         teacher.save(output.work, about)
-        tokenizer.save_pretrained(output.work / "tokenizer")
+        text.tokenizer.save_pretrained(output.work / "tokenizer")
         write_jsonl(output.work / "training_log.jsonl", train_state["log"])
         output.discard("checkpoint.pt", "best.pt")
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
-        write_card(settings, about, counts, train_state["log"], output.work)
+        command = cards.command_line("02_train_teacher.py", settings, PRESETS)
+        cards.write_teacher_card(about, settings, command, counts, train_state["log"], output.work)
         facts = {"best": train_state["best"], "text": text.describe(), "held_out": rows.split}
         output.finish(rows=counts, **facts)
     accelerator.wait_for_everyone()

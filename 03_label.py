@@ -24,8 +24,9 @@ import torch
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from runs import models, stage
-from runs.batches import hash_rows, start_processes, unique_rows
-from runs.files import hashed, read_json
+from runs.inherited import require_teacher, require_trained_on, teacher_identity
+from runs.pairs import KeptLabels, count_rows, mean_label, write_labels
+from runs.rows import PairShards, hash_rows, tokenized, unique_rows
 from runs.settings import (
     Count,
     Device,
@@ -37,8 +38,7 @@ from runs.settings import (
     pick_device,
     pick_dtype,
 )
-from runs.shards import KeptLabels, PairShards, count_rows, mean_label, tokenized, write_labels
-from runs.stage import Stop
+from runs.stage import Stop, start_processes
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,9 @@ def merge_lora(teacher, adapter):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def inherited(settings, device):
-    """teacher.json, where the teacher's language model is, and the identity of what is read, checked."""
-    run = settings.run
-    made = stage.require_finished(run / "features", f"01_build_features.py --run {run}")
-    trained = stage.require_finished(run / "teacher", f"02_train_teacher.py --run {run}")
-    about = read_json(run / "teacher" / "teacher.json")
-    model = run / "teacher" / "backbone"
-    if about["finetuning"] != "full":  # LoRA stands beside a model that somebody may have changed or moved
-        model = settings.model or about["model"]
-        if not models.is_model(model, trained["inputs"]["model"]):
-            raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
-    weights = {name: file["hash"] for name, file in trained["outputs"].items() if "safetensors" in name}
-    dtype = pick_dtype(settings.precision, device)
-    inputs = {"features": made["identity"], "text": trained["text"]}
-    inputs["teacher"] = hashed([trained["inputs"], trained["arguments"], weights])
-    inputs["precision"] = f"{dtype_name(dtype)} on {device.type}"
-    return about, model, inputs
-
-
 def load_teacher(settings, sample, pad_id, device):
-    """The teacher ready to label, and how far merging LoRA moved the labels of `sample` (or None)."""
+    """The teacher ready to label, and how far merging LoRA moved the labels of `sample`, rows of token ids
+    (None: nothing was merged)."""
     folder = settings.run / "teacher"
     dtype = pick_dtype(settings.precision, device)
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
@@ -157,18 +139,6 @@ def open_text(settings, about, model):
     return text
 
 
-def check_trained(run, rows, labelled):
-    """Stop if the teacher was trained on other human labels, or other text, than the features hold now. rows:
-    token ids of the file `labelled`."""
-    table = pq.read_table(labelled, columns=["label", "split"])
-    train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
-    levels = table["label"].to_numpy().astype(np.int64)[train] - 1
-    trained = read_json(run / "teacher" / "stage.json")["inputs"]["rows"]
-    if hash_rows([rows[row] for row in train], levels) != trained:
-        what = f"trained on other labelled rows than {run / 'features'} holds now"
-        raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
-
-
 def label_shards(teacher, shards, kept, target, settings, bar):
     """Labels shard after shard into target(path of the shard), each written whole or not at all. kept: labels
     of before. Returns the numbers of rows, of rows labelled before, and of passes of the teacher."""
@@ -187,9 +157,12 @@ def main(argv=None):
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
     accelerator = start_processes(pick_device(settings.device))
-    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    device, is_main = accelerator.device, accelerator.is_main_process
     features, folder = settings.run / "features", settings.run / "labels"
-    about, model, inputs = inherited(settings, accelerator.device)
+    read, about, model = require_teacher(settings.run, settings.model)
+    inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
+    inputs["teacher"] = teacher_identity(read["teacher"])
+    inputs["precision"] = f"{dtype_name(pick_dtype(settings.precision, device))} on {device.type}"
     output = stage.start_stage(accelerator, folder, settings, inputs, grows=["features"])
     if output is None:
         return
@@ -206,19 +179,17 @@ def main(argv=None):
 
     # 3. The teacher, LoRA merged
     [(_, rows)] = PairShards(features, text, [labelled])
-    check_trained(settings.run, rows, labelled)
-    sample = rows[:CHECKED_ROWS]
-    teacher, moved = load_teacher(settings, sample, text.tokenizer.pad_token_id, accelerator.device)
+    require_trained_on(settings.run, read["teacher"], rows)
+    teacher, moved = load_teacher(settings, rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, device)
     if is_main:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}")
         print(f"LoRA merged: {moved}" if moved else "nothing merged")
-        print(
-            f"shards: {len(paths)}, of which {len(todo)} to label; {inputs['precision']}, {world} process(es)"
-        )
+        print(f"shards: {len(paths)}, of which {len(todo)} to label")
+        print(f"{inputs['precision']}, {accelerator.num_processes} process(es)")
 
     # 4. Soft labels, one output shard an input shard
     kept = KeptLabels(folder, inputs["teacher"], use=not settings.overwrite)
-    shards = PairShards(features, text, todo[rank::world])
+    shards = PairShards(features, text, todo[accelerator.process_index :: accelerator.num_processes])
     with stage.progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
         counts = label_shards(teacher, shards, kept, target, settings, bar)
     accelerator.wait_for_everyone()

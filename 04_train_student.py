@@ -24,18 +24,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import Student, StudentInputs, linear_warmup_decay
-from runs import cards
-from runs.export import CHECKED_ROWS, input_names, save_for_serving
-from runs.pairs import TrainingRows, ahead, require_pairs
-from runs.settings import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
-
-# isort: split
-from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main
-
-# isort: split
+from common import NUM_LEVELS, Student, StudentInputs, linear_warmup_decay
+from runs import cards, summary
+from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
-from runs.stage import save_checkpoint
+from runs.inherited import require_pairs
+from runs.pairs import PairFiles, TrainingRows, ahead, read_labels
+from runs.settings import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
+from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ PAPER = replace(
     checkpoint_steps=2_000,  # our choice
 )
 PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
-MIN_QUERIES = 50  # held-out queries that it takes to choose an epoch
 READS = ("*.parquet", "*_embedding.npy")  # files of features/ and labels/
 
 
@@ -107,7 +102,29 @@ def distillation_loss(logits, soft_labels, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Training
+# Rows: impressions with the teacher's labels, and the human-labelled ones
+
+
+def human_targets(level, soft_labels, whose):
+    """What is learnt of human-labelled rows: human levels [N] in 1..5, teacher's probabilities [N, C] ->
+    target probabilities [N, C], those of the human level alone, the teacher's, or (half) their mean."""
+    if whose == "teacher":
+        return soft_labels
+    human = np.eye(NUM_LEVELS)[level - 1]
+    return human if whose == "human" else (human + soft_labels) / 2
+
+
+def human_rows(files, settings):
+    """The human-labelled training rows with the targets that --labels and --human-rows ask for."""
+    whose = "human" if settings.labels == "human" else settings.human_rows
+    rows, level, is_train = files.labelled()
+    if whose == "none":
+        return rows[:0]
+    soft_labels = None
+    if whose != "human":
+        soft_labels = read_labels(settings.run / "labels" / "labelled.parquet", len(rows))
+    rows["target"] = human_targets(level, soft_labels, whose)
+    return rows[is_train]
 
 
 def tensors(inputs, rows, device):
@@ -115,6 +132,10 @@ def tensors(inputs, rows, device):
     columns = [*inputs.gather(rows["query"], rows["pin"])]
     columns += [torch.from_numpy(np.ascontiguousarray(rows[name])) for name in ("match", "target")]
     return [column.to(device, non_blocking=True) for column in columns]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
 
 
 @torch.inference_mode()
@@ -175,7 +196,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
     if checkpoint.exists():
         train_state = load_checkpoint(checkpoint, student, optimizer)
         print(f"continuing in epoch {train_state['epoch'] + 1}, after {train_state['rows']:,} rows")
-    chooses = settings.keep == "best" and len(np.unique(held_out["query"])) >= MIN_QUERIES
+    chooses = settings.keep == "best" and len(np.unique(held_out["query"])) >= summary.ENOUGH_QUERIES
     planned = rows.total * settings.epochs
     for epoch in range(train_state["epoch"], settings.epochs):
         steps = rows.batches(epoch, skip=train_state["step"])
@@ -183,7 +204,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
         loss = train_epoch(student, optimizer, batches, train_state, settings, planned, checkpoint)
         scores = {"epoch": epoch + 1, "loss": loss / rows.total}
         scores |= held_out_scores(student, inputs, held_out, device)
-        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        print(summary.in_words(scores))
         train_state["log"].append(scores)
         kept = train_state["kept"]
         if not (chooses and kept and scores["held_out_agreement"] <= kept["held_out_agreement"]):
@@ -216,14 +237,15 @@ def with_name(settings):
     return replace(settings, name=name)
 
 
-def student_spec(settings, inputs, rows, mean, std):
-    """What the network is made of, and how its inputs are normalized."""
+def student_spec(settings, inputs, match, mean, std):
+    """What the network is made of, and how its inputs are normalized. match: names of the match features;
+    mean, std [F]: theirs."""
     return {
         "embeddings": inputs.dims,
         "categories": inputs.categories,
         "category_dim": settings.category_dim,
         "numbers": inputs.numbers,
-        "match": rows.match,
+        "match": match,
         "mean": mean.tolist(),
         "std": std.tolist(),
         "hidden": list(settings.hidden),
@@ -243,23 +265,15 @@ def main(argv=None):
         return
 
     # 2. Rows and inputs
-    rows = TrainingRows(settings, settings.run)
+    files = PairFiles(settings.run, settings.languages)
+    rows = TrainingRows(files, human_rows(files, settings), settings)
     mean, std, held_out = rows.survey()
     inputs = StudentInputs(features).to(device)
-    queries = len(np.unique(held_out["query"]))
-    few = ": too few queries" if not queries else ""
-    print(f"{settings.labels}'s labels: {rows.total:,} rows, {len(rows.human):,} human-labelled; {device}")
-    print(f"held out: {len(held_out):,} rows of {queries:,} queries{few}")
-    if settings.keep == "best" and queries < MIN_QUERIES:
-        print(f"the last epoch is kept: under {MIN_QUERIES} queries tell no best one")
 
     # 3. The network
     torch.manual_seed(settings.seed)
-    spec = student_spec(settings, inputs, rows, mean, std)
-    student = Student(spec).to(device)
-    sizes = [f"{source} {size}" for source, size in inputs.dims.items()]
-    print(f"inputs: {', '.join(sizes + input_names(spec)[len(sizes) :])}")
-    print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
+    student = Student(student_spec(settings, inputs, files.match, mean, std)).to(device)
+    summary.describe_student(student, rows, held_out, settings, device)
 
     # 4. Distillation
     train_state = train(student, rows, inputs, held_out, settings, device, stage.work)

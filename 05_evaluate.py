@@ -26,9 +26,10 @@ from common import NUM_LEVELS, Student, StudentInputs
 from data.splits import in_hash_split
 from runs import cards, pictures, report
 from runs.files import write_json
-from runs.pairs import read_labelled, require_pairs
+from runs.inherited import require_systems, students_of
+from runs.pairs import read_labelled
 from runs.settings import Range, Size, StageSettings, parse
-from runs.stage import Stage, Stop, require_finished, run_main
+from runs.stage import Stage, run_main
 
 
 @dataclass(frozen=True)
@@ -301,45 +302,11 @@ def all_systems(run, students, train, evaluation):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def inherited(run):
-    """What is read, checked: {folder: its stage.json} of features, labels, and every student; the teacher's
-    where it is here. A student beside the main one that does not fit is named and left out."""
-    read = require_pairs(run, READS)
-    unfinished = [path.name[1:].partition(".unfinished-")[0] for path in run.glob(".student*.unfinished-*")]
-    finished = [path.name for path in run.glob("student*") if path.is_dir()]
-    for name in sorted({"student", *finished, *unfinished}):
-        try:
-            read[name] = require_student(run, name, read)
-        except Stop as why:
-            if name == "student":
-                raise
-            print(f"left out: {why}")
-    if (run / "teacher" / "stage.json").exists():
-        read["teacher"] = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", ())
-    return read
-
-
-def require_student(run, name, read):
-    """stage.json of a student, whose features and labels must be those that were read."""
-    command = f"04_train_student.py --run {run}" + f" --name {name}" * (name != "student")
-    student = require_finished(run / name, command)
-    for folder, identity in student["inputs"].items():
-        if identity != read[folder]["identity"]:
-            raise Stop(f"{run / name}: trained on other {folder}; python {command} --overwrite")
-    return student
-
-
-def students_of(read):
-    """Names of the students that were read, the main one last."""
-    names = [name for name in read if name.startswith("student")]
-    return sorted(names, key=lambda name: (name == "student", name))
-
-
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse(PRESETS, argv, __doc__)
     run = settings.run
-    read = inherited(run)
+    read = require_systems(run, READS)
     identities = {folder: about["identity"] for folder, about in read.items()}
     stage = Stage(run / "report", settings, identities)
     if stage.done:

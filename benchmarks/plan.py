@@ -72,7 +72,7 @@ def empty_teacher(model, settings):
     finetuning = "qlora" if kind == "decoder" else "full"
     with torch.device("meta"):
         backbone = models.empty_backbone(config, torch.bfloat16)
-        backbone = models.prepare_training(backbone, settings, finetuning, "meta")
+        backbone = stage02.prepare_training(backbone, settings, finetuning, "meta")
         return Teacher(backbone, kind, torch.bfloat16), finetuning
 
 

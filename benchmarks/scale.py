@@ -32,7 +32,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import duckdb
 import numpy as np
@@ -247,7 +246,7 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     inputs = common.StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
-    match = SimpleNamespace(match=list(common.MATCH_FEATURES))
+    match = list(common.MATCH_FEATURES)
     spec = stage.student_spec(settings, inputs, match, np.zeros(4), np.ones(4))
     student = common.Student(spec)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, Teacher, pad_rows  # noqa: E402
 from runs import models, stage  # noqa: E402
-from runs.batches import epoch_batches, micro_batches  # noqa: E402
 from runs.files import write_json  # noqa: E402
+from runs.rows import epoch_batches, micro_batches  # noqa: E402
 from runs.settings import pick_device  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
@@ -170,7 +170,7 @@ def train_ours(config, args, device, dtype):
     """QLoRA steps as stage 02 makes them."""
     settings = paper_settings(args)
     backbone = random_backbone(config, device, dtype)
-    backbone = models.prepare_training(backbone, settings, "qlora", device)
+    backbone = stage02.prepare_training(backbone, settings, "qlora", device)
     teacher = Teacher(backbone, "decoder", dtype).to(device)
     rows, lengths = random_rows(settings.batch_size * (args.steps + 1), config.vocab_size)
     steps = []
@@ -240,7 +240,7 @@ def label_figures(clock, lengths, positions):
 def label_naive(config, args, device, dtype):
     """NF4 with LoRA beside it, padded batches in the given order."""
     backbone = random_backbone(config, device, dtype)
-    backbone = models.prepare_training(backbone, paper_settings(args), "qlora", device)
+    backbone = stage02.prepare_training(backbone, paper_settings(args), "qlora", device)
     teacher = Teacher(backbone, "decoder", dtype).to(device).eval()
     rows, lengths = random_rows(args.rows, config.vocab_size)
     batches = [padded(rows, part) for part in naive_batches(rows)]

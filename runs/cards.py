@@ -149,6 +149,12 @@ def teacher_card(about, command, run, counts, log):
     )
 
 
+def write_teacher_card(about, settings, command, counts, log, folder):
+    """The teacher's README.md; the empty form that peft leaves beside LoRA's weights goes."""
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    write_text(folder / "README.md", teacher_card(about, command, settings.run, counts, log))
+
+
 def student_card(name, spec, command, run, counts, log):
     """README.md of a student's folder `name`. spec: its features.json; counts: {train, held_out} rows."""
     human = "labels human" in command

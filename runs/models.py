@@ -68,6 +68,11 @@ def model_fingerprint(model):
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
+def full_name(model):
+    """A model folder by its full path, a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def is_model(model, trained_fingerprint):
     """Is the model with this fingerprint here?"""
     try:
@@ -161,38 +166,6 @@ def without_pooler(backbone):
     training."""
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
-    return backbone
-
-
-def load_trainable(settings, config, device, dtype):
-    """The backbone ready for training, and how: "qlora" (4 bit, LoRA beside it), "lora" or "full". The paper
-    trains Llama with QLoRA; `auto` does so with every decoder, and trains encoders in full."""
-    finetuning = settings.finetuning
-    if finetuning == "auto":
-        finetuning = "qlora" if backbone_kind(config) == "decoder" else "full"
-    # Weights that are trained are fp32 (bf16 only by autocast), a frozen backbone has the compute dtype.
-    weight_dtype = torch.float32 if finetuning == "full" else dtype
-    backbone = load_backbone(settings.model, weight_dtype, finetuning == "qlora", device, config)
-    return prepare_training(backbone, settings, finetuning, device), finetuning
-
-
-def prepare_training(backbone, settings, finetuning, device):
-    """A loaded backbone -> one with LoRA, and on a GPU with activation checkpointing."""
-    if finetuning != "full":
-        from peft import LoraConfig, get_peft_model
-
-        sizes = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
-        lora = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules="all-linear")
-        # This freezes the backbone. peft's prepare_model_for_kbit_training is not used: it would upcast
-        # embeddings and norms to fp32.
-        try:
-            backbone = get_peft_model(backbone, lora)
-        except Exception as error:  # peft knows no way for some layers
-            advice = "--finetuning full trains all weights"
-            raise Stop(f"--model: LoRA cannot stand in it ({first_line(error)}); {advice}") from error
-    if torch.device(device).type == "cuda":
-        backbone.enable_input_require_grads()
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return backbone
 
 

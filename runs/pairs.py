@@ -1,7 +1,7 @@
-"""Pairs of a query and a pin as training rows: read, held out by query, dealt, shuffled, streamed.
+"""Files of (query, pin) pairs and their labels: 03 writes labels, 04 and 05 read them, 04 streams both.
 
-No method of the paper is in this file. Rows are NumPy records with the fields query, pin (row numbers of
-queries.parquet and pins.parquet), match [F] (numbers of the pair) and target [C] (probability of each level).
+No method of the paper is in this file. In 04 a row is a NumPy record with the fields query, pin (row numbers
+of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C] (probability of each level).
 """
 
 import math
@@ -9,28 +9,85 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
 from data.splits import hash_split, in_hash_split, query_key
-from runs.stage import Stop, progress_bar, require_finished
+from runs.files import fingerprint, read_json, write_parquet
+from runs.rows import hash_rows
+from runs.stage import Stop, progress_bar
 
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 
 
-def require_pairs(run, reads, labels=True, impressions=False):
-    """{"features": its stage.json, "labels": its stage.json}, checked; both stay locked as long as it
-    lives. impressions: the labels must be those of impressions too."""
-    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", reads)}
-    if labels:
-        command = f"03_label.py --run {run}"
-        read["labels"] = require_finished(run / "labels", command, reads)
-        if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
-            raise Stop(f"{run / 'labels'}: of other features than those here; python {command} --overwrite")
-        if impressions and read["labels"]["arguments"].get("only_labelled"):
-            raise Stop(f"{run / 'labels'}: made with --only-labelled; python {command} --overwrite")
-    return read
+# ------------------------------------------------------------------------------------------------------------
+# Files of labels
+
+
+def write_labels(path, labels, key):
+    """Soft labels [N, C] -> columns p1 … p5. key: teacher and rows that they are of. Stop where a label is no
+    probability: nothing is written."""
+    bad = np.flatnonzero(~np.isfinite(labels).all(axis=1))
+    if len(bad):
+        advice = "--precision fp32, or another teacher"
+        raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
+    columns = {f"p{level}": labels[:, level - 1] for level in range(1, NUM_LEVELS + 1)}
+    write_parquet(path, pa.table(columns).replace_schema_metadata(key))
+
+
+def read_labels(path, rows=None):
+    """Soft labels [N, C] of a file. Stop if it has not so many rows, or some are no finite numbers."""
+    table = pq.read_table(path)
+    if rows is not None and len(table) != rows:
+        raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; run 03_label.py --overwrite")
+    p = np.stack([table[f"p{level}"].to_numpy() for level in range(1, NUM_LEVELS + 1)], axis=1)
+    bad = len(p) - np.isfinite(p).all(axis=1).sum()
+    if bad:
+        raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
+    return p
+
+
+class KeptLabels:
+    """Labels of an earlier run of stage 03, by teacher and token ids: a pair is labelled once. folder: whole
+    or absent; a file that is not what its stage wrote is not used."""
+
+    def __init__(self, folder, teacher, use=True):
+        self.teacher, self.found = teacher, {}
+        outputs = read_json(folder / "stage.json")["outputs"] if use and folder.exists() else {}
+        for name, file in outputs.items():
+            if name.endswith(".parquet") and fingerprint(folder / name) == file["hash"]:
+                kept = pq.read_metadata(folder / name)
+                if (kept.metadata or {}).get(b"teacher") == teacher.encode():
+                    self.found[kept.num_rows, kept.metadata[b"rows"].decode()] = folder / name
+
+    def of_first(self, rows):
+        """Labels [n, C] of the first n rows of token ids, n as large as was kept."""
+        for size in sorted({size for size, _ in self.found if size <= len(rows)}, reverse=True):
+            path = self.found.get((size, hash_rows(rows[:size])))
+            if path is not None:
+                return read_labels(path)
+        return np.empty((0, NUM_LEVELS), np.float32)
+
+
+def mean_label(paths):
+    """Mean [C] of the label shards' rows."""
+    total, rows = np.zeros(NUM_LEVELS), 0
+    for path in paths:
+        labels = read_labels(path)
+        total += labels.sum(0, dtype=np.float64)
+        rows += len(labels)
+    return total / rows
+
+
+def count_rows(paths):
+    """Rows of some shards."""
+    return sum(pq.read_metadata(path).num_rows for path in paths)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of pairs
 
 
 def read_labelled(run, teacher=True):
@@ -40,7 +97,7 @@ def read_labelled(run, teacher=True):
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
     if teacher:
-        rows["teacher"] = read_soft_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
+        rows["teacher"] = read_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
     queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
     rows["language"] = np.array(queries["language"].to_pylist(), dtype=object)[rows["query_index"]]
     keys = [query_key(text) for text in queries["query"].to_pylist()]
@@ -51,16 +108,59 @@ def read_labelled(run, teacher=True):
     return splits
 
 
-def read_soft_labels(path, n):
-    """The teacher's probabilities [n, C] of n pairs."""
-    table = pq.read_table(path)
-    if len(table) != n:
-        raise Stop(f"{path}: {len(table):,} rows of labels for {n:,} pairs; run 03_label.py --overwrite")
-    p = np.stack([table[f"p{level}"].to_numpy() for level in range(1, NUM_LEVELS + 1)], axis=1)
-    bad = n - np.isfinite(p).all(axis=1).sum()
-    if bad:
-        raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
-    return p
+class PairFiles:
+    """The pairs of a run as rows, of queries in some languages (none named: all). keys: of all queries
+    (query_key); match: names of the match features and the user's own numbers of a pair."""
+
+    def __init__(self, run, languages=()):
+        self.run, features = run, run / "features"
+        queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
+        known = queries["language"].to_pylist()
+        wanted = set(languages or known)
+        self.is_wanted = np.array([language in wanted for language in known])
+        self.keys = [query_key(text) for text in queries["query"].to_pylist()]
+        self.shards = sorted((features / "impressions").glob("part-*.parquet"))
+        names = pq.read_schema(features / "labelled.parquet").names
+        self.match = [name for name in names if name not in ("query_index", "pin_index", "label", "split")]
+        self.row = np.dtype(
+            [
+                ("query", np.int32),  # row of queries.parquet
+                ("pin", np.int32),  # row of pins.parquet
+                ("match", np.float32, len(self.match)),
+                ("target", np.float32, NUM_LEVELS),  # probability of each level
+            ]
+        )
+
+    def read(self, path):
+        """All rows of a file, targets not set."""
+        table = pq.read_table(path)
+        rows = np.empty(len(table), self.row)
+        rows["query"], rows["pin"] = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
+        for column, name in enumerate(self.match):
+            rows["match"][:, column] = table[name].to_numpy()
+        return rows
+
+    def impressions(self, path):
+        """The wanted rows of a shard; their targets are the teacher's labels."""
+        rows = self.read(path)
+        rows["target"] = read_labels(self.run / "labels" / "impressions" / path.name, len(rows))
+        return rows[self.is_wanted[rows["query"]]]
+
+    def labelled(self):
+        """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""
+        path = self.run / "features" / "labelled.parquet"
+        rows, table = self.read(path), pq.read_table(path, columns=["label", "split"])
+        is_train = table["split"].to_numpy() == "train"
+        return rows, table["label"].to_numpy(), is_train & self.is_wanted[rows["query"]]
+
+    def count(self, path):
+        """Wanted rows of each query [Q] in a shard."""
+        query = pq.read_table(path, columns=["query_index"])["query_index"].to_numpy()
+        return np.bincount(query, minlength=len(self.keys)) * self.is_wanted
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The student's training rows
 
 
 class TrainingRows:
@@ -71,66 +171,18 @@ class TrainingRows:
     window. Two rows of different windows never meet in a batch; with impressions in log order that costs
     little as long as a window spans many queries."""
 
-    def __init__(self, settings, run):
-        self.settings, self.run = settings, run
-        queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
-        languages = queries["language"].to_pylist()
-        wanted = set(settings.languages or languages)
-        self.is_wanted = np.array([language in wanted for language in languages])
-        self.keys = [query_key(text) for text in queries["query"].to_pylist()]
-        self.match = pair_columns(run)
-        self.row = np.dtype(
-            [
-                ("query", np.int32),  # row of queries.parquet
-                ("pin", np.int32),  # row of pins.parquet
-                ("match", np.float32, len(self.match)),
-                ("target", np.float32, NUM_LEVELS),  # probability of each level
-            ]
-        )
-        self.shards = []
-        if settings.labels == "teacher":
-            self.shards = sorted((run / "features" / "impressions").glob("part-*.parquet"))
-        self.human = self.read_human()
-        self.hold_out()
-        self.counts = []  # training rows of each shard; survey() fills it
-
-    def read_pairs(self, path):
-        """The rows of a file of pairs, without targets."""
-        table = pq.read_table(path)
-        rows = np.empty(len(table), self.row)
-        rows["query"], rows["pin"] = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
-        for column, name in enumerate(self.match):
-            rows["match"][:, column] = table[name].to_numpy()
-        return rows
-
-    def read_shard(self, shard):
-        """The rows of a shard of impressions, in the wanted languages."""
-        path = self.shards[shard]
-        rows = self.read_pairs(path)
-        rows["target"] = read_soft_labels(self.run / "labels" / "impressions" / path.name, len(rows))
-        return rows[self.is_wanted[rows["query"]]]
-
-    def read_human(self):
-        """The human-labelled training rows with the targets that --human-rows asks for."""
-        asked = "human" if self.settings.labels == "human" else self.settings.human_rows
-        path = self.run / "features" / "labelled.parquet"
-        rows, table = self.read_pairs(path), pq.read_table(path, columns=["label", "split"])
-        targets = [np.eye(NUM_LEVELS)[table["label"].to_numpy() - 1]]
-        if asked in ("teacher", "half"):
-            targets.append(read_soft_labels(self.run / "labels" / "labelled.parquet", len(rows)))
-        rows["target"] = targets[-1] if asked == "teacher" else sum(targets) / len(targets)
-        used = (table["split"].to_numpy() == "train") & self.is_wanted[rows["query"]]
-        return rows[used & (asked != "none")]
-
-    def hold_out(self):
-        """Chooses the held-out queries: none of their rows is trained on."""
-        counts = np.bincount(self.human["query"], minlength=len(self.keys))
+    def __init__(self, files, human, settings):
+        """files: PairFiles; human: the human-labelled rows to train on. settings.labels == "human": these
+        alone."""
+        self.files, self.human, self.settings = files, human, settings
+        self.shards = files.shards if settings.labels == "teacher" else []
+        counts = np.bincount(human["query"], minlength=len(files.keys))
         for path in self.shards:
-            query = pq.read_table(path, columns=["query_index"])["query_index"].to_numpy()
-            counts += np.bincount(query, minlength=len(self.keys)) * self.is_wanted
-        share, salt = HELD_OUT[self.settings.labels], f"student:{self.settings.seed}"
-        self.held_out = hash_split(self.keys, counts, share, salt)
-        self.is_held_out = in_hash_split(self.keys, **self.held_out)
+            counts += files.count(path)
+        share, salt = HELD_OUT[settings.labels], f"student:{settings.seed}"
+        self.held_out = hash_split(files.keys, counts, share, salt)
+        self.is_held_out = in_hash_split(files.keys, **self.held_out)  # [Q]: no row of these is trained on
+        self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):
         """One pass: counts the training rows and deals --rows to them. Returns mean and standard deviation
@@ -141,18 +193,19 @@ class TrainingRows:
         if not self.shards:  # else the student is compared with the teacher, on impressions
             held_out.append(self.human[is_held_out])
         self.human = self.human[~is_held_out]
-        known, total, squares = moments_of(self.human["match"])
-        for shard in progress_bar(iterable=range(len(self.shards)), desc="survey", unit=" shards"):
-            rows = self.read_shard(shard)
+        moments = moments_of(self.human["match"])
+        for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
+            rows = self.files.impressions(path)
             is_held_out = self.is_held_out[rows["query"]]
             held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
             counts.append(np.count_nonzero(~is_held_out))
-            moments = moments_of(rows["match"][~is_held_out])
-            known, total, squares = known + moments[0], total + moments[1], squares + moments[2]
+            moments += moments_of(rows["match"][~is_held_out])
         if not sum(counts) + len(self.human):
-            wanted = " ".join(["", "for --languages", *self.settings.languages])
-            raise Stop(f"no rows to train on in {self.run}" + wanted * bool(self.settings.languages))
+            languages = " ".join(self.settings.languages)
+            asked = f" for --languages {languages}" if languages else ""
+            raise Stop(f"no rows to train on in {self.files.run}{asked}")
         self.deal(counts)
+        known, total, squares = moments
         n = np.maximum(known, 1)
         mean = total / n
         std = np.sqrt(np.maximum(squares / n - mean**2, 0))
@@ -174,7 +227,7 @@ class TrainingRows:
 
     def training_rows(self, shard):
         """The training rows of a shard, --rows applied: the same in every epoch."""
-        rows = self.read_shard(shard)
+        rows = self.files.impressions(self.shards[shard])
         rows = rows[~self.is_held_out[rows["query"]]]
         if self.counts[shard] < len(rows):
             chooser = np.random.default_rng([self.settings.seed, 2, shard])
@@ -183,7 +236,7 @@ class TrainingRows:
 
     def read_window(self, shards, human):
         """The training rows of some shards and some of the human-labelled rows, one after another."""
-        window = np.empty(sum(self.counts[shard] for shard in shards) + len(human), self.row)
+        window = np.empty(sum(self.counts[shard] for shard in shards) + len(human), self.files.row)
         window[: len(human)] = self.human[human]
         start = len(human)
         for shard in shards:
@@ -200,18 +253,15 @@ class TrainingRows:
         human = np.array_split(rng.permutation(len(self.human)), len(windows))
         for shards, few in zip(windows, human):
             shuffled = rng.permutation(sum(self.counts[shard] for shard in shards) + len(few))
-            first, skip = skip * size, max(skip - math.ceil(len(shuffled) / size), 0)
-            if first < len(shuffled):
-                window = None  # the one before is not held while this one is read
-                window = self.read_window(shards, few)
-                for start in range(first, len(shuffled), size):
-                    yield window[shuffled[start : start + size]]
-
-
-def pair_columns(run):
-    """Names of the match features and the user's own numbers of a pair."""
-    names = pq.read_schema(run / "features" / "labelled.parquet").names
-    return [name for name in names if name not in ("query_index", "pin_index", "label", "split")]
+            in_window = math.ceil(len(shuffled) / size)
+            if skip >= in_window:
+                skip -= in_window
+                continue
+            window = None  # the one before is not held while this one is read
+            window = self.read_window(shards, few)
+            for start in range(skip * size, len(shuffled), size):
+                yield window[shuffled[start : start + size]]
+            skip = 0
 
 
 def moments_of(match):

@@ -213,6 +213,16 @@ def identity(arguments, inputs, without=()):
     return hashed([counted, {name: value for name, value in inputs.items() if name not in without}])
 
 
+def start_processes(device):
+    """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo."""
+    from accelerate import Accelerator
+
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        launch = "torchrun --nproc_per_node N -- SCRIPT --run RUN"
+        raise Stop(f"accelerate launch --cpu starts one process where N were asked for; on CPUs: {launch}")
+    return Accelerator(cpu=device.type == "cpu")
+
+
 def start_stage(accelerator, folder, settings, inputs, grows=()):
     """Stage for several processes: the main one takes the lock and decides for all. None: nothing to do."""
     from accelerate.utils import broadcast_object_list

@@ -8,7 +8,7 @@ from helpers import stage, stop_line
 
 from common import PairText, Teacher
 from runs import models as loading
-from runs import shards as shards_of
+from runs.rows import PairShards, tokenized
 from runs.stage import Stop
 
 labeller = stage("03")
@@ -61,11 +61,11 @@ def test_merging_is_the_formula(models, tmp_path, dtype, quantize):
 def shards(features, models):
     tokenizer = loading.load_tokenizer(models["bert"], loading.load_config(models["bert"]))
     text = PairText(tokenizer, "encoder", ("title", "boards"), 48)
-    return shards_of.PairShards(features, text, sorted(features.glob("impressions/part-*.parquet")))
+    return PairShards(features, text, sorted(features.glob("impressions/part-*.parquet")))
 
 
 def test_shards_tokenized_by_workers_are_those_of_none(shards):
-    alone, ahead = (list(shards_of.tokenized(shards, workers)) for workers in (0, 2))
+    alone, ahead = (list(tokenized(shards, workers)) for workers in (0, 2))
     assert [path for path, _ in alone] == [path for path, _ in ahead] == shards.paths
     for (path, one), (_, other) in zip(alone, ahead):
         assert len(one) == len(other) == pq.read_metadata(path).num_rows
@@ -75,7 +75,7 @@ def test_shards_tokenized_by_workers_are_those_of_none(shards):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stop_in_a_worker_is_one_line(shards, workers):
     shards.text.max_tokens = 3
-    line = stop_line(lambda: list(shards_of.tokenized(shards, workers)))
+    line = stop_line(lambda: list(tokenized(shards, workers)))
     assert "tokens" in line and "Traceback" not in line
     assert issubclass(Stop, Exception)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from common import PairText, Teacher
 from runs import models as loading
 from runs.files import read_json, write_json
-from runs.shards import read_labels
+from runs.pairs import read_labels
 
 trainer, labeller = stage("02"), stage("03")
 
@@ -164,7 +164,7 @@ def teacher_on(folder, finetuning):
     """As 02 begins with it, but with LoRA weights that are not zero."""
     settings = trainer.Settings(model=str(folder), finetuning=finetuning, lora_rank=4)
     config = loading.load_config(folder)
-    backbone, _ = loading.load_trainable(settings, config, "cpu", torch.float32)
+    backbone, _ = trainer.load_trainable(settings, config, "cpu", torch.float32)
     teacher = Teacher(backbone, loading.backbone_kind(config))
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():

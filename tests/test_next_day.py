@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers import mark_finished, stage, stop_line
 
-from runs.batches import hash_rows, unique_rows
 from runs.files import read_json, write_parquet
-from runs.shards import read_labels
+from runs.pairs import read_labels
+from runs.rows import hash_rows, unique_rows
+from runs.stage import hold
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
@@ -296,3 +297,32 @@ def test_presets_are_what_they_say():
         }
     assert trainer.PRESETS["small"].encoder_lr == trainer.PRESETS["small"].head_lr == 5e-5
     assert trainer.PRESETS["small"].epochs == 3 and replace(trainer.TOY) == trainer.PRESETS["toy"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def test_what_02_and_03_read_stays_as_it_is_while_they_work(run, monkeypatch):
+    """They let go of the features at once: 01 --overwrite could put others into their place."""
+    asked = []
+
+    def note(folder):
+        asked.append(stop_line(hold, run / folder, "write"))
+
+    original = {"train_step": trainer.train_step, "soft_labels": labeller.soft_labels}
+
+    def train_step(*arguments):
+        note("features")
+        return original["train_step"](*arguments)
+
+    def soft_labels(*arguments):
+        note("features")
+        note("teacher")
+        return original["soft_labels"](*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(labeller, "soft_labels", soft_labels)
+    train(run, "--overwrite", "--rows", "20")
+    label(run, "--overwrite", "--only-labelled")
+    assert len(asked) >= 5 and all("is at work here or reads it" in line for line in asked)

@@ -31,7 +31,9 @@ def rows_of(folder, *more):
         "none",
         *more,
     ]
-    rows = pairs.TrainingRows(distil.parse(distil.PRESETS, argv), folder)
+    settings = distil.parse(distil.PRESETS, argv)
+    files = pairs.PairFiles(folder, settings.languages)
+    rows = pairs.TrainingRows(files, distil.human_rows(files, settings), settings)
     return rows, rows.survey()
 
 
@@ -251,7 +253,7 @@ def test_numbers_of_the_user_join_the_match_features(tmp_path):
         values[::2] = np.nan
         replace_column(path, "clicks", values)
     rows, (mean, std, _) = rows_of(tmp_path)
-    assert rows.match == [*MATCH_FEATURES, "clicks"]
+    assert rows.files.match == [*MATCH_FEATURES, "clicks"]
     used = []
     for shard in range(len(rows.shards)):
         used.append(rows.training_rows(shard)["match"][:, 4])

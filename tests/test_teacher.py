@@ -23,8 +23,8 @@ from torch import nn
 
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
-from runs.batches import epoch_batches, micro_batches
 from runs.files import read_json, write_parquet
+from runs.rows import epoch_batches, micro_batches
 from runs.stage import first_line
 
 trainer, labeller = stage("02"), stage("03")
@@ -218,7 +218,7 @@ def test_merged_lora_gives_the_same_logits(teachers, condition):
 def quantized(models, dtype=torch.float32):
     settings = trainer.Settings(model=str(models["llama"]), lora_rank=4)
     config = loading.load_config(models["llama"])
-    backbone, finetuning = loading.load_trainable(settings, config, "cpu", dtype)
+    backbone, finetuning = trainer.load_trainable(settings, config, "cpu", dtype)
     assert finetuning == "qlora"
     teacher = Teacher(backbone, "decoder", dtype)
     for module in teacher.head:

@@ -1,0 +1,116 @@
+"""Rows of token ids for the teacher: read and tokenized ahead of it, compared, dealt out to steps, processes
+and forward passes. Stages 02 and 03.
+
+No method of the paper is in this file: with any batches of the same rows a step has the same gradients.
+"""
+
+import hashlib
+
+import numpy as np
+import pyarrow.parquet as pq
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from common import tokenize_pairs
+from runs.models import quiet_libraries
+from runs.stage import Stop
+
+
+class PairShards(IterableDataset):
+    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs. Of several workers each one
+    takes its share of the shards."""
+
+    def __init__(self, features, text, paths):
+        self.features, self.text, self.paths = features, text, paths
+
+    def __iter__(self):
+        worker = get_worker_info()
+        if worker is not None:
+            quiet_libraries()
+        queries = pq.read_table(self.features / "queries.parquet", columns=["query"])["query"]
+        for path in self.paths if worker is None else self.paths[worker.id :: worker.num_workers]:
+            pairs = pq.read_table(path, columns=["query_index", "pin_index"])
+            query_index, pin_index = pairs["query_index"].to_numpy(), pairs["pin_index"].to_numpy()
+            try:
+                yield path, tokenize_pairs(self.text, queries, self.read_pins, query_index, pin_index)
+            except Stop as error:  # a worker's exception would come with its traceback
+                yield path, error
+
+    def read_pins(self, pins):
+        """Text columns of pins (sorted row numbers), one row group in memory at a time."""
+        columns = {name: [] for name in self.text.fields}
+        file, start = pq.ParquetFile(self.features / "pins.parquet", memory_map=True), 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            inside = pins[(pins >= start) & (pins < end)] - start
+            if len(inside):
+                table = file.read_row_group(group, columns=list(columns)).take(inside)
+                for name, values in columns.items():
+                    values += table[name].to_pylist()
+            start = end
+        return columns
+
+
+def tokenized(shards, workers):
+    """What the shards yield, in their order, made ahead of its use by `workers` processes."""
+    workers = min(workers, len(shards.paths))
+    context = "spawn" if workers else None
+    options = {"batch_size": None, "collate_fn": as_it_is}
+    for path, rows in DataLoader(shards, num_workers=workers, multiprocessing_context=context, **options):
+        if isinstance(rows, Stop):
+            raise rows
+        yield path, rows
+
+
+def as_it_is(shard):
+    """Keeps DataLoader from turning arrays into tensors."""
+    return shard
+
+
+def hash_rows(rows, *columns):
+    """Hash of rows of token ids (N arrays [T]) in their order, and of further columns [N]."""
+    digest = hashlib.blake2b(np.array([len(row) for row in rows], np.int64).tobytes(), digest_size=16)
+    for row in rows:
+        digest.update(row.tobytes())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def unique_rows(rows):
+    """The different rows of token ids in the order of their first appearance, and for each row its number
+    among them [N]."""
+    numbers, different = {}, []
+    which = np.empty(len(rows), np.int64)
+    for row, ids in enumerate(rows):
+        which[row] = numbers.setdefault(ids.tobytes(), len(numbers))
+        if which[row] == len(different):
+            different.append(ids)
+    return different, which
+
+
+def epoch_batches(lengths, batch_size, seed, epoch, pool=16):
+    """One epoch's batches of row numbers: shuffled, then sorted by length inside pools of `pool` batches, so
+    that a batch has little padding, then the batches shuffled. Depends on seed and epoch alone: a resumed run
+    sees the same batches."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), pool * batch_size):
+        block = order[start : start + pool * batch_size]
+        block = block[np.argsort(lengths[block], kind="stable")]
+        batches += [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def micro_batches(batch, lengths, token_budget, rank, world):
+    """This process's part of a batch, cut into forward passes of at most `token_budget` padded tokens; as
+    many passes on every process, so that gradients are exchanged in step. A pass may be empty."""
+    parts = [batch[r::world] for r in range(world)]
+
+    def fits(rows):
+        return len(rows) <= 1 or len(rows) * lengths[rows].max() <= token_budget
+
+    passes = 1
+    while not all(fits(rows) for part in parts for rows in np.array_split(part, passes)):
+        passes += 1
+    return np.array_split(parts[rank], passes)
