@@ -56,7 +56,7 @@ def test_paper_findings(finished, tmp_path, monkeypatch):
         compare(key, conditions, into, resamples=50)
     monkeypatch.setenv("FINDINGS", str(into))
     notebook = execute("paper_findings.ipynb")
-    summary = "".join(notebook.cells[-2].outputs[0]["data"]["text/markdown"])
+    summary = "".join(notebook.cells[-4].outputs[0]["data"]["text/markdown"])
     assert len(re.findall(r"\| \*\*(yes|no)\*\* \|", summary)) == 6
     # Verdicts come from the intervals: conditions that are one and the same run differ by nothing, clearly.
     same = (
