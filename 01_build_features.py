@@ -49,6 +49,7 @@ from runs.settings import (
 )
 from runs.stage import Stop
 from runs.streams import (
+    chosen,
     keep_chunks,
     kept_rows,
     matrix_of,
@@ -59,12 +60,14 @@ from runs.streams import (
     without_kept,
     write_stream,
 )
+from runs.update import open_features
 
 
 @dataclass(frozen=True)
 class Settings(StageSettings):
     """The flags of stage 01; these are the toy's values."""
 
+    update: bool = False  # take in what is new in a dataset that has grown; old features stay comparable
     data: Path = ROOT / "data" / "toy"  # dataset folder with the raw tables
     levels: str = ""  # what labels other than 1 to 5 mean, such as E=5,S=4,C=3,I=1
     caption_model: str = str(ROOT / "data/toy_models/blip")  # BLIP; its vision tower also embeds the image
@@ -278,53 +281,77 @@ def write_pins(raw, captions, path):
 # Embeddings: the user's own, else open counterparts of SearchSage and PinSage (data/README.md has the table)
 
 
-def embed_texts(encoder, chunks, total, parts, path):
-    """`total` texts, a stream of lists -> `path` [total, D]. A chunk's file in the folder `parts` survives a
-    kill."""
+def embed_texts(encoder, texts, parts, path, total, old):
+    """Texts, a stream of lists -> `path` [total, D]. old: (vectors of the first rows [N, D], which rows have
+    another text now [total]), or None. A chunk's file in the folder `parts` survives a kill."""
+    vectors, changed = old or (None, np.ones(total, bool))
+    rows, start = np.flatnonzero(changed), 0
     with new_matrix(path, total, encoder.dim) as out:
-        start = 0
-        for part in keep_chunks(parts, chunks, encoder.columns, total, path.stem):
-            vectors = matrix_of(pq.read_table(part)["vector"])
-            out[start : start + len(vectors)] = vectors
-            start += len(vectors)
+        if old:
+            out[: len(vectors)] = vectors
+        chunks = chosen(texts, changed, CHUNK)
+        for part in keep_chunks(parts, chunks, encoder.columns, len(rows), path.stem):
+            made = matrix_of(pq.read_table(part)["vector"])
+            out[rows[start : start + len(made)]] = made
+            start += len(made)
 
 
-def graph_embedding(raw, rows, dim, seed, path, fit_rows=200_000, max_boards=200_000):
-    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage, from
-    the table `saves`. Fitted on at most `fit_rows` pins with boards and the `max_boards` most saved titles,
-    then applied to all pins. Writes `path` [rows, D]; False if no pin is on a board."""
-    cells = raw.table(f"""
-        WITH board AS (
-            SELECT text, row_number() OVER (ORDER BY sum(n) DESC, text) - 1 AS board FROM saves GROUP BY text)
-        SELECT pin_index, board::INTEGER AS board, n::FLOAT AS n FROM saves JOIN board USING (text)
-        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
-        WHERE board < {max_boards} ORDER BY pin_index, board""")
-    if len(cells) == 0:
-        return False
+def board_titles(raw, most=200_000):
+    """The titles under which our pins were saved most often (Arrow column), from the table `saves`."""
+    return raw.table(f"""
+        SELECT text FROM saves SEMI JOIN pin_rows USING (pin_id)
+        GROUP BY text ORDER BY sum(n) DESC, text LIMIT {most}""")["text"]
+
+
+def board_counts(raw, titles, pins):
+    """How often each pin was saved under each of the titles: sparse float32 [pins, titles]."""
+    boards = pa.table({"text": titles, "board": np.arange(len(titles), dtype=np.int32)})
+    cells = """
+        SELECT pin_index, board, n::FLOAT AS n FROM saves JOIN boards USING (text)
+        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id) ORDER BY pin_index, board"""
+    cells = raw.table(cells, boards=boards)
     pin, board, n = (cells[name].to_numpy() for name in ("pin_index", "board", "n"))
-    counts = csr_matrix((n, (pin, board)), shape=(rows, int(board.max()) + 1))
-    tfidf = TfidfTransformer(sublinear_tf=True)
-    weights = tfidf.fit_transform(counts)
+    return csr_matrix((n, (pin, board)), shape=(pins, len(titles)))
+
+
+def svd_axes(weights, dim, seed, fit_rows=200_000):
+    """Axes [D, boards] of the truncated SVD of at most `fit_rows` rows of a matrix [pins, boards]."""
     with_boards = np.flatnonzero(np.diff(weights.indptr))
     sample = np.sort(np.random.default_rng(seed).permutation(with_boards)[:fit_rows])
     dim = max(1, min(dim, weights.shape[1] - 1, len(sample) - 1))
-    axes = np.zeros((dim, weights.shape[1]), dtype=np.float32)
-    with new_matrix(path, rows, dim) as out:
-        if min(weights.shape[1], len(sample)) > 1:
-            svd = TruncatedSVD(dim, random_state=seed).fit(weights[sample])
-            for start in range(0, rows, 65_536):
-                out[start : start + 65_536] = svd.transform(weights[start : start + 65_536])
-            axes = svd.components_.astype(np.float32)
-    save_graph(raw, tfidf.idf_, axes, path.with_name("graph.parquet"))
-    return True
+    if min(weights.shape[1], len(sample)) < 2:
+        return np.zeros((dim, weights.shape[1]), dtype=np.float32)
+    return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
 
 
-def save_graph(raw, idf, axes, path):
-    """What the graph embedding of a new pin needs: of every board title [boards], in the order of the matrix,
-    its idf and its place in each axis of the SVD [D, boards]."""
-    titles = raw.table(f"SELECT text FROM saves GROUP BY text ORDER BY sum(n) DESC, text LIMIT {len(idf)}")
-    columns = {"board_title": titles["text"], "idf": idf.astype(np.float32)}
-    write_parquet(path, {**columns, "axes": vector_column(axes.T)})
+def graph_embedding(raw, pins, dim, seed, path, old):
+    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with --update
+    on the axes that are there. Writes `path` [pins, D], and graph.parquet: of every board title its idf and
+    its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
+    titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
+    counts = board_counts(raw, old.graph["board_title"] if old else titles, pins)
+    if old:
+        tfidf.idf_, axes = old.graph["idf"].to_numpy(), matrix_of(old.graph["axes"]).T
+    elif counts.nnz:
+        tfidf.fit(counts)
+        axes = svd_axes(tfidf.transform(counts), dim, seed)
+    else:
+        print("no boards: no graph embedding")
+        return
+    weights, explained = tfidf.transform(counts), 0.0
+    with new_matrix(path, pins, len(axes)) as out:
+        for start in range(0, pins, 65_536):
+            block = weights[start : start + 65_536] @ axes.T
+            out[start : start + 65_536] = block
+            explained += np.square(block).sum(dtype=np.float64)
+    explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
+    if old:
+        old.note_boards(raw, titles, explained)
+        old.bring("graph.parquet", path.parent)
+    else:
+        columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
+        table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
+        write_parquet(path.with_name("graph.parquet"), table)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,11 +435,14 @@ def write_labelled(raw, features_of, numbers, path):
     return counts
 
 
-def write_impressions(raw, features_of, numbers, folder, shard_rows):
-    """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept."""
+def write_impressions(raw, features_of, numbers, out, shard_rows, old):
+    """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept.
+    Returns how many there are."""
     total = raw.ask("SELECT count(*) FROM raw_impressions")[0][0]
     shards = slices(index_pairs(raw, "impressions", numbers), shard_rows)
-    list(keep_chunks(folder, shards, features_of, total, "impressions"))
+    if old:
+        shards = old.bring_shards(shards, list(numbers), out)
+    return len(list(keep_chunks(out / "impressions", shards, features_of, total, "impressions")))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -457,7 +487,7 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     return captions, {"captioned": captioned, "skipped": skipped}
 
 
-def make_embeddings(raw, settings, own, device, dtype, out):
+def make_embeddings(raw, settings, own, device, dtype, out, old):
     """Every *_embedding.npy: the user's own, else ours. Prints which rows have none."""
     encoder = None
     for side, table, texts in (("query", "queries", query_texts), ("pin", "pins", pin_texts)):
@@ -471,21 +501,22 @@ def make_embeddings(raw, settings, own, device, dtype, out):
             if encoder is None:
                 size = settings.text_tokens, settings.token_batch
                 encoder = TextEncoder(settings.text_encoder, *size, device, dtype)
-            chunks = texts(out / f"{table}.parquet", CHUNK)
-            path = out / f"{side}_text_embedding.npy"
-            embed_texts(encoder, chunks, len(ids), out / "work" / f"{side}_text", path)
-    path = out / "pin_graph_embedding.npy"
-    if "pin_graph" not in own:
-        made = graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, path)
-        if not made:
-            print("no boards: no graph embedding")
+            path, parts = out / f"{side}_text_embedding.npy", out / "work" / f"{side}_text"
+            before = (old.vectors(side), old.changed[side]) if old else None
+            embed_texts(encoder, texts(out / f"{table}.parquet"), parts, path, len(ids), before)
+    if "pin_graph" not in own and not (old and old.graph is None):
+        path = out / "pin_graph_embedding.npy"
+        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, path, old)
 
 
-def open_match_features(out, workers):
+def open_match_features(out, workers, old=None):
     """MatchFeatures over the texts and embeddings of a features folder. Writes bm25.parquet."""
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
     bm25 = PairBM25(queries, pin_texts(out / "pins.parquet"), workers)
-    bm25.save(out / "bm25.parquet")
+    if old:
+        old.drift |= bm25.use(old.bring("bm25.parquet", out))
+    else:
+        bm25.save(out / "bm25.parquet")
     vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     return MatchFeatures(bm25, *vectors)
 
@@ -501,7 +532,7 @@ def main(argv=None):
     raw = RawTables(settings.data, settings.memory, levels_of(settings.levels))
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, f"{dtype_name(dtype)} on {device.type}")
-    work = stage.Stage(settings.run / "features", settings, inputs)
+    work, old = open_features(settings, inputs)  # old: features that --update builds on, or None
     if work.done:
         return
     work.discard("work")
@@ -511,6 +542,9 @@ def main(argv=None):
     raw.check()
     raw.number_rows("pins", "pin", reserved=FIELDS)
     raw.number_rows("queries", "query", reserved=())
+    numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
+    if old:
+        pictures = old.keep_order(raw, pictures)
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
     for line in raw.remarks():
@@ -521,16 +555,19 @@ def main(argv=None):
     as_of = text_from_logs(raw, settings.as_of, settings.top_tokens)
     write_queries(raw, out / "queries.parquet")
     write_pins(raw, captions, out / "pins.parquet")
+    if old:
+        old.compare_tables(out, list(numbers), {"query": query_texts, "pin": pin_texts})
 
     # 3. Embeddings, once a query and once a pin
-    make_embeddings(raw, settings, own, device, dtype, out)
+    make_embeddings(raw, settings, own, device, dtype, out, old)
+    if old:
+        old.compare_embeddings(out)
 
     # 4. Match features of every labelled and unlabelled pair
-    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1)
-    numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
+    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1, old)
     features_of = functools.partial(pair_features, match, list(numbers))
     splits = write_labelled(raw, features_of, numbers, out / "labelled.parquet")
-    write_impressions(raw, features_of, numbers, out / "impressions", settings.shard_rows)
+    shards = write_impressions(raw, features_of, numbers, out, settings.shard_rows, old)
 
     # 5. Summary
     window = f"engagement window: {WINDOW_YEARS} years up to {as_of}; " if as_of else ""
@@ -538,6 +575,8 @@ def main(argv=None):
     facts = {"dataset": str(settings.data.resolve()), "images": images, "as_of": as_of and str(as_of)}
     facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
     facts["rows"] = {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}
+    if old:
+        facts["drift"] = old.report(shards)
     raw.db.close()
     work.finish(models=models_used(settings, inputs), **facts)
 

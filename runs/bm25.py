@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import regex
 from rank_bm25 import BM25Okapi
 from scipy.sparse import csr_matrix, vstack
@@ -75,8 +76,8 @@ class PairBM25(BM25Okapi):
     def __init__(self, queries, pin_texts, workers=1, k1=1.5, b=0.75, epsilon=0.25):
         """queries: list of strings; pin_texts: iterable of lists of strings (chunks), pins in index order."""
         self.k1, self.b, self.epsilon, self.idf = k1, b, epsilon, {}
-        terms = sorted({term for query in queries for term in tokenize(query)})
-        count = functools.partial(count_terms, {term: column for column, term in enumerate(terms)})
+        self.terms = sorted({term for query in queries for term in tokenize(query)})
+        count = functools.partial(count_terms, {term: column for column, term in enumerate(self.terms)})
         self.queries, self.query_length, _ = count(queries)
         matrices, lengths, pins_with = [], [], Counter()
         for matrix, length, texts_with in mapped(count, pin_texts, workers):
@@ -87,7 +88,7 @@ class PairBM25(BM25Okapi):
         self.corpus_size, self.avgdl = len(self.doc_len), self.doc_len.mean() or 1.0
         if pins_with:
             self._calc_idf(pins_with)
-        self.term_idf = np.array([self.idf.get(term, 0.0) for term in terms])
+        self.term_idf = np.array([self.idf.get(term, 0.0) for term in self.terms])
 
     def save(self, path):
         """The idf of every term of the pins and, in the schema's metadata, the other numbers of the formula:
@@ -101,6 +102,26 @@ class PairBM25(BM25Okapi):
         write_parquet(path, table.replace_schema_metadata(metadata))
         self.idf = None
 
+    def use(self, path):
+        """From now on scores with the statistics that save() left at `path`, of other pins: a term that they
+        do not know counts as one that no pin has. Returns how far those of our pins are from them, as shares:
+        {what: share}."""
+        numbers, idf = saved_statistics(path)
+        known = np.array([term in idf for term in self.terms], bool)
+        unknown = np.array([term in self.idf for term in self.terms], bool) & ~known
+        asked = self.queries.sum(axis=0).A1  # how often queries have each term
+        ours, self.term_idf = self.term_idf, np.array([idf.get(term, 0.0) for term in self.terms])
+        moved = asked[known] @ np.abs(ours - self.term_idf)[known]
+        drift = {
+            "mean length of a pin's text": abs(self.avgdl / numbers["mean_length"] - 1),
+            "idf of the words of queries": moved / max(asked[known] @ np.abs(self.term_idf)[known], 1e-12),
+            "words of queries that only new pins have": asked[unknown].sum() / max(asked.sum(), 1),
+        }
+        self.k1, self.b, self.avgdl = numbers["k1"], numbers["b"], numbers["mean_length"]
+        self.queries.data[~known[self.queries.indices]] = 0
+        self.idf = None
+        return {what: float(share) for what, share in drift.items()}
+
     def score(self, query, pin):
         """Query and pin indices [B] -> BM25 [B], and the share of the query's tokens that the pin has [B]."""
         asked, found = self.queries[query], self.pins[pin]
@@ -111,3 +132,10 @@ class PairBM25(BM25Okapi):
         found.data = np.ones_like(f)
         matched = asked.multiply(found).sum(axis=1).A1
         return score, matched / np.maximum(self.query_length[query], 1)
+
+
+def saved_statistics(path):
+    """What PairBM25.save() wrote: its numbers {name: value}, and {term: idf}."""
+    table = pq.read_table(path)
+    numbers = {name.decode(): float(value) for name, value in table.schema.metadata.items()}
+    return numbers, dict(zip(table["token"].to_pylist(), table["idf"].to_pylist()))

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from common import FIELDS, StudentInputs, side_of
 from data.images import decode_image, image_bytes
-from runs.bm25 import PairBM25, count_terms, tokenize
+from runs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
 from runs.encoders import Captioner, TextEncoder
 from runs.models import model_fingerprint
 from runs.stage import Stop
@@ -61,11 +61,10 @@ class SavedBM25(PairBM25):
     """Stage 01's BM25 with the statistics that it saved."""
 
     def __init__(self, path):
-        table = pq.read_table(path)
-        numbers = {name.decode(): float(value) for name, value in table.schema.metadata.items()}
+        numbers, idf = saved_statistics(path)
         self.k1, self.b, self.avgdl = numbers["k1"], numbers["b"], numbers["mean_length"]
-        self.term_idf = table["idf"].to_numpy()
-        self.column_of = {term: column for column, term in enumerate(table["token"].to_pylist())}
+        self.term_idf = np.array([*idf.values()])
+        self.column_of = {term: column for column, term in enumerate(idf)}
 
     def count(self, texts):
         """N texts -> counts of the known terms [N, terms] and lengths [N] in tokens."""

@@ -49,6 +49,7 @@ WITHOUT_EFFECT = {
     "preset",
     "run",
     "overwrite",
+    "update",
     "device",
     "workers",
     "memory",
@@ -66,8 +67,9 @@ class Stage:
 
     stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
     Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
-    identity is refused, naming what changed, unless --overwrite. `grows`: inputs that may change: the folder
-    is then made anew, and the stage takes from `old` what still holds."""
+    identity is refused, naming what changed, unless --overwrite. `grows`: inputs and arguments that may
+    change (where there is a flag --update: with it): the folder is then made anew, and the stage takes from
+    `old` what still holds."""
 
     def __init__(self, folder, settings, inputs, main=True, grows=()):
         self.folder, self.main, self.grows, self.start = Path(folder), main, grows, time.time()
@@ -144,25 +146,32 @@ class Stage:
         was, now = (
             identity(about["arguments"], about["inputs"], self.grows) for about in (before, self.about)
         )
-        if was != now:
-            changes = "; ".join(self.changes(before))
+        update = getattr(settings, "update", None)  # None: a stage without this flag
+        if was != now or update is False:
+            changes = "; ".join(self.changes(before, without=self.grows if update else ()))
+            offer = "--update takes in what is new, " if was == now else ""
             raise Stop(
                 f"{self.folder} was made with other settings or inputs ({changes}); "
-                "--overwrite makes it anew, another --run keeps both"
+                f"{offer}--overwrite makes it anew, another --run keeps both"
             )
-        print(f"{self.folder}: the {', '.join(self.grows)} have changed; what still holds is kept")
+        print(f"{self.folder}: the {self.grown(before)} have changed; what still holds is kept")
         self.old = self.folder
 
-    def changes(self, before):
+    def changes(self, before, without=()):
         """What differs from the stage.json `before`, in words."""
         found = []
         for group, prefix in (("arguments", "--"), ("inputs", "")):
-            for key in sorted({*before[group], *self.about[group]}):
+            for key in sorted({*before[group], *self.about[group]}.difference(without)):
                 was, now = before[group].get(key), self.about[group].get(key)
                 if was != now and not (group == "arguments" and (was or None) == (now or None)):
                     name = key.replace("_", "-") if prefix else key
                     found.append(f"{prefix}{name} was {was!r}, is {now!r}")
         return found
+
+    def grown(self, before):
+        """What has changed and may, in words."""
+        was, now = ({**about["arguments"], **about["inputs"]} for about in (before, self.about))
+        return ", ".join(name for name in self.grows if was.get(name) != now.get(name))
 
     def reuse(self, name):
         """Brings old/NAME (a cache keyed by content) into the work folder, by hard links if possible."""
@@ -209,7 +218,7 @@ class Stage:
 
 def identity(arguments, inputs, without=()):
     """Hash of what decides a stage's result: its arguments, and the content of what it reads."""
-    counted = {k: v for k, v in arguments.items() if k not in PLACES and v is not False}
+    counted = {k: v for k, v in arguments.items() if k not in PLACES and k not in without and v is not False}
     return hashed([counted, {name: value for name, value in inputs.items() if name not in without}])
 
 
@@ -255,13 +264,19 @@ def require_finished(folder, command, reads=("*",)):
     """stage.json of an earlier stage. Stop, naming `command`, if it is missing or unfinished, or if one of
     its files whose name fits a pattern of `reads` is not what the stage wrote."""
     folder = Path(folder)
-    again = f"make it again with: python {command} --overwrite"
     if not (folder / "stage.json").exists():
         raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
     about = Finished(read_about(folder))
     about.lock = hold(folder, "read")
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one checks
-        return about
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one checks
+        check_files(folder, about, reads, command)
+    return about
+
+
+def check_files(folder, about, reads, command):
+    """Stop, naming `command`, if a file of a finished folder (`about`: its stage.json) whose name fits a
+    pattern of `reads` is not what the stage wrote."""
+    again = f"make it again with: python {command} --overwrite"
     for name, made in about["outputs"].items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
             path = folder / name
@@ -269,7 +284,6 @@ def require_finished(folder, command, reads=("*",)):
                 raise Stop(f"{path}: missing; {again}")
             if path.stat().st_size != made["bytes"] or fingerprint(path) != made["hash"]:
                 raise Stop(f"{path}: not what its stage wrote; {again}")
-    return about
 
 
 def read_about(folder, damaged_is_fine=False):

@@ -4,6 +4,7 @@ No method of the paper is in this file.
 """
 
 import contextlib
+import itertools
 import os
 
 import numpy as np
@@ -25,6 +26,19 @@ def slices(tables, rows):
             yield waiting.slice(0, rows)
             waiting = waiting.slice(rows)
     if waiting is not None and len(waiting):
+        yield waiting
+
+
+def chosen(lists, choice, size):
+    """Those elements of a stream of lists that `choice` [N] says, in lists of `size`."""
+    start, waiting = 0, []
+    for some in lists:
+        waiting += itertools.compress(some, choice[start : start + len(some)])
+        start += len(some)
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting:
         yield waiting
 
 
