@@ -440,7 +440,7 @@ def port(run):
     command = [sys.executable, "-m", "uvicorn", "runs.service:app", "--port", str(port)]
     env = {**environment(1), "RUN": str(run)}
     service = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    for _ in range(300):
+    while True:  # no limit of time: a busy machine takes minutes to import PyTorch
         time.sleep(0.2)
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
