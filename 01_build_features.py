@@ -23,19 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfTransformer
 
 from common import FIELDS, MATCH_FEATURES
-from data.embeddings import own_embeddings, own_fingerprint, users_embedding
-from data.images import load_images, pictures_fingerprint, read_pictures, write_skipped
+from data.embeddings import own_embeddings, users_embedding
+from data.images import read_pictures, write_skipped
 from data.splits import in_hash_split
 from data.tables import RawTables, levels_of, quoted
 from runs import models, stage
 from runs.bm25 import PairBM25, tokenize
-from runs.encoders import Captioner, TextEncoder, encoder_config
+from runs.captions import caption_pictures, captions_of
+from runs.encoders import TextEncoder
 from runs.files import hashed, write_parquet
+from runs.graph import graph_embedding
 from runs.settings import (
     ROOT,
     Count,
@@ -51,16 +50,13 @@ from runs.stage import Stop
 from runs.streams import (
     chosen,
     keep_chunks,
-    kept_rows,
     matrix_of,
     new_matrix,
     row_groups,
     slices,
-    vector_column,
-    without_kept,
     write_stream,
 )
-from runs.update import open_features
+from runs.update import inputs_of, models_used, open_features
 
 
 @dataclass(frozen=True)
@@ -141,53 +137,6 @@ def query_texts(path, rows=20_000):
     """Likewise the text of every query of a queries.parquet."""
     for table in slices(row_groups(path, ["query"]), rows):
         yield table["query"].to_pylist()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Images: caption and visual embedding from one pass of the vision tower
-
-
-def caption_chunk(chunk, captioner, root, image_batch):
-    """Pictures of the dataset (table: digest, image) -> columns digest, caption, visual [B, D], and reason
-    (why a picture cannot be captioned; null: it is)."""
-    captions, visual, reasons = [], [], []
-    for start in range(0, len(chunk), image_batch):
-        images = load_images(root, chunk["image"][start : start + image_batch].to_pylist())
-        readable = [image for image in images if not isinstance(image, str)]
-        made = iter(zip(*captioner(readable))) if readable else None
-        for image in images:
-            broken = isinstance(image, str)
-            caption, vector = ("", np.zeros(captioner.dim, np.float16)) if broken else next(made)
-            captions.append(caption)
-            visual.append(vector)
-            reasons.append(image if broken else None)
-    columns = {"digest": chunk["digest"], "caption": captions, "visual": vector_column(np.stack(visual))}
-    return {**columns, "reason": pa.array(reasons, pa.string())}
-
-
-def caption_pictures(pictures, cache, settings, device, dtype):
-    """Captions each distinct picture that `cache`, a folder of caption_chunk's columns, does not have."""
-    todo = without_kept(pictures, cache, "digest")
-    if len(todo):
-        captioner = Captioner(settings.caption_model, settings.caption_tokens, device, dtype)
-        options = {"captioner": captioner, "root": settings.data, "image_batch": settings.image_batch}
-        make = functools.partial(caption_chunk, **options)
-        first = len(list(cache.glob("part-*")))
-        list(keep_chunks(cache, slices([todo], CHUNK), make, len(todo), "captions", first))
-
-
-def captions_of(pictures, cache, out):
-    """The cache's rows in pin order. Writes pin_visual_embedding.npy; returns captions ("": none) and reasons
-    (null: captioned, or no picture), Arrow columns."""
-    captions = np.full(len(pictures), "", dtype=object)
-    reasons = np.array(pictures["reason"].to_pylist(), dtype=object)
-    dim = pq.read_schema(next(cache.glob("part-*"))).field("visual").type.list_size
-    with new_matrix(out / "pin_visual_embedding.npy", len(pictures), dim) as visual:
-        for pins, rows in kept_rows(pictures["digest"], cache, "digest"):
-            visual[pins] = matrix_of(rows["visual"])
-            captions[pins] = np.array(rows["caption"].to_pylist(), dtype=object)
-            reasons[pins] = np.array(rows["reason"].to_pylist(), dtype=object)
-    return pa.array(captions, pa.string()), pa.array(reasons, pa.string())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -278,7 +227,7 @@ def write_pins(raw, captions, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Embeddings: the user's own, else open counterparts of SearchSage and PinSage (data/README.md has the table)
+# Embeddings: the user's own, else open counterparts of SearchSage and, in runs/graph.py, of PinSage
 
 
 def embed_texts(encoder, texts, parts, path, total, old):
@@ -294,64 +243,6 @@ def embed_texts(encoder, texts, parts, path, total, old):
             made = matrix_of(pq.read_table(part)["vector"])
             out[rows[start : start + len(made)]] = made
             start += len(made)
-
-
-def board_titles(raw, most=200_000):
-    """The titles under which our pins were saved most often (Arrow column), from the table `saves`."""
-    return raw.table(f"""
-        SELECT text FROM saves SEMI JOIN pin_rows USING (pin_id)
-        GROUP BY text ORDER BY sum(n) DESC, text LIMIT {most}""")["text"]
-
-
-def board_counts(raw, titles, pins):
-    """How often each pin was saved under each of the titles: sparse float32 [pins, titles]."""
-    boards = pa.table({"text": titles, "board": np.arange(len(titles), dtype=np.int32)})
-    cells = """
-        SELECT pin_index, board, n::FLOAT AS n FROM saves JOIN boards USING (text)
-        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id) ORDER BY pin_index, board"""
-    cells = raw.table(cells, boards=boards)
-    pin, board, n = (cells[name].to_numpy() for name in ("pin_index", "board", "n"))
-    return csr_matrix((n, (pin, board)), shape=(pins, len(titles)))
-
-
-def svd_axes(weights, dim, seed, fit_rows=200_000):
-    """Axes [D, boards] of the truncated SVD of at most `fit_rows` rows of a matrix [pins, boards]."""
-    with_boards = np.flatnonzero(np.diff(weights.indptr))
-    sample = np.sort(np.random.default_rng(seed).permutation(with_boards)[:fit_rows])
-    dim = max(1, min(dim, weights.shape[1] - 1, len(sample) - 1))
-    if min(weights.shape[1], len(sample)) < 2:
-        return np.zeros((dim, weights.shape[1]), dtype=np.float32)
-    return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
-
-
-def graph_embedding(raw, pins, dim, seed, path, old):
-    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with --update
-    on the axes that are there. Writes `path` [pins, D], and graph.parquet: of every board title its idf and
-    its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
-    titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
-    counts = board_counts(raw, old.graph["board_title"] if old else titles, pins)
-    if old:
-        tfidf.idf_, axes = old.graph["idf"].to_numpy(), matrix_of(old.graph["axes"]).T
-    elif counts.nnz:
-        tfidf.fit(counts)
-        axes = svd_axes(tfidf.transform(counts), dim, seed)
-    else:
-        print("no boards: no graph embedding")
-        return
-    weights, explained = tfidf.transform(counts), 0.0
-    with new_matrix(path, pins, len(axes)) as out:
-        for start in range(0, pins, 65_536):
-            block = weights[start : start + 65_536] @ axes.T
-            out[start : start + 65_536] = block
-            explained += np.square(block).sum(dtype=np.float64)
-    explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
-    if old:
-        old.note_boards(raw, titles, explained)
-        old.bring("graph.parquet", path.parent)
-    else:
-        columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
-        table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
-        write_parquet(path.with_name("graph.parquet"), table)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -448,25 +339,12 @@ def write_impressions(raw, features_of, numbers, out, shard_rows, old):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(raw, settings, own, pictures, hardware):
-    """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
-    found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
-    if pictures["image"].null_count < len(pictures):
-        found["images"] = pictures_fingerprint(pictures)
-        found["caption model"] = models.model_fingerprint(settings.caption_model)
-        found["precision"] = hardware
-    if not {"query_text", "pin_text"} <= set(own):
-        encoder_config(settings.text_encoder, settings.text_tokens)  # before the work of hours
-        found["text encoder"] = models.model_fingerprint(settings.text_encoder)
-        found["precision"] = hardware
-    return found
-
-
-def models_used(settings, inputs):
-    """Name and fingerprint of the text encoder and the captioner, where the features come from them."""
-    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
-    used = [kind for kind in names if kind in inputs]
-    return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
+def number_rows(raw, pictures, old):
+    """Makes the tables pin_rows and query_rows, whose row numbers are the indices; with --update those of
+    before stay. Returns the pictures in the order of the pins."""
+    raw.number_rows("pins", "pin", reserved=FIELDS)
+    raw.number_rows("queries", "query", reserved=())
+    return old.keep_order(raw, pictures) if old else pictures
 
 
 def make_captions(pictures, settings, inputs, device, dtype, out):
@@ -477,7 +355,7 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
         return captions, None
     key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
     cache = out / "captions" / key[:16]
-    caption_pictures(pictures, cache, settings, device, dtype)
+    caption_pictures(pictures, cache, settings, device, dtype, CHUNK)
     if cache.exists():
         captions, reasons = captions_of(pictures, cache, out)
     skipped = write_skipped(out / "skipped_images.csv", pictures, reasons)
@@ -507,6 +385,8 @@ def make_embeddings(raw, settings, own, device, dtype, out, old):
     if "pin_graph" not in own and not (old and old.graph is None):
         path = out / "pin_graph_embedding.npy"
         graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, path, old)
+    if old:
+        old.compare_embeddings(out)
 
 
 def open_match_features(out, workers, old=None):
@@ -519,6 +399,15 @@ def open_match_features(out, workers, old=None):
         bm25.save(out / "bm25.parquet")
     vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     return MatchFeatures(bm25, *vectors)
+
+
+def summary(raw, settings, counts, splits, as_of):
+    """Prints the labelled rows, and returns what stage.json says of the dataset."""
+    window = f"engagement window: {WINDOW_YEARS} years up to {as_of}; " if as_of else ""
+    print(f"{window}labelled: {splits['train']:,} train, {splits['eval']:,} eval")
+    facts = {"dataset": str(settings.data.resolve()), "as_of": as_of and str(as_of)}
+    facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
+    return {**facts, "rows": {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}}
 
 
 def main(argv=None):
@@ -540,11 +429,8 @@ def main(argv=None):
     out = work.work
     raw.spill_to(out / "work" / "spill")
     raw.check()
-    raw.number_rows("pins", "pin", reserved=FIELDS)
-    raw.number_rows("queries", "query", reserved=())
+    pictures = number_rows(raw, pictures, old)
     numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
-    if old:
-        pictures = old.keep_order(raw, pictures)
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
     for line in raw.remarks():
@@ -560,8 +446,6 @@ def main(argv=None):
 
     # 3. Embeddings, once a query and once a pin
     make_embeddings(raw, settings, own, device, dtype, out, old)
-    if old:
-        old.compare_embeddings(out)
 
     # 4. Match features of every labelled and unlabelled pair
     match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1, old)
@@ -570,15 +454,11 @@ def main(argv=None):
     shards = write_impressions(raw, features_of, numbers, out, settings.shard_rows, old)
 
     # 5. Summary
-    window = f"engagement window: {WINDOW_YEARS} years up to {as_of}; " if as_of else ""
-    print(f"{window}labelled: {splits['train']:,} train, {splits['eval']:,} eval")
-    facts = {"dataset": str(settings.data.resolve()), "images": images, "as_of": as_of and str(as_of)}
-    facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
-    facts["rows"] = {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}
+    facts = summary(raw, settings, counts, splits, as_of)
     if old:
         facts["drift"] = old.report(shards)
     raw.db.close()
-    work.finish(models=models_used(settings, inputs), **facts)
+    work.finish(models=models_used(settings, inputs), images=images, **facts)
 
 
 if __name__ == "__main__":

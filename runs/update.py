@@ -1,5 +1,5 @@
-"""Stage 01 on a dataset that has grown: what the features that are there still give, and how far the dataset
-has drifted from their statistics.
+"""What stage 01's features depend on; and, on a dataset that has grown, what the features that are there
+still give, and how far the dataset has drifted from their statistics.
 
 No method of the paper is in this file. Rows keep their numbers, and what is new comes after them; the
 statistics of BM25 and the axes of the graph embedding stay, byte for byte, so that a student trained on the
@@ -14,11 +14,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common import MATCH_FEATURES, OUR_COLUMNS, TABLES
+from data.embeddings import own_fingerprint
+from data.images import pictures_fingerprint
+from runs import models
+from runs.encoders import encoder_config
 from runs.files import link_or_copy
 from runs.stage import Stage, Stop, check_files, hold, read_about
 
 BUILT_ON = "earlier features"  # among the inputs: identity of the folder that --update replaced
 DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be made anew
+
+
+def inputs_of(raw, settings, own, pictures, hardware):
+    """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
+    found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
+    if pictures["image"].null_count < len(pictures):
+        found["images"] = pictures_fingerprint(pictures)
+        found["caption model"] = models.model_fingerprint(settings.caption_model)
+        found["precision"] = hardware
+    if not {"query_text", "pin_text"} <= set(own):
+        encoder_config(settings.text_encoder, settings.text_tokens)  # before the work of hours
+        found["text encoder"] = models.model_fingerprint(settings.text_encoder)
+        found["precision"] = hardware
+    return found
+
+
+def models_used(settings, inputs):
+    """Name and fingerprint of the text encoder and the captioner, where the features come from them."""
+    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
+    used = [kind for kind in names if kind in inputs]
+    return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
 
 
 def open_features(settings, inputs):
@@ -35,8 +60,6 @@ def open_features(settings, inputs):
         if settings.update:
             raise Stop(f"{folder}: missing or unfinished, nothing to update; make it with: python {command}")
         return Stage(folder, settings, inputs), None
-    if "bm25.parquet" not in before["outputs"] and settings.update:
-        raise Stop(f"{folder}: made by an older stage 01, without its statistics; --overwrite makes it anew")
     built_on = before["inputs"].get(BUILT_ON)
     if settings.update and has_changed(before, settings, inputs):
         built_on = before["identity"]
@@ -86,6 +109,8 @@ class OldFeatures:
         self.changed, self.drift, self.unknown, self.shards = {}, {}, [], 0
         has_graph = "graph.parquet" in about["outputs"]
         self.graph = pq.read_table(folder / "graph.parquet") if has_graph else None
+        if has_graph and b"explained" not in (self.graph.schema.metadata or {}):
+            raise Stop(f"{folder}: made by an older stage 01, which kept less; --overwrite makes it anew")
 
     # Rows
 

@@ -647,7 +647,7 @@ def test_the_cache_of_captions_is_of_one_way_of_captioning(tmp_path, flags):
 def test_the_cache_of_captions_survives_overwrite(tmp_path, monkeypatch):
     data = with_pictures(tmp_path)
     first = captioned(data, tmp_path / "run")
-    monkeypatch.setattr(build, "Captioner", None)
+    monkeypatch.setattr("runs.captions.Captioner", None)
     again = captioned(data, tmp_path / "run", "--top-tokens", "3", "--overwrite")
     assert again.keys() == first.keys() and again["pins.parquet"] == first["pins.parquet"]
 

@@ -265,7 +265,7 @@ def test_changed_data_is_noticed_and_overwrite_makes_it_anew(copied, toy, tmp_pa
     (data / "labels.csv").write_text("\n".join(lines[:-1]) + "\n")
     line = stop_line(stage("01").main, argv)
     assert "table labels" in line and "--overwrite" in line
-    monkeypatch.setattr(stage("01"), "Captioner", None)  # the captions are kept: no image is captioned again
+    monkeypatch.setattr("runs.captions.Captioner", None)  # the captions are kept: no image is captioned again
     stage("01").main([*argv, "--overwrite"])
     # What was made from the earlier features is not mixed with the new ones.
     assert "03_label.py" in stop_line(stage("04").main, ["--run", str(copied), "--device", "cpu"])
