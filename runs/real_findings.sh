@@ -27,7 +27,7 @@ run python 02_train_teacher.py --preset small --run "$FEW" --model "$ENCODER" --
 run python 03_label.py --preset small --run "$FEW" --only-labelled
 run python -m runs.findings --run "$FEW" --into "$INTO" --findings a --run-teacher MiniLM-22M --jobs 1 \
     --models "SmolLM2-135M=$LLAMA" --teacher-seeds 0 \
-    --teacher-flags "--preset small --max-tokens 64 --head-lr 2e-4"
+    --teacher-flags "--preset small --max-tokens 64"
 run python -m runs.findings --run "$FEW" --into "$INTO" --findings d --teacher-seeds 0 --jobs 1 \
     --fields title description boards links --teacher-flags "--preset small --max-tokens 64"
 

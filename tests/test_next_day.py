@@ -303,8 +303,9 @@ def test_presets_are_what_they_say():
         assert {name: settings.preset for name, settings in module.PRESETS.items()} == {
             name: name for name in ("toy", "small", "paper")
         }
-    assert trainer.PRESETS["small"].encoder_lr == trainer.PRESETS["small"].head_lr == 5e-5
-    assert trainer.PRESETS["small"].epochs == 3 and replace(trainer.TOY) == trainer.PRESETS["toy"]
+    small = trainer.PRESETS["small"]
+    assert small.encoder_lr == 1e-4 and small.head_lr == 1e-3
+    assert small.epochs == 3 and replace(trainer.TOY) == trainer.PRESETS["toy"]
 
 
 # ------------------------------------------------------------------------------------------------------------
