@@ -10,43 +10,54 @@ from runs.export import input_names
 from runs.settings import dtype_name
 
 ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
+FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
+
+
+def is_stand_in(model):
+    """Is this one of the toy's models, data/toy_models/NAME?"""
+    return (Path(model).parent / "figures.json").exists()
 
 
 def describe_teacher(teacher, finetuning, rows, settings):
-    """What is going to be trained, on what."""
-    how = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}[finetuning]
+    """What is going to be trained, on what. rows: LabelledRows."""
     trainable = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
     print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
-    print(f"{how}: {trainable:,} weights; {dtype_name(teacher.dtype)}")
-    if settings.preset == "toy" and not (Path(settings.model).parent / "figures.json").exists():
+    print(f"{FINETUNING[finetuning]}: {trainable:,} weights; {dtype_name(teacher.dtype)}")
+    if settings.preset == "toy" and not is_stand_in(settings.model):
         rate = settings.encoder_lr if finetuning == "full" else settings.lr
         print(f"--preset toy, learning rate {rate:g}, is for the toy's stand-in models: try --preset small")
-    print(f"rows: {len(rows.train):,} train; tokens a row: mean {rows.lengths.mean():.0f}, "
-          f"max {rows.lengths.max()} of {settings.max_tokens}")  # fmt: skip
-    shares = 100 * torch.bincount(rows.levels[rows.train], minlength=NUM_LEVELS) / len(rows.train)
-    print("labels: " + ", ".join(f"{n} {LEVELS[n]} {share:.0f} %" for n, share in enumerate(shares, 1)))
-    if len(rows.held_out):
-        loss, accuracy = rows.prior()
-        print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; the labels' own "
-              f"shares have loss {loss:.4f}, accuracy {accuracy:.4f} there")  # fmt: skip
-    else:
-        print("none held out: too few queries")
+    tokens = f"mean {rows.lengths.mean():.0f}, max {rows.lengths.max()} of {settings.max_tokens}"
+    print(f"rows: {len(rows.train):,} train; tokens a row: {tokens}")
+    counts = torch.bincount(rows.levels[rows.train], minlength=NUM_LEVELS)
+    shares = []
+    for level, share in enumerate(100 * counts / len(rows.train), 1):
+        shares.append(f"{level} {LEVELS[level]} {share:.0f} %")
+    print(f"labels: {', '.join(shares)}")
+    describe_held_out(rows)
     if settings.keep == "best" and rows.held_out_queries < ENOUGH_QUERIES:
         print(f"--keep best: {rows.held_out_queries} held-out queries are too few: the last")
 
 
-def in_words(scores):
-    """{"held_out_loss": 0.71234, …} -> "held out loss 0.7123, …"."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+def describe_held_out(rows):
+    """What a teacher has to beat on the held-out rows."""
+    if not len(rows.held_out):
+        print("none held out: too few queries")
+        return
+    loss, accuracy = rows.prior()
+    prior = f"the labels' own shares have loss {loss:.4f}, accuracy {accuracy:.4f} there"
+    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; {prior}")
 
 
 def warn_if_useless(rows, scores):
-    """A line if the teacher does not beat one that knows the labels' shares alone."""
-    if scores.get("held_out_loss") is not None:
-        loss, accuracy = rows.prior()
-        if scores["held_out_loss"] >= loss or scores["held_out_accuracy"] <= accuracy:
-            print(f"warning: the teacher does not beat the labels' own shares (loss {loss:.4f}, accuracy "
-                  f"{accuracy:.4f}): more epochs, other learning rates, or a better --model?")  # fmt: skip
+    """A line if the teacher does not beat one that knows the labels' shares alone. scores: on the held-out
+    rows."""
+    if "held_out_loss" not in scores:
+        return
+    loss, accuracy = rows.prior()
+    if scores["held_out_loss"] >= loss or scores["held_out_accuracy"] <= accuracy:
+        prior = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
+        print(f"warning: the teacher does not beat the labels' own shares ({prior})")
+        print("more epochs, other learning rates, or a better --model?")
 
 
 def describe_student(student, rows, held_out, settings, device):
@@ -57,6 +68,13 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"held out: {len(held_out):,} rows of {queries:,} queries{few}")
     if settings.keep == "best" and queries < ENOUGH_QUERIES:
         print(f"the last epoch is kept: under {ENOUGH_QUERIES} queries tell no best one")
-    sizes = [f"{source} {size}" for source, size in student.spec["embeddings"].items()]
-    print(f"inputs: {', '.join([*sizes, *input_names(student.spec)[len(sizes) :]])}")
+    names, sizes = input_names(student.spec), list(student.spec["embeddings"].values())
+    for place, size in enumerate(sizes):
+        names[place] += f" {size}"
+    print(f"inputs: {', '.join(names)}")
     print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
+
+
+def in_words(scores):
+    """{"held_out_loss": 0.71234, …} -> "held out loss 0.7123, …"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())

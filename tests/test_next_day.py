@@ -13,7 +13,7 @@ import pytest
 import torch
 from days import NEW, build, two_days
 from finished_run import student_seed
-from helpers import mark_finished, own_embeddings, small_dataset, stage, stop_line, write_dataset
+from helpers import TOY_MODELS, mark_finished, own_embeddings, small_dataset, stage, stop_line, write_dataset
 from rank_bm25 import BM25Okapi
 from test_kill import content, start, warm  # noqa: F401
 
@@ -23,6 +23,7 @@ from runs.pairs import read_labels
 from runs.ranker import Ranker
 from runs.rows import hash_rows, unique_rows
 from runs.stage import hold, require_finished
+from runs.summary import is_stand_in
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
@@ -264,6 +265,14 @@ def test_a_teacher_that_learned_nothing_is_named(features, models, tmp_path, cap
     said = capsys.readouterr().out
     assert "the labels' own shares have loss" in said and "does not beat the labels' own shares" in said
     assert "--preset small" in said  # the toy's settings on a model that is none of its stand-ins
+
+
+def test_which_models_are_stand_ins(models):
+    """With the others, --preset toy is said not to fit."""
+    for name in ("llama", "bert", "t5", "deberta"):
+        assert is_stand_in(TOY_MODELS / name)
+    for model in ("google-bert/bert-base-multilingual-cased", "gpt2", models["bert"], "/nowhere/llama"):
+        assert not is_stand_in(model)
 
 
 def test_the_prior_by_hand():
