@@ -20,18 +20,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from sklearn.metrics import roc_auc_score
 
 import common
-from common import FIELDS, NUM_LEVELS, PairText, Teacher
-from data.splits import hash_split, in_hash_split, query_key
+from common import FIELDS, PairText, Teacher
 from runs import cards, models, stage, summary
 from runs.files import write_jsonl
-from runs.rows import epoch_batches, hash_rows, micro_batches
+from runs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from runs.settings import (
     ROOT,
     Count,
@@ -112,56 +110,6 @@ SMALL = replace(
 )
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-class LabelledRows:
-    """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
-    [N], 0 for level 1; `train` and `held_out`: row numbers; held_out_queries: how many they are of."""
-
-    def __init__(self, features, text, settings):
-        table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
-        queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
-        pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
-        query_index, pin_index = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
-
-        def read_pins(numbers):
-            return pins.take(numbers).to_pydict()
-
-        self.queries = queries.to_pylist()  # of all rows and impressions
-        self.ids = common.tokenize_pairs(text, queries, read_pins, query_index, pin_index)
-        self.lengths = np.array([len(row) for row in self.ids])
-        self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
-        self.pad_id = text.tokenizer.pad_token_id
-        keys = [query_key(self.queries[query]) for query in query_index]
-        self.train, self.held_out, self.split = split_rows(keys, settings)
-        self.held_out_queries = len({keys[row] for row in self.held_out})
-
-    def batch(self, rows, device):
-        """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
-        ids, mask = common.pad_rows([self.ids[row] for row in rows], self.pad_id)
-        return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
-
-    def prior(self):
-        """Cross-entropy and accuracy on the held-out rows of one that knows the labels' shares alone."""
-        shares = torch.bincount(self.levels[self.train], minlength=NUM_LEVELS).clamp(min=0.5)
-        guess = (shares / shares.sum()).log().expand(len(self.held_out), -1)
-        levels = self.levels[self.held_out]
-        return F.nll_loss(guess, levels).item(), (guess.argmax(1) == levels).double().mean().item()
-
-
-def split_rows(keys, settings):
-    """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
-    in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
-    split = hash_split(keys, np.ones(len(keys)), 0.1, f"teacher:{settings.seed}")
-    is_held_out = in_hash_split(keys, **split)
-    train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    if settings.rows:
-        train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
-    return train, held_out, split
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,6 +303,21 @@ def open_text(settings, config):
     return PairText(tokenizer, kind, settings.fields, max_tokens, settings.long_queries == "cut")
 
 
+def save(teacher, finetuning, text, settings, folder):
+    """Writes the teacher and its tokenizer; returns teacher.json: what stage 03 needs to read pairs as 02."""
+    about = {
+        "model": models.full_name(settings.model),
+        "kind": teacher.kind,
+        "finetuning": finetuning,
+        "fields": settings.fields,
+        "max_tokens": text.max_tokens,
+        "long_queries": settings.long_queries,
+    }
+    teacher.save(folder, about)
+    text.tokenizer.save_pretrained(folder / "tokenizer")
+    return about
+
+
 def main(argv=None):
     # 1. Settings
     settings = parse(PRESETS, argv, __doc__)
@@ -395,14 +358,7 @@ def main(argv=None):
     # 5. Save
     if accelerator.is_main_process:
         summary.warn_if_useless(rows, train_state["best"])
-        about = {"model": models.full_name(settings.model), "kind": kind, "finetuning": finetuning}
-        about |= {
-            "fields": settings.fields,
-            "max_tokens": text.max_tokens,
-            "long_queries": settings.long_queries,
-        }
-        teacher.save(output.work, about)
-        text.tokenizer.save_pretrained(output.work / "tokenizer")
+        about = save(teacher, finetuning, text, settings, output.work)
         write_jsonl(output.work / "training_log.jsonl", train_state["log"])
         output.discard("checkpoint.pt", "best.pt")
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}

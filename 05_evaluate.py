@@ -48,8 +48,6 @@ PAPER = replace(TOY, preset="paper", search_pages=10)  # our choice
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy")  # of features/ and labels/
 
-ALL = ""  # "language" of a metric over all rows
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics. y: labels [B] in 1..5; p: probabilities [B, C]; w: weight of each row [B], its query's count in a
@@ -180,12 +178,11 @@ def measure(systems, rows, levels, resamples, seed):
     """All metrics of all systems, overall and by language: {(system, language, metric): Interval}."""
     table, means_something = {}, meaningful(levels)
     for system, (p, score) in systems.items():
-        teacher = rows["teacher"] if system.startswith("student") else None
         for language in [report.ALL, *sorted(set(rows["language"]))]:
-            at = rows["language"] == language if language != report.ALL else np.ones(len(p), dtype=bool)
-            part = None if teacher is None else teacher[at]
-            measured = Measured(rows["label"][at], p[at], score[at], rows["query_index"][at], part)
-            value, drawn = measured.bootstrap(resamples, seed)
+            some = np.full(len(p), True) if language == report.ALL else rows["language"] == language
+            teacher = rows["teacher"][some] if system.startswith("student") else None
+            y, query = rows["label"][some], rows["query_index"][some]
+            value, drawn = Measured(y, p[some], score[some], query, teacher).bootstrap(resamples, seed)
             for metric in value:
                 if metric in means_something:
                     table[system, language, metric] = interval(value[metric], drawn[metric])
@@ -218,15 +215,17 @@ def fit_temperatures(run, read, train):
     whose stage has held queries out."""
     found = {}
     for name in [*students_of(read), "teacher"]:
-        if name not in read or not read[name].get("held_out"):
+        split = read.get(name, {}).get("held_out")
+        held_out = in_hash_split(train["key"], **split) if split else np.zeros(1, bool)
+        if not held_out.any():
             continue
-        held_out = in_hash_split(train["key"], **read[name]["held_out"])
         rows = {column: values[held_out] for column, values in train.items()}
-        if held_out.any():
-            is_teacher = name == "teacher"
-            p = rows["teacher"] if is_teacher else student_system(run / name, run / "features", rows)[0]
-            fitted = {"temperature": round(fit_temperature(rows["label"], p), 4), "rows": len(p)}
-            found[name] = {**fitted, "queries": len(np.unique(rows["query_index"]))}
+        p = rows["teacher"]
+        if name != "teacher":
+            p, _ = student_system(run / name, run / "features", rows)
+        temperature = round(fit_temperature(rows["label"], p), 4)
+        queries = len(np.unique(rows["query_index"]))
+        found[name] = {"temperature": temperature, "rows": len(p), "queries": queries}
     return found
 
 
@@ -276,14 +275,14 @@ def bm25_system(train, evaluation):
 def student_system(folder, features, rows, chunk=16_384):
     """The student in `folder` on rows (dict of arrays)."""
     student = Student.load(folder)
-    inputs, p = StudentInputs(features, student.spec), []
+    inputs = StudentInputs(features, student.spec)
     match = np.stack([rows[name] for name in student.spec["match"]], axis=1).astype(np.float32)
-    match = torch.from_numpy(match)
+    p = np.empty((len(match), NUM_LEVELS))
     for start in range(0, len(match), chunk):
-        at = slice(start, start + chunk)
-        logits = student(*inputs.gather(rows["query_index"][at], rows["pin_index"][at]), match[at])
-        p.append(logits.double().softmax(1).numpy())
-    p = np.concatenate(p)
+        some = slice(start, start + chunk)
+        columns = inputs.gather(rows["query_index"][some], rows["pin_index"][some])
+        logits = student(*columns, torch.from_numpy(match[some]))
+        p[some] = logits.double().softmax(1).numpy()
     return p, expected_level(p)
 
 

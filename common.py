@@ -9,7 +9,6 @@ features. The paper: Wang et al., 2024, "Improving Pinterest Search Relevance Us
 (arXiv 2410.17152).
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from runs.files import read_json, write_json
 from runs.models import load_backbone, load_lora, output_width
 from runs.stage import Stop
-
-# On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
-# about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch
-# share a few. Read at the first product; both limits are needed.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  The text of a pair and its tokens  (paper: "Pin Text Representations")

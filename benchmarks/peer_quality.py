@@ -39,6 +39,7 @@ from data.splits import query_key  # noqa: E402
 from runs.files import read_json, write_json  # noqa: E402
 from runs.models import quiet_libraries  # noqa: E402
 from runs.pairs import read_labelled  # noqa: E402
+from runs.rows import split_rows  # noqa: E402
 from runs.stage import Stop, require_finished, run_main  # noqa: E402
 
 stage_02 = importlib.import_module("02_train_teacher")
@@ -156,7 +157,7 @@ def teacher_rows(run, train, made):
     queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
     keys = [query_key(query) for query in queries.take(train["query_index"]).to_pylist()]
     settings = replace(stage_02.TOY, rows=made["rows"], seed=made["seed"])
-    learned, *_ = stage_02.split_rows(keys, settings)
+    learned, *_ = split_rows(keys, settings)
     return {name: column[learned] for name, column in train.items()}
 
 

@@ -18,6 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from runs.files import fingerprint, read_json
 from runs.stage import Stop, first_line
 
+# On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
+# about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch
+# share a few. Read at the first product; both limits are needed.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
 
 def quiet_libraries():
     """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
@@ -177,7 +183,8 @@ def load_lora(backbone, folder):
     try:
         saved = read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+            names = [name for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+            ranks = [file.get_slice(name).get_shape()[0] for name in names]
         if min(ranks) != saved["r"]:  # of a mixture of experts, all experts' ranks stand in one matrix
             raise ValueError(f"rank {saved['r']}, weights of rank {min(ranks)}")
         names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")

@@ -8,11 +8,52 @@ import hashlib
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from common import tokenize_pairs
+from common import pad_rows, tokenize_pairs
+from data.splits import hash_split, in_hash_split, query_key
 from runs.models import quiet_libraries
 from runs.stage import Stop
+
+
+class LabelledRows:
+    """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
+    [N], 0 for level 1; `train` and `held_out`: row numbers; held_out_queries: how many they are of."""
+
+    def __init__(self, features, text, settings):
+        table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
+        queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
+        pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
+        query_index, pin_index = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
+
+        def read_pins(numbers):
+            return pins.take(numbers).to_pydict()
+
+        self.queries = queries.to_pylist()  # of all rows and impressions
+        self.ids = tokenize_pairs(text, queries, read_pins, query_index, pin_index)
+        self.lengths = np.array([len(row) for row in self.ids])
+        self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
+        self.pad_id = text.tokenizer.pad_token_id
+        keys = [query_key(self.queries[query]) for query in query_index]
+        self.train, self.held_out, self.split = split_rows(keys, settings)
+        self.held_out_queries = len({keys[row] for row in self.held_out})
+
+    def batch(self, rows, device):
+        """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
+        ids, mask = pad_rows([self.ids[row] for row in rows], self.pad_id)
+        return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
+
+
+def split_rows(keys, settings):
+    """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
+    in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
+    split = hash_split(keys, np.ones(len(keys)), 0.1, f"teacher:{settings.seed}")
+    is_held_out = in_hash_split(keys, **split)
+    train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if settings.rows:
+        train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
+    return train, held_out, split
 
 
 class PairShards(IterableDataset):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import LEVELS, NUM_LEVELS
 from runs.export import input_names
@@ -43,9 +44,17 @@ def describe_held_out(rows):
     if not len(rows.held_out):
         print("none held out: too few queries")
         return
-    loss, accuracy = rows.prior()
+    loss, accuracy = prior_scores(rows)
     prior = f"the labels' own shares have loss {loss:.4f}, accuracy {accuracy:.4f} there"
     print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; {prior}")
+
+
+def prior_scores(rows):
+    """Cross-entropy and accuracy on the held-out rows of one that knows the labels' shares alone."""
+    shares = torch.bincount(rows.levels[rows.train], minlength=NUM_LEVELS).clamp(min=0.5)
+    guess = (shares / shares.sum()).log().expand(len(rows.held_out), -1)
+    levels = rows.levels[rows.held_out]
+    return F.nll_loss(guess, levels).item(), (guess.argmax(1) == levels).double().mean().item()
 
 
 def warn_if_useless(rows, scores):
@@ -53,7 +62,7 @@ def warn_if_useless(rows, scores):
     rows."""
     if "held_out_loss" not in scores:
         return
-    loss, accuracy = rows.prior()
+    loss, accuracy = prior_scores(rows)
     if scores["held_out_loss"] >= loss or scores["held_out_accuracy"] <= accuracy:
         prior = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
         print(f"warning: the teacher does not beat the labels' own shares ({prior})")

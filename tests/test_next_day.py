@@ -21,9 +21,10 @@ from runs.bm25 import tokenize
 from runs.files import read_json, write_parquet
 from runs.pairs import read_labels
 from runs.ranker import Ranker
-from runs.rows import hash_rows, unique_rows
+from runs.rows import LabelledRows, hash_rows, unique_rows
 from runs.stage import hold, require_finished
-from runs.summary import is_stand_in
+from runs.summary import is_stand_in, prior_scores
+from runs import rows as rows_module
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
@@ -224,7 +225,7 @@ def test_02_stops_where_the_last_step_ruined_the_weights(features, models, tmp_p
     (tmp_path / "run" / "features").symlink_to(features)
     if not held_out:
         everything = {"share": 0.0, "salt": ""}
-        monkeypatch.setattr(trainer, "hash_split", lambda *of_queries: everything)
+        monkeypatch.setattr(rows_module, "hash_split", lambda *of_queries: everything)
     argv = ["--run", str(tmp_path / "run"), "--model", str(models["bert"]), *QUICK, "--rows", "8"]
     argv += ["--encoder-lr", "1e30", "--head-lr", "1e30", "--warmup", "0"]
     assert "--lr" in stop_line(trainer.main, argv)
@@ -276,11 +277,11 @@ def test_which_models_are_stand_ins(models):
 
 
 def test_the_prior_by_hand():
-    rows = trainer.LabelledRows.__new__(trainer.LabelledRows)
+    rows = LabelledRows.__new__(LabelledRows)
     rows.levels = torch.tensor([0, 0, 0, 1, 0, 1])
     rows.train, rows.held_out = np.arange(4), np.array([4, 5])
     shares = np.array([3, 1, 0.5, 0.5, 0.5]) / 5.5
-    loss, accuracy = rows.prior()
+    loss, accuracy = prior_scores(rows)
     assert loss == pytest.approx(-np.log(shares[:2]).mean(), rel=1e-5) and accuracy == 0.5
 
 

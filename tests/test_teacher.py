@@ -24,7 +24,7 @@ from torch import nn
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
 from runs.files import read_json, write_parquet
-from runs.rows import epoch_batches, micro_batches
+from runs.rows import LabelledRows, epoch_batches, micro_batches, split_rows
 from runs.stage import first_line
 
 trainer, labeller = stage("02"), stage("03")
@@ -406,7 +406,7 @@ def test_wrong_flags(wrong, tmp_path):
 
 def test_token_ids_are_the_pairs_texts(features, models):
     text = PairText(tokenizer_of(models["bert"]), "encoder", ("title", "caption"), 32)
-    rows = trainer.LabelledRows(features, text, trainer.Settings())
+    rows = LabelledRows(features, text, trainer.Settings())
     labelled = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")]).to_pylist()
     queries = pq.read_table(features / "queries.parquet").to_pylist()
     pins = pq.read_table(features / "pins.parquet").to_pylist()
@@ -478,7 +478,7 @@ class OneOfMany:
 
 def labelled_rows(ids, levels, pad_id):
     """A LabelledRows that was not read from features."""
-    rows = trainer.LabelledRows.__new__(trainer.LabelledRows)
+    rows = LabelledRows.__new__(LabelledRows)
     rows.ids, rows.levels, rows.pad_id = ids, levels, pad_id
     rows.lengths = np.array([len(row) for row in ids])
     return rows
@@ -540,7 +540,7 @@ def test_held_out_rows_are_of_whole_queries_and_at_most_a_tenth():
         for seed in range(5):
             sizes = np.random.default_rng(seed).integers(1, 60, queries)
             keys = [f"query {i}" for i, size in enumerate(sizes) for _ in range(size)]
-            train, held_out, _ = stage_02.split_rows(keys, replace(stage_02.TOY, seed=seed))
+            train, held_out, _ = split_rows(keys, replace(stage_02.TOY, seed=seed))
             assert sorted([*train, *held_out]) == list(range(len(keys)))
             assert len(held_out) <= len(keys) / 10 and len(train)
             assert not {keys[row] for row in train} & {keys[row] for row in held_out}
