@@ -375,26 +375,13 @@ def measure(args, impressions, pins, folder, line):
     tiny_encoder(model)
     if "logs" in args.stages:
         seconds, peak = aggregate_logs(data, args.memory)
-        line(
-            f"01, its logs alone: {args.engagements:,} engagements", args.engagements / seconds, seconds, peak
-        )
+        what = f"01, its logs alone: {args.engagements:,} engagements"
+        line(what, args.engagements / seconds, seconds, peak)
         if args.stages == ["logs"]:
             return
-    seconds, peak = measured(
-        [
-            "01_build_features.py",
-            "--data",
-            data,
-            "--run",
-            run,
-            "--text-encoder",
-            model,
-            "--shard-rows",
-            args.shard_rows,
-            "--memory",
-            args.memory,
-        ]
-    )
+    sizes = ["--shard-rows", args.shard_rows, "--memory", args.memory]
+    where = ["--data", data, "--run", run, "--text-encoder", model]
+    seconds, peak = measured(["01_build_features.py", *where, *sizes])
     line("01, all of it", impressions / seconds, seconds, peak)
     if "match" in args.stages:
         ours, peer = match_rate(run, args.naive)
@@ -402,50 +389,36 @@ def measure(args, impressions, pins, folder, line):
         if peer:
             line("naive: rank-bm25 get_batch_scores, 20 pins a query", peer)
     if "03" in args.stages or "04" in args.stages:
-        measured(
-            [
-                "02_train_teacher.py",
-                "--run",
-                run,
-                "--model",
-                model,
-                "--rows",
-                200,
-                "--epochs",
-                1,
-                "--max-tokens",
-                32,
-            ]
-        )
-        if impressions <= args.label_rows and "03" in args.stages:
-            seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
-            line("03, one-layer teacher", impressions / seconds, seconds, peak)
-        else:
-            random_labels(run)
+        measure_labels(args, impressions, run, model, line)
     if "04" in args.stages:
-        seconds, peak = measured(
-            [
-                "04_train_student.py",
-                "--preset",
-                "paper",
-                "--run",
-                run,
-                "--epochs",
-                1,
-                "--hidden",
-                *args.hidden.split(","),
-            ]
-        )
-        line(f"04, one epoch, hidden layers of {args.hidden}", impressions / seconds, seconds, peak)
-        line("its network alone, on one batch in memory", bare_student_rate(run, args.hidden))
-        if args.naive:
-            line("naive: Dataset and DataLoader, gathering alone", loader_rate(run, 200_000))
+        measure_student(args, impressions, run, line)
     if args.naive and "01" in args.stages:
         try:
             seconds, peak = pandas_rate(data)
             line("naive: 01's joins in pandas", impressions / seconds, seconds, peak)
         except SystemExit as e:
             print(f"naive: pandas did not finish: {str(e)[-200:]}")
+
+
+def measure_labels(args, impressions, run, model, line):
+    """Stage 03 with a one-layer teacher; beyond --label-rows, or if nobody asks for it, random labels."""
+    few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
+    measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
+    if impressions > args.label_rows or "03" not in args.stages:
+        random_labels(run)
+        return
+    seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
+    line("03, one-layer teacher", impressions / seconds, seconds, peak)
+
+
+def measure_student(args, impressions, run, line):
+    """An epoch of stage 04 beside its network alone, and a naive loader."""
+    settings = ["--preset", "paper", "--epochs", 1, "--hidden", *args.hidden.split(",")]
+    seconds, peak = measured(["04_train_student.py", "--run", run, *settings])
+    line(f"04, one epoch, hidden layers of {args.hidden}", impressions / seconds, seconds, peak)
+    line("its network alone, on one batch in memory", bare_student_rate(run, args.hidden))
+    if args.naive:
+        line("naive: Dataset and DataLoader, gathering alone", loader_rate(run, 200_000))
 
 
 class Results:

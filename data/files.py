@@ -18,6 +18,7 @@ import pyarrow as pa
 from runs.stage import Stop, first_line
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
+NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
 FILE = "name of the file"  # a column of ours that no table has
 CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
     max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
@@ -96,6 +97,40 @@ def format_of(path):
     packed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
     found = FORMATS.get(suffixes[-1 - packed]) if len(suffixes) > packed else None
     return None if packed and found == "parquet" else found
+
+
+def reader(db, files, contract, sample):
+    """SQL that reads files of one kind, and {column: type as stored}. Everything in CSV, and what is text in
+    JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date. contract: {column:
+    kind}; sample: JSON rows by which types are told (-1: all)."""
+    kind = format_of(files[0])
+    if kind == "csv":
+        return csv_reader(files)
+    options = f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+    if kind == "json":
+        return json_reader(db, files, options, contract, sample)
+    options += ", binary_as_string = true"
+    described = db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
+    return f"FROM read_parquet({options}, filename = '{FILE}')", {row[0]: row[1] for row in described}
+
+
+def json_reader(db, files, options, contract, sample):
+    """Likewise of lines of JSON; options: of read_json."""
+    if not any(path.stat().st_size for path in files):
+        raise Stop(f"{files[0]}: the table is empty")
+    options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
+    guess = f"maximum_depth = 2, sample_size = {sample}, map_inference_threshold = -1"
+    described = db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
+    types = {row[0]: row[1] for row in described}
+    begun = {column.strip().lower() for column in types}
+    wanted = [*types, *(column for column in contract if column not in begun)]
+    columns = {}
+    for column in wanted:
+        numeric = column.lower() not in contract and NUMERIC.fullmatch(types[column])
+        columns[column] = "DOUBLE" if numeric else "VARCHAR"
+    keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
+    types = {column: types.get(column, "VARCHAR") for column in columns}
+    return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
 
 
 def csv_reader(files):

@@ -1,31 +1,27 @@
 """The raw tables of a dataset: how they are opened, and what must hold of them. data/README.md is the
-contract in words; data/files.py reads files, data/images.py pictures, data/embeddings.py users' own vectors.
+contract in words; data/files.py reads files, data/database.py asks them, data/images.py reads pictures,
+data/embeddings.py users' own vectors.
 
 No method of the paper is in this file. It trusts nothing that it reads: what does not hold ends in one line
 (Stop) that names the file, the column, the number of rows and the first of them.
 """
 
-import contextlib
-import re
 from pathlib import Path
 
-import duckdb
-
+from data.database import Database
 from data.files import (
-    FILE,
-    csv_reader,
+    NUMERIC,
     find_table,
-    format_of,
-    listed,
     one_line,
     other_files,
     plain_names,
     quoted,
+    reader,
     text_literal,
     with_folder_columns,
 )
 from runs.files import fingerprint, hashed
-from runs.stage import Stop, first_line
+from runs.stage import Stop
 
 TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
     "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),
@@ -72,21 +68,8 @@ RULES = [
     ("link_visits", "dwell_seconds", DWELL, "not finite"),
 ]
 
-# Characters that nobody sees: spaces, control and format characters, fillers, variation selectors.
-INVISIBLE = (
-    r"[\s\pZ\pC\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{180B}-\x{180F}\x{2800}\x{3164}"
-    r"\x{FE00}-\x{FE0F}\x{FFA0}]*"
-)
-SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
-MACROS = f"""
-    CREATE MACRO is_blank(t) AS regexp_full_match(t, '{INVISIBLE}');
-    CREATE MACRO query_key(t) AS lower(trim(nfc_normalize(t), '{SPACES}'));
-    CREATE MACRO number(t) AS CASE WHEN isfinite(TRY_CAST(t AS DOUBLE)) THEN TRY_CAST(t AS DOUBLE) END;
-    CREATE MACRO is_number(t) AS TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^[+-]?0[0-9]');
-"""
 RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
 SQL_TYPES = {"id": "VARCHAR", "text": "VARCHAR", "whole number": "BIGINT", "date": "DATE"}  # others: DOUBLE
-NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")
 
 
 def kinds_of(name):
@@ -95,88 +78,37 @@ def kinds_of(name):
     return {**must, **may}
 
 
-class RawTables:
+class RawTables(Database):
     """The raw tables of a dataset folder as DuckDB views `raw_NAME`: every column of the contract under its
     name and as its type, further columns as they are stored. Logs are never read into memory: DuckDB scans
-    them, and beyond `memory` it spills to a folder (spill_to).
-
-    levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5.
-    SQL macros: is_blank(text); query_key(text): queries with equal keys are one query; number(value): finite,
-    or null; is_number(text): written as a number, without leading zeros."""
+    them. levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5."""
 
     def __init__(self, folder, memory="4GB", levels=None, spill=None):
-        self.folder, self.levels = Path(folder), levels
-        self.files, self.types, self.name = {}, {}, {}
-        if not self.folder.is_dir():
+        if not Path(folder).is_dir():
             raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
-        try:
-            self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
-        except duckdb.Error as error:
-            raise Stop(f"--memory {memory}: give a size such as 4GB ({first_line(error)})") from error
-        with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
-            self.db.execute("SET enable_progress_bar = false")
-        self.db.execute(MACROS)
-        if spill:
-            self.spill_to(spill)
+        super().__init__(folder, memory, spill)
+        self.levels, self.files, self.types, self.name = levels, {}, {}, {}
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             self.open(name)
 
-    def spill_to(self, folder):
-        """What does not fit into memory goes to this folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
-        self.db.execute(f"SET temp_directory = {text_literal(folder)}")
-
     def has(self, name):
         """Is this table there?"""
         return name in self.files
-
-    def ask(self, sql, where="", **arrow):
-        """All rows of a query, which may name the Arrow tables `arrow`. What DuckDB finds wrong with a file
-        (`where`: its name) or the machine becomes one line."""
-        with one_line(self.folder / where), self.lending(self.db, arrow):
-            return self.db.execute(sql).fetchall()
-
-    def table(self, sql, **arrow):
-        """Likewise as an Arrow table."""
-        with one_line(self.folder), self.lending(self.db, arrow):
-            return self.db.sql(sql).to_arrow_table()
-
-    def batches(self, sql, rows=100_000, **arrow):
-        """Likewise in order, as a stream of Arrow batches of about `rows` rows."""
-        cursor = self.db.cursor()
-        with one_line(self.folder), self.lending(cursor, arrow):
-            yield from cursor.sql(sql).to_arrow_reader(rows)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def lending(connection, arrow):
-        """Arrow tables that SQL can name inside the block."""
-        for name, table in arrow.items():
-            connection.register(name, table)
-        yield
-        for name in arrow:
-            connection.unregister(name)
 
     def open(self, name):
         """Makes the views file_NAME (as stored) and raw_NAME (as the contract says)."""
         files, base, others = find_table(self.folder, name)
         self.not_read += others
         if not files:
-            if name not in REQUIRED:  # an empty log says nothing
-                columns = [
-                    f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')} AS {c}" for c, kind in kinds_of(name).items()
-                ]
-                self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
-                return
-            other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
-            where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
-            raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
+            self.open_missing(name)
+            return
         must, may = TABLES[name]
         self.files[name] = files
         self.name[name] = base.name + "/" * base.is_dir()
+        sample = 20_480 if name in ("impressions", *LOGS) else -1  # of a log not every row is read for it
         with one_line(files[0]):
-            sql, stored = self.reader(name, files)
+            sql, stored = reader(self.db, files, kinds_of(name), sample)
             sql, stored = with_folder_columns(sql, stored, files, base)
             names = plain_names(stored, {**must, **may})
             self.types[name] = {names[column]: stored[column] for column in stored}
@@ -190,32 +122,16 @@ class RawTables:
             columns += [quoted(column) for column in self.further(name)]
             self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} FROM file_{name}")
 
-    def reader(self, name, files):
-        """SQL that reads files of one kind, and {column: type as stored}. Everything in CSV, and what is text
-        in JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date."""
-        if format_of(files[0]) == "csv":
-            return csv_reader(files)
-        options = f"{listed(files)}, union_by_name = true, hive_partitioning = false"
-        if format_of(files[0]) == "parquet":
-            options += ", binary_as_string = true"
-            types = self.db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
-            return f"FROM read_parquet({options}, filename = '{FILE}')", {row[0]: row[1] for row in types}
-        if not any(path.stat().st_size for path in files):
-            raise Stop(f"{files[0]}: the table is empty")
-        options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
-        sample = 20_480 if name in ("impressions", *LOGS) else -1
-        guess = f"maximum_depth = 2, sample_size = {sample}, map_inference_threshold = -1"
-        described = self.db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
-        types = {row[0]: row[1] for row in described}
-        begun = {column.strip().lower() for column in types}
-        wanted = [*types, *(column for column in kinds_of(name) if column not in begun)]
-        columns = {}
-        for column in wanted:
-            numeric = column.lower() not in kinds_of(name) and NUMERIC.fullmatch(types[column])
-            columns[column] = "DOUBLE" if numeric else "VARCHAR"
-        keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
-        types = {column: types.get(column, "VARCHAR") for column in columns}
-        return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
+    def open_missing(self, name):
+        """An empty view of a table that is not there, or Stop. An empty log says nothing."""
+        if name in REQUIRED:
+            other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
+            where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
+            raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
+        columns = []
+        for column, kind in kinds_of(name).items():
+            columns.append(f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')} AS {column}")
+        self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
 
     def typed(self, name, column):
         """SQL of a column of the contract as its kind; null where it is not of that kind."""
