@@ -207,7 +207,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
         print(summary.in_words(scores))
         train_state["log"].append(scores)
         kept = train_state["kept"]
-        if not (chooses and kept and scores["held_out_agreement"] <= kept["held_out_agreement"]):
+        if not chooses or not kept or scores["held_out_agreement"] > kept["held_out_agreement"]:
             train_state["kept"] = scores
             if chooses:
                 save_checkpoint(best, student, None, scores)

@@ -408,13 +408,8 @@ class StudentInputs:
         """Row numbers [B] of queries and pins -> embeddings [B, sum of D], categories [B, K] int64, numbers
         [B, N]."""
         index = {"query": query_index, "pin": pin_index}
-        codes = np.zeros((len(query_index), len(self.codes)), np.int64)
-        for column, (name, code) in enumerate(self.codes.items()):
-            codes[:, column] = code[index[side_of(name)]]
-        values = np.zeros((len(query_index), len(self.values)), np.float32)
-        for column, (name, value) in enumerate(self.values.items()):
-            values[:, column] = value[index[side_of(name)]]
-        codes, values = torch.from_numpy(codes), torch.from_numpy(values)
+        codes = side_by_side(self.codes, index, np.int64)
+        values = side_by_side(self.values, index, np.float32)
         if self.resident is not None:
             found = []
             for name, table in self.resident.items():
@@ -427,6 +422,14 @@ class StudentInputs:
             embeddings[:, start : start + self.dims[name]] = array[index[side_of(name)]]
             start += self.dims[name]
         return torch.from_numpy(embeddings), codes, values
+
+
+def side_by_side(columns, index, dtype):
+    """{column of queries or pins: its values [N]} and {"query", "pin": row numbers [B]} -> [B, columns]."""
+    out = np.empty((len(index["query"]), len(columns)), dtype)
+    for place, (name, values) in enumerate(columns.items()):
+        out[:, place] = values[index[side_of(name)]]
+    return torch.from_numpy(out)
 
 
 def pairs_of_a_size(embeddings):

@@ -54,20 +54,24 @@ class KeptLabels:
     or absent; a file that is not what its stage wrote is not used."""
 
     def __init__(self, folder, teacher, use=True):
-        self.teacher, self.found = teacher, {}
-        outputs = read_json(folder / "stage.json")["outputs"] if use and folder.exists() else {}
-        for name, file in outputs.items():
-            if name.endswith(".parquet") and fingerprint(folder / name) == file["hash"]:
-                kept = pq.read_metadata(folder / name)
-                if (kept.metadata or {}).get(b"teacher") == teacher.encode():
-                    self.found[kept.num_rows, kept.metadata[b"rows"].decode()] = folder / name
+        self.teacher, self.found = teacher, {}  # {(number of rows, hash of their token ids): file}
+        if not use or not folder.exists():
+            return
+        for name, made in read_json(folder / "stage.json")["outputs"].items():
+            path = folder / name
+            if path.suffix == ".parquet" and fingerprint(path) == made["hash"]:
+                file = pq.read_metadata(path)
+                key = file.metadata or {}
+                if key.get(b"teacher") == teacher.encode():
+                    self.found[file.num_rows, key[b"rows"].decode()] = path
 
     def of_first(self, rows):
         """Labels [n, C] of the first n rows of token ids, n as large as was kept."""
-        for size in sorted({size for size, _ in self.found if size <= len(rows)}, reverse=True):
-            path = self.found.get((size, hash_rows(rows[:size])))
-            if path is not None:
-                return read_labels(path)
+        sizes = {size for size, _ in self.found if size <= len(rows)}
+        for size in sorted(sizes, reverse=True):
+            key = size, hash_rows(rows[:size])
+            if key in self.found:
+                return read_labels(self.found[key])
         return np.empty((0, NUM_LEVELS), np.float32)
 
 
