@@ -40,10 +40,8 @@ from runs.settings import (
     Share,
     Size,
     StageSettings,
-    dtype_name,
     parse,
-    pick_device,
-    pick_dtype,
+    pick_hardware,
 )
 from runs.stage import Stop, start_processes
 
@@ -322,8 +320,7 @@ def main(argv=None):
     # 1. Settings
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
-    device = pick_device(settings.device)
-    dtype = pick_dtype(settings.precision, device)
+    device, dtype, hardware = pick_hardware(settings)
     accelerator = start_processes(device)
     if not settings.fields:
         raise Stop(f"--fields: at least one of {' '.join(FIELDS)}")
@@ -336,7 +333,7 @@ def main(argv=None):
     rows = LabelledRows(features, text, settings)
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
-    inputs["precision"] = f"{dtype_name(dtype)} on {device.type}"
+    inputs["precision"] = hardware
     output = stage.start_stage(accelerator, settings.run / "teacher", settings, inputs)
     if output is None:
         return

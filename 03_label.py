@@ -23,21 +23,11 @@ import pyarrow.parquet as pq
 import torch
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
-from runs import models, stage
+from runs import models, stage, summary
 from runs.inherited import require_teacher, require_trained_on, teacher_identity
-from runs.pairs import KeptLabels, count_rows, mean_label, write_labels
+from runs.pairs import KeptLabels, count_rows, write_labels
 from runs.rows import PairShards, hash_rows, tokenized, unique_rows
-from runs.settings import (
-    Count,
-    Device,
-    Precision,
-    Size,
-    StageSettings,
-    dtype_name,
-    parse,
-    pick_device,
-    pick_dtype,
-)
+from runs.settings import Count, Device, Precision, Size, StageSettings, parse, pick_hardware
 from runs.stage import Stop, start_processes
 
 
@@ -110,11 +100,10 @@ def merge_lora(teacher, adapter):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_teacher(settings, sample, pad_id, device):
+def load_teacher(settings, sample, pad_id, device, dtype):
     """The teacher ready to label, and how far merging LoRA moved the labels of `sample`, rows of token ids
     (None: nothing was merged)."""
     folder = settings.run / "teacher"
-    dtype = pick_dtype(settings.precision, device)
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
@@ -156,14 +145,15 @@ def main(argv=None):
     # 1. Settings, what is inherited, and whether anything is left to do
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
-    accelerator = start_processes(pick_device(settings.device))
-    device, is_main = accelerator.device, accelerator.is_main_process
-    features, folder = settings.run / "features", settings.run / "labels"
+    device, dtype, hardware = pick_hardware(settings)
+    accelerator = start_processes(device)
+    is_main = accelerator.is_main_process
+    features = settings.run / "features"
     read, about, model = require_teacher(settings.run, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs["teacher"] = teacher_identity(read["teacher"])
-    inputs["precision"] = f"{dtype_name(pick_dtype(settings.precision, device))} on {device.type}"
-    output = stage.start_stage(accelerator, folder, settings, inputs, grows=["features"])
+    inputs["precision"] = hardware
+    output = stage.start_stage(accelerator, settings.run / "labels", settings, inputs, grows=["features"])
     if output is None:
         return
 
@@ -180,15 +170,16 @@ def main(argv=None):
     # 3. The teacher, LoRA merged
     [(_, rows)] = PairShards(features, text, [labelled])
     require_trained_on(settings.run, read["teacher"], rows)
-    teacher, moved = load_teacher(settings, rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, device)
+    pad_id = text.tokenizer.pad_token_id
+    teacher, moved = load_teacher(settings, rows[:CHECKED_ROWS], pad_id, accelerator.device, dtype)
     if is_main:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}")
         print(f"LoRA merged: {moved}" if moved else "nothing merged")
-        print(f"shards: {len(paths)}, of which {len(todo)} to label")
-        print(f"{inputs['precision']}, {accelerator.num_processes} process(es)")
+        processes = f"{hardware}, {accelerator.num_processes} process(es)"
+        print(f"shards: {len(paths)}, of which {len(todo)} to label; {processes}")
 
     # 4. Soft labels, one output shard an input shard
-    kept = KeptLabels(folder, inputs["teacher"], use=not settings.overwrite)
+    kept = KeptLabels(settings.run / "labels", inputs["teacher"], use=not settings.overwrite)
     shards = PairShards(features, text, todo[accelerator.process_index :: accelerator.num_processes])
     with stage.progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
         counts = label_shards(teacher, shards, kept, target, settings, bar)
@@ -196,9 +187,7 @@ def main(argv=None):
 
     # 5. Summary
     if is_main:
-        print("this process: {:,} rows, {:,} of them labelled before, {:,} passes".format(*counts))
-        shares = 100 * mean_label([target(path) for path in paths[-100:]])
-        print("mean soft label: " + ", ".join(f"{n}: {share:.0f} %" for n, share in enumerate(shares, 1)))
+        summary.describe_labels(counts, [target(path) for path in paths[-100:]])
         sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
         output.finish(rows=sizes, merge=moved)
     accelerator.wait_for_everyone()

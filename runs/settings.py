@@ -96,6 +96,13 @@ def pick_dtype(name, device):
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def pick_hardware(settings):
+    """The device and the dtype that a stage computes with, and both in words: "bfloat16 on cuda"."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.precision, device)
+    return device, dtype, f"{dtype_name(dtype)} on {device.type}"
+
+
 def dtype_name(dtype):
     """torch.bfloat16 -> 'bfloat16'"""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What stages 02 and 04 print before and after they train. No method of the paper is in this file."""
+"""What stages 02, 03 and 04 print before and after their work. No method of the paper is in this file."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from common import LEVELS, NUM_LEVELS
 from runs.export import input_names
+from runs.pairs import mean_label
 from runs.settings import dtype_name
 
 ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
@@ -82,6 +83,15 @@ def describe_student(student, rows, held_out, settings, device):
         names[place] += f" {size}"
     print(f"inputs: {', '.join(names)}")
     print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
+
+
+def describe_labels(counts, paths):
+    """What stage 03 has made. counts: rows, those labelled before, passes of the teacher, of this process;
+    paths: files of labels."""
+    rows, before, passes = counts
+    print(f"this process: {rows:,} rows, {before:,} of them labelled before, {passes:,} passes")
+    shares = [f"{level}: {share:.0f} %" for level, share in enumerate(100 * mean_label(paths), 1)]
+    print(f"mean soft label: {', '.join(shares)}")
 
 
 def in_words(scores):

@@ -18,6 +18,7 @@ from rank_bm25 import BM25Okapi
 from test_kill import content, start, warm  # noqa: F401
 
 from runs.bm25 import tokenize
+from runs import rows as rows_module, settings as settings_module
 from runs.files import read_json, write_parquet
 from runs.pairs import read_labels
 from runs.ranker import Ranker
@@ -154,8 +155,7 @@ def test_another_text_of_a_training_pin_trains_again(run):
 
 @pytest.mark.parametrize("number", ["02", "03"])
 def test_the_precision_that_auto_came_to_is_part_of_the_identity(run, monkeypatch, number):
-    module = {"02": trainer, "03": labeller}[number]
-    monkeypatch.setattr(module, "pick_dtype", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(settings_module, "pick_dtype", lambda name, device: torch.bfloat16)
     line = stop_line({"02": train, "03": label}[number], run, "--precision", "auto")
     assert "float32 on cpu" in line and "bfloat16 on cpu" in line
 
