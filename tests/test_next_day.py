@@ -17,15 +17,15 @@ from helpers import TOY_MODELS, mark_finished, own_embeddings, small_dataset, st
 from rank_bm25 import BM25Okapi
 from test_kill import content, start, warm  # noqa: F401
 
+from runs import rows as rows_module
+from runs import settings as settings_module
 from runs.bm25 import tokenize
-from runs import rows as rows_module, settings as settings_module
 from runs.files import read_json, write_parquet
 from runs.pairs import read_labels
 from runs.ranker import Ranker
 from runs.rows import LabelledRows, hash_rows, unique_rows
 from runs.stage import hold, require_finished
 from runs.summary import is_stand_in, prior_scores
-from runs import rows as rows_module
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
