@@ -10,6 +10,7 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
 
 Toy     python data/make_toy.py && python 01_build_features.py
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
+Later   the same with --update, on a dataset that has grown: what is old stays as it is
 """
 
 import functools
