@@ -28,7 +28,7 @@ from common import NUM_LEVELS, Student, StudentInputs, linear_warmup_decay
 from runs import cards, summary
 from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
-from runs.inherited import require_pairs
+from runs.inherited import require_languages, require_pairs
 from runs.pairs import PairFiles, TrainingRows, ahead, read_labels
 from runs.settings import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
 from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main, save_checkpoint
@@ -259,6 +259,7 @@ def main(argv=None):
     settings = with_name(parse(PRESETS, argv, __doc__))
     device, features = pick_device(settings.device), settings.run / "features"
     read = require_pairs(settings.run, READS, settings.labels == "teacher", impressions=True)
+    require_languages(settings.run, settings.languages)
     identities = {folder: about["identity"] for folder, about in read.items()}
     stage = Stage(settings.run / settings.name, settings, identities)
     if stage.done:

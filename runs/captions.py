@@ -41,7 +41,8 @@ def caption_pictures(pictures, cache, settings, device, dtype, chunk):
         captioner = Captioner(settings.caption_model, settings.caption_tokens, device, dtype)
         options = {"captioner": captioner, "root": settings.data, "image_batch": settings.image_batch}
         make = functools.partial(caption_chunk, **options)
-        first = len(list(cache.glob("part-*")))
+        kept = [int(path.stem.removeprefix("part-")) for path in cache.glob("part-*")]
+        first = 1 + max(kept, default=-1)
         list(keep_chunks(cache, slices([todo], chunk), make, len(todo), "captions", first))
 
 

@@ -15,8 +15,7 @@ class Captioner:
     def __init__(self, model, tokens, device, dtype):
         from transformers import AutoProcessor, BlipForConditionalGeneration
 
-        if models.load_config(model).model_type != "blip":
-            raise Stop(f"{model}: --caption-model must be a BLIP captioning model")
+        captioner_config(model)
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
@@ -42,6 +41,14 @@ class Captioner:
         seen.remove()
         captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [c.strip() for c in captions], pooled[0].float().cpu().numpy().astype(np.float16)
+
+
+def captioner_config(model):
+    """The config of a captioner, or Stop."""
+    config = models.load_config(model)
+    if config.model_type != "blip":
+        raise Stop(f"{model}: --caption-model must be a BLIP captioning model")
+    return config
 
 
 def encoder_config(model, max_tokens):

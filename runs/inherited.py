@@ -57,6 +57,15 @@ def require_pairs(run, reads, labels=True, impressions=False):
     return read
 
 
+def require_languages(run, languages):
+    """Stop if no query is in one of these languages."""
+    column = pq.read_table(run / "features" / "queries.parquet", columns=["language"])["language"]
+    known = sorted(column.unique().to_pylist())
+    for language in languages:
+        if language not in known:
+            raise Stop(f"--languages {language}: no query is in this language; there are {' '.join(known)}")
+
+
 def require_systems(run, reads):
     """What stage 05 reads: {"features", "labels", every student, "teacher" where it is here: stage.json}. A
     student beside the main one that does not fit is named and left out."""
@@ -71,7 +80,8 @@ def require_systems(run, reads):
                 raise
             print(f"left out: {why}")
     if (run / "teacher" / "stage.json").exists():
-        read["teacher"] = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", ())
+        command, told = f"02_train_teacher.py --run {run}", ("teacher.json", "README.md")
+        read["teacher"] = require_finished(run / "teacher", command, told)
     return read
 
 

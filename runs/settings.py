@@ -3,8 +3,11 @@ and what a device and a precision are on this machine. No method of the paper is
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
+import re
 import sys
 import typing
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from runs.stage import Stop
+from runs.stage import Stop, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +63,7 @@ def parse(presets, argv=None, description=""):
     first.add_argument("--preset", default="toy")
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
-    settings = tyro.cli(type(default), default=default, args=argv, description=description.split("\n")[0])
+    settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
         value = getattr(settings, field)
         for bounds in ranges_of(hint):
@@ -70,6 +73,20 @@ def parse(presets, argv=None, description=""):
                     print(f"error: {flag}: must be {bounds}", file=sys.stderr)
                     raise SystemExit(2)
     return settings
+
+
+def flags_read(kind, default, argv, description):
+    """Settings by tyro. What it finds wrong, and tells on a page, becomes one line."""
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(kind, default=default, args=argv, description=description)
+    except SystemExit as end:
+        if end.code:
+            title, *parts = re.split("-{20,}", page.getvalue())
+            said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
+            print(f"error: {first_line(said).rstrip(' .')}; --help shows all flags", file=sys.stderr)
+        raise
 
 
 def ranges_of(hint):

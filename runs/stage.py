@@ -15,7 +15,6 @@ import fnmatch
 import importlib.metadata
 import json
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -74,7 +73,7 @@ class Stage:
     def __init__(self, folder, settings, inputs, main=True, grows=()):
         self.folder, self.main, self.grows, self.start = Path(folder), main, grows, time.time()
         self.about = self.describe(settings, inputs)
-        self.done, self.old, self.intermediate = False, None, set()
+        self.done, self.old, self.old_outputs, self.intermediate = False, None, {}, set()
         unfinished = f".{self.folder.name}.unfinished-"
         self.work = self.folder.with_name(unfinished + self.about["identity"][:8])
         if not main:  # another process of the same launch holds the lock and has checked
@@ -136,9 +135,10 @@ class Stage:
     def compare(self, before, settings):
         """The folder is there: is it what is asked for?"""
         if settings.overwrite:
-            self.old = self.folder
+            self.old, self.old_outputs = self.folder, before.get("outputs", {})
             return
         if before["identity"] == self.about["identity"]:
+            check_files(self.folder, before, ["*"])
             self.done = True
             same = "finished before with the same arguments and inputs, nothing to do"
             print(f"{self.folder}: {same} (--overwrite makes it anew)")
@@ -155,7 +155,7 @@ class Stage:
                 f"{offer}--overwrite makes it anew, another --run keeps both"
             )
         print(f"{self.folder}: the {self.grown(before)} have changed; what still holds is kept")
-        self.old = self.folder
+        self.old, self.old_outputs = self.folder, before["outputs"]
 
     def changes(self, before, without=()):
         """What differs from the stage.json `before`, in words."""
@@ -174,12 +174,18 @@ class Stage:
         return ", ".join(name for name in self.grows if was.get(name) != now.get(name))
 
     def reuse(self, name):
-        """Brings old/NAME (a cache keyed by content) into the work folder, by hard links if possible."""
-        if self.old is None or not (self.old / name).exists() or (self.work / name).exists():
+        """Brings old/NAME (a cache keyed by content) into the work folder, by hard links if possible; without
+        files that are not what the stage wrote."""
+        if self.old is None or (self.work / name).exists():
             return
         temporary = self.work / f".{name}.tmp"
-        shutil.copytree(self.old / name, temporary, copy_function=link_or_copy)
-        os.replace(temporary, self.work / name)
+        for file, made in self.old_outputs.items():
+            if file.startswith(f"{name}/") and is_as_made(self.old / file, made):
+                target = temporary / Path(file).relative_to(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(self.old / file, target)
+        if temporary.exists():
+            os.replace(temporary, self.work / name)
 
     def discard(self, *names):
         """Marks files or folders of the work folder as intermediate results: finish() removes them."""
@@ -193,7 +199,7 @@ class Stage:
         outputs = list_files(self.work, self.intermediate)
         seconds = round(time.time() - self.start, 1)
         finished = {**self.about, **facts, "finished": True, "seconds": seconds, "outputs": outputs}
-        write_json(self.work / "stage.json", finished)
+        write_json(self.work / "stage.json", sealed(finished))
         self.move_into_place()
         self.lock = None
         print(f"wrote {self.folder}  ({seconds:.0f} s)")
@@ -230,6 +236,12 @@ def start_processes(device):
         launch = "torchrun --nproc_per_node N -- SCRIPT --run RUN"
         raise Stop(f"accelerate launch --cpu starts one process where N were asked for; on CPUs: {launch}")
     return Accelerator(cpu=device.type == "cpu")
+
+
+def sealed(about):
+    """A finished stage.json with the hash of everything that stands in it."""
+    about = {key: value for key, value in about.items() if key != "digest"}
+    return {**about, "digest": hashed(json.loads(json.dumps(about)))}
 
 
 def start_stage(accelerator, folder, settings, inputs, grows=()):
@@ -273,26 +285,37 @@ def require_finished(folder, command, reads=("*",)):
     return about
 
 
-def check_files(folder, about, reads, command):
+def check_files(folder, about, reads, command=None):
     """Stop, naming `command`, if a file of a finished folder (`about`: its stage.json) whose name fits a
-    pattern of `reads` is not what the stage wrote."""
+    pattern of `reads` is not what the stage wrote. Without a command: the stage itself was asked again."""
     again = f"make it again with: python {command} --overwrite"
+    if command is None:
+        again = "--overwrite makes all of it anew"
     for name, made in about["outputs"].items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
             path = folder / name
             if not path.is_file():
                 raise Stop(f"{path}: missing; {again}")
-            if path.stat().st_size != made["bytes"] or fingerprint(path) != made["hash"]:
+            if not is_as_made(path, made):
                 raise Stop(f"{path}: not what its stage wrote; {again}")
+
+
+def is_as_made(path, made):
+    """Is a file what its stage wrote? made: {"bytes", "hash"}."""
+    return path.is_file() and path.stat().st_size == made["bytes"] and fingerprint(path) == made["hash"]
 
 
 def read_about(folder, damaged_is_fine=False):
     """stage.json of a finished folder, checked. damaged_is_fine: it is going to be replaced."""
     path = Path(folder) / "stage.json"
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         about = dict(read_json(path))
         kinds = {"finished": bool, "identity": str, "arguments": dict, "inputs": dict, "outputs": dict}
-        if all(isinstance(about.get(key), kind) for key, kind in kinds.items()) and about["finished"]:
+        whole = about.get("digest") in (None, sealed(about)["digest"])  # earlier versions wrote none
+        for name, made in about["outputs"].items():
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            whole &= inside and {"bytes", "hash"} <= dict(made).keys()
+        if whole and about["finished"] and all(isinstance(about[key], kinds[key]) for key in kinds):
             return about
     if damaged_is_fine:
         return {}
@@ -302,8 +325,11 @@ def read_about(folder, damaged_is_fine=False):
 def hold(folder, mode):
     """A lock on a stage's folder: 'write' for the one that makes it, 'read' for those that read it. Released
     when the returned object goes. None where no lock can be written: such a folder is read only."""
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = Path(folder).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise Stop(f"--run {folder.parent}: no folder can be made there ({first_line(error)})") from None
     path = folder.with_name(f".{folder.name}.lock")
     if mode == "read" and not os.access(folder.parent, os.W_OK):
         return None
@@ -362,6 +388,8 @@ def run_main(main):
             sys.exit("error: the disk is full; what was finished is whole, the same command continues")
         if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
+        if number in (errno.ENAMETOOLONG, errno.ELOOP):
+            sys.exit(f"error: {error.filename}: no usable path ({error.strerror})")
         raise
 
 

@@ -17,7 +17,7 @@ from common import MATCH_FEATURES, OUR_COLUMNS, TABLES
 from data.embeddings import own_fingerprint
 from data.images import pictures_fingerprint
 from runs import models
-from runs.encoders import encoder_config
+from runs.encoders import captioner_config, encoder_config
 from runs.files import link_or_copy
 from runs.stage import Stage, Stop, check_files, hold, read_about
 
@@ -29,11 +29,12 @@ def inputs_of(raw, settings, own, pictures, hardware):
     """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
     found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
     if pictures["image"].null_count < len(pictures):
+        captioner_config(settings.caption_model)  # before the work of hours
         found["images"] = pictures_fingerprint(pictures)
         found["caption model"] = models.model_fingerprint(settings.caption_model)
         found["precision"] = hardware
     if not {"query_text", "pin_text"} <= set(own):
-        encoder_config(settings.text_encoder, settings.text_tokens)  # before the work of hours
+        encoder_config(settings.text_encoder, settings.text_tokens)  # likewise
         found["text encoder"] = models.model_fingerprint(settings.text_encoder)
         found["precision"] = hardware
     return found

@@ -15,7 +15,7 @@ import common
 from common import MATCH_FEATURES
 from data.splits import in_hash_split
 from runs.files import list_files, write_json, write_parquet
-from runs.stage import Stop
+from runs.stage import Stop, sealed
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"
@@ -166,4 +166,5 @@ def synthetic(folder, shards=5, shard_rows=60, queries=200, pins=30, seed=0):
 def mark_finished(folder, **about):
     """Writes the stage.json that a stage would have written over what the folder holds now."""
     given = {"identity": folder.name, "arguments": {}, "inputs": {}, **about}
-    write_json(folder / "stage.json", {**given, "finished": True, "outputs": list_files(folder)})
+    made = {**given, "finished": True, "outputs": list_files(folder)}
+    write_json(folder / "stage.json", sealed(made))

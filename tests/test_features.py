@@ -535,6 +535,9 @@ def test_the_text_embedding_is_the_mean_over_the_tokens(models, tmp_path):
 
 def test_wrong_models_are_one_line(models, tmp_path):
     assert "BLIP" in stop_line(with_models, tmp_path / "a", models["bert"], models["bert"])
+    (tmp_path / "empty").mkdir()
+    assert "empty" in stop_line(with_models, tmp_path / "e", tmp_path / "empty", models["bert"])
+    assert not (tmp_path / "a" / "run").exists() and not (tmp_path / "e" / "run").exists()
     assert "encoder" in stop_line(with_models, tmp_path / "b", TOY_MODELS / "blip", models["llama"])
     assert "nowhere" in stop_line(with_models, tmp_path / "c", tmp_path / "nowhere", models["bert"])
     (tmp_path / "blip").mkdir()

@@ -56,7 +56,8 @@ def content(folder):
             files[name] = path.read_bytes() if ".lock" not in name else b""
     about = read_json(folder / "stage.json")
     assert about["finished"]
-    files[f"{folder.name}/stage.json"] = {k: v for k, v in about.items() if k != "seconds"}
+    timed = ("seconds", "digest")
+    files[f"{folder.name}/stage.json"] = {k: v for k, v in about.items() if k not in timed}
     return files
 
 

@@ -1,6 +1,7 @@
 """runs/stage.py: settings, whole files, a stage's folder through kills and refusals, one-line errors."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -84,8 +85,9 @@ def test_presets_fill_in_and_flags_win():
 def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):
     with pytest.raises(SystemExit) as end:
         parse(PRESETS, argv)
-    assert end.value.code == 2
-    assert word in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert word in said
 
 
 def test_help_shows_the_values_of_the_preset_in_force(capsys):
@@ -182,7 +184,7 @@ def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
     folder = make(tmp_path)
     about = read_json(folder / "stage.json")
     assert about["arguments"].pop("compile") is False  # an earlier version had no --compile
-    write_json(folder / "stage.json", about)
+    write_json(folder / "stage.json", plumbing.sealed(about))
     assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
 
 
@@ -267,13 +269,18 @@ def test_work_of_other_settings_is_left_alone_until_the_stage_is_finished(tmp_pa
 
 
 def test_a_cache_is_reused(tmp_path):
-    folder = make(tmp_path)
-    (folder / "captions" / "m").mkdir(parents=True)
-    (folder / "captions" / "m" / "part-0").write_text("kept")
+    """But for what is not as it was written."""
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {"data": "d"})
+    for number in range(3):
+        write_json(stage.work / "captions" / "m" / f"part-{number}", number)
+    stage.finish()
+    folder = tmp_path / "s"
+    (folder / "captions" / "m" / "part-1").write_text("9\n")
+    (folder / "captions" / "m" / "part-9").write_text("of nobody")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
     stage.reuse("captions")
     stage.reuse("nothing")
-    assert names(stage.work) == ["captions/m/part-0", "stage.json"]
+    assert names(stage.work) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
 
 
 def test_a_link_to_another_run_is_not_written_through(tmp_path):
@@ -286,6 +293,16 @@ def test_a_link_to_another_run_is_not_written_through(tmp_path):
     assert Stage(tmp_path / "borrower" / "s", replace(settings, overwrite=False), {"data": "d"}).done
 
 
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for run in (tmp_path / "file" / "run", Path("/proc/run")):
+        assert f"--run {run}: " in stop_line(Stage, run / "s", settings_of(run), {})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for run in (tmp_path / ("x" * 300), tmp_path / "loop"):
+        line = ended(functools.partial(Stage, run / "s", settings_of(run), {}))
+        assert line.startswith("error: ") and str(run) in line and "\n" not in line
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_no_stage_made_is_never_emptied(tmp_path, overwrite):
     (tmp_path / "s").mkdir()
@@ -294,7 +311,13 @@ def test_a_folder_that_no_stage_made_is_never_emptied(tmp_path, overwrite):
     assert "no stage made it" in line and (tmp_path / "s" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", "{", '{"finished": true}', "\x00\xff", '{"a": 1'])
+DAMAGED = ["", "null", "[]", "{", '{"finished": true}', "\x00\xff", '{"a": 1', "[" * 100_000]
+OUTPUTS = ["[]", '{"file.txt": 1}', '{"../x": {"bytes": 1, "hash": ""}}', '{"/x": {"bytes": 1, "hash": ""}}']
+ABOUT = '{"finished": true, "identity": "", "arguments": {}, "inputs": {}, "outputs": '
+DAMAGED += [f"{ABOUT}{outputs}}}" for outputs in OUTPUTS]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_stage_json_is_one_line(tmp_path, content):
     folder = make(tmp_path)
     (folder / "stage.json").write_bytes(content.encode("latin-1"))
@@ -316,9 +339,26 @@ def test_what_its_stage_did_not_write_is_named(tmp_path):
     (folder / "file.txt").write_bytes(bytes(data))
     line = stop_line(require_finished, folder, "01.py --run x")
     assert "file.txt" in line and "python 01.py --run x --overwrite" in line
+    line = stop_line(Stage, folder, settings_of(tmp_path), {"data": "d"})  # it said: nothing to do
+    assert "file.txt: not what its stage wrote; --overwrite" in line
     assert require_finished(folder, "01.py", reads=("other*",))["finished"]  # only what is read is checked
     (folder / "file.txt").unlink()
     assert "file.txt: missing" in stop_line(require_finished, folder, "01.py")
+
+
+@pytest.mark.parametrize("was, now", [('"seed": 0', '"seed": 1'), ('"rows": 1', '"rows": 2'), ('"d"', '"e"')])
+def test_a_changed_stage_json_is_one_line(tmp_path, was, now):
+    """Facts in it are read by later stages: a teacher's held-out queries, a student's models."""
+    folder = make(tmp_path)
+    text = (folder / "stage.json").read_text()
+    assert was in text
+    (folder / "stage.json").write_text(text.replace(was, now))
+    line = stop_line(require_finished, folder, "01.py")
+    assert "stage.json: not what its stage wrote" in line and "--overwrite" in line
+    about = read_json(folder / "stage.json")
+    del about["digest"]  # an earlier version wrote none
+    write_json(folder / "stage.json", about)
+    assert require_finished(folder, "01.py")["finished"]
 
 
 def test_missing_and_unfinished_name_the_command(tmp_path):

@@ -389,6 +389,14 @@ def test_bad_flags_end_with_a_line_before_anything_is_touched(tmp_path, capsys, 
     assert capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_language_that_no_query_has_touches_nothing(tmp_path):
+    synthetic(tmp_path)
+    for language in ("xx", "", "en,fr"):
+        line = stop_line(distil.main, ["--run", str(tmp_path), "--languages", "fr", language])
+        assert f"--languages {language}: no query" in line and line.endswith("there are en fr")
+    assert not list(tmp_path.glob("*student*"))
+
+
 BAD_NAMES = ["teacher", "student/../teacher", "student/../../out", "student/x", "student\\x", "students/.."]
 BAD_NAMES += ["student ", "", "student\n", "../student", "/student"]
 
