@@ -307,6 +307,16 @@ def test_a_changed_base_is_named(lora):
         weights.write_bytes(before)
 
 
+def test_a_hub_id_whose_commit_moved_is_another_model(monkeypatch):
+    config = transformers.BertConfig()
+    monkeypatch.setattr(loading, "load_config", lambda model: config)
+    config._commit_hash = "one"
+    trained = loading.model_fingerprint("some/model")
+    assert loading.is_model("some/model", trained)
+    config._commit_hash = "two"
+    assert not loading.is_model("some/model", trained)
+
+
 def test_a_moved_base_is_found_by_the_flag(lora):
     run, base = lora
     moved = run.parent / "elsewhere"

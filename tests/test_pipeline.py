@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import environment, script, stage, stop_line
+from helpers import ROOT, environment, script, stage, stop_line
 
 import common
 from data.tables import RawTables
@@ -402,6 +402,22 @@ def test_run_directory_that_is_a_file(toy, tmp_path):
     line = ended(lambda: stage("01").main(argv))
     assert line.startswith("error: ") and str(tmp_path / "run") in line
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_recipe_takes_a_relative_run_from_where_the_user_stands(tmp_path):
+    """It landed in the checkout. The python here only says how it is called."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\n[ "$1" = -c ] && echo {tmp_path}\ntrue\n')
+    stub.chmod(0o755)
+    (tmp_path / "here").mkdir()
+    told = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+    for run, expected in (("my/run", tmp_path / "here" / "my" / "run"), (tmp_path / "x", tmp_path / "x")):
+        recipe = {"cwd": tmp_path / "here", "env": {**os.environ, **told, "RUN": str(run)}}
+        done = subprocess.run(["bash", ROOT / "runs" / "toy.sh"], **recipe, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        calls = [line.split() for line in done.stdout.splitlines() if line.startswith("+ python 0")]
+        assert len(calls) == 6 and {words[words.index("--run") + 1] for words in calls} == {str(expected)}
 
 
 def test_metrics_file_is_plain_json(pipeline):
