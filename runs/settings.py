@@ -83,7 +83,8 @@ def flags_read(kind, default, argv, description):
             return tyro.cli(kind, default=default, args=argv, description=description)
     except SystemExit as end:
         if end.code:
-            title, *parts = re.split("-{20,}", page.getvalue())
+            text = re.sub("[│╭╮╰╯]", " ", page.getvalue())  # a frame around a title, what is wrong, and help
+            title, *parts = re.split("[─-]{8,}", text)
             said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
             print(f"error: {first_line(said).rstrip(' .')}; --help shows all flags", file=sys.stderr)
         raise

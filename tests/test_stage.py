@@ -87,6 +87,7 @@ def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):
         parse(PRESETS, argv)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert not set(said) & set("│─╭╯")
     assert word in said
 
 
