@@ -24,7 +24,7 @@ def execute(name):
     executed notebook."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     where = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where).execute()
     return notebook
 
 
