@@ -35,11 +35,11 @@ class Database:
         self.folder = Path(folder)
         try:
             self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
-        except duckdb.Error as error:
+            with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
+                self.db.execute("SET enable_progress_bar = false")
+            self.db.execute(MACROS)
+        except duckdb.Error as error:  # a size that is none, or one that does not hold these few lines
             raise Stop(f"--memory {memory}: give a size such as 4GB ({first_line(error)})") from error
-        with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
-            self.db.execute("SET enable_progress_bar = false")
-        self.db.execute(MACROS)
         if spill:
             self.spill_to(spill)
 
