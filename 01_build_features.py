@@ -36,17 +36,7 @@ from runs.captions import caption_pictures, captions_of
 from runs.encoders import TextEncoder
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
-from runs.settings import (
-    ROOT,
-    Count,
-    Device,
-    Precision,
-    StageSettings,
-    dtype_name,
-    parse,
-    pick_device,
-    pick_dtype,
-)
+from runs.settings import ROOT, Count, Device, Precision, StageSettings, parse, pick_hardware
 from runs.stage import Stop
 from runs.streams import (
     chosen,
@@ -415,13 +405,12 @@ def main(argv=None):
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
     torch.manual_seed(settings.seed)
-    device = pick_device(settings.device)
-    dtype = pick_dtype(settings.precision, device)
+    device, dtype, hardware = pick_hardware(settings)
 
     # 1. Raw tables: open, check, number the rows
     raw = RawTables(settings.data, settings.memory, levels_of(settings.levels))
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
-    inputs = inputs_of(raw, settings, own, pictures, f"{dtype_name(dtype)} on {device.type}")
+    inputs = inputs_of(raw, settings, own, pictures, hardware)
     work, old = open_features(settings, inputs)  # old: features that --update builds on, or None
     if work.done:
         return

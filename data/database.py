@@ -19,7 +19,7 @@ INVISIBLE = (
 SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
 MACROS = f"""
     CREATE MACRO is_blank(t) AS regexp_full_match(t, '{INVISIBLE}');
-    CREATE MACRO query_key(t) AS lower(trim(nfc_normalize(t), '{SPACES}'));
+    CREATE MACRO query_key(t) AS replace(lower(trim(nfc_normalize(t), '{SPACES}')), 'ς', 'σ');
     CREATE MACRO number(t) AS CASE WHEN isfinite(TRY_CAST(t AS DOUBLE)) THEN TRY_CAST(t AS DOUBLE) END;
     CREATE MACRO is_number(t) AS TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^[+-]?0[0-9]');
 """

@@ -32,7 +32,6 @@ import csv
 import gzip
 import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.splits import in_hash_split  # noqa: E402
+from data.splits import in_hash_split, query_key  # noqa: E402
 from runs.files import link_or_copy, whole_file, write_parquet  # noqa: E402
 from runs.settings import ROOT  # noqa: E402
 from runs.stage import Stop, run_main  # noqa: E402
@@ -88,11 +87,6 @@ def sql_row(values):
             text = re.sub(r"\\(.)", r"\1", text[1:-1])  # \' and \" and \\
         row[column] = text
     return row
-
-
-def query_key(text):
-    """What makes two queries the same one."""
-    return unicodedata.normalize("NFC", text).strip().lower()
 
 
 def title_of(file_name):

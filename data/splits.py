@@ -8,8 +8,10 @@ import numpy as np
 
 
 def query_key(text):
-    """What makes two queries one: the same text but for its Unicode form, case, and spaces around it."""
-    return unicodedata.normalize("NFC", text).strip().lower()
+    """What makes two queries one: the same text but for its Unicode form, case, and spaces around it. The
+    macro query_key of data/database.py says the same in SQL; sigma has one form here, dotted I becomes i."""
+    text = unicodedata.normalize("NFC", text).strip()
+    return text.replace("\u0130", "i").lower().replace("ς", "σ")
 
 
 def hash_position(key, salt):

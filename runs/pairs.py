@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
 from data.splits import hash_split, in_hash_split, query_key
-from runs.files import fingerprint, read_json, write_parquet
+from runs.files import read_json, write_parquet
 from runs.rows import hash_rows
-from runs.stage import Stop, progress_bar
+from runs.stage import Stop, is_as_made, progress_bar
 
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
@@ -59,7 +59,7 @@ class KeptLabels:
             return
         for name, made in read_json(folder / "stage.json")["outputs"].items():
             path = folder / name
-            if path.suffix == ".parquet" and fingerprint(path) == made["hash"]:
+            if path.suffix == ".parquet" and is_as_made(path, made):
                 file = pq.read_metadata(path)
                 key = file.metadata or {}
                 if key.get(b"teacher") == teacher.encode():
@@ -94,6 +94,12 @@ def count_rows(paths):
 # Files of pairs
 
 
+def read_queries(features):
+    """Keys (query_key) and languages of all queries, two lists."""
+    queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
+    return [query_key(text) for text in queries["query"].to_pylist()], queries["language"].to_pylist()
+
+
 def read_labelled(run, teacher=True):
     """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`,
     and the teacher's p1 … p5 as `teacher` [B, C]."""
@@ -102,10 +108,8 @@ def read_labelled(run, teacher=True):
     rows["label"] = rows["label"].astype(np.int64)
     if teacher:
         rows["teacher"] = read_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
-    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
-    rows["language"] = np.array(queries["language"].to_pylist(), dtype=object)[rows["query_index"]]
-    keys = [query_key(text) for text in queries["query"].to_pylist()]
-    rows["key"] = np.array(keys, dtype=object)[rows["query_index"]]
+    for name, column in zip(("key", "language"), read_queries(run / "features")):
+        rows[name] = np.array(column, dtype=object)[rows["query_index"]]
     splits = []
     for split in ("train", "eval"):
         splits.append({name: column[rows["split"] == split] for name, column in rows.items()})
@@ -118,11 +122,9 @@ class PairFiles:
 
     def __init__(self, run, languages=()):
         self.run, features = run, run / "features"
-        queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
-        known = queries["language"].to_pylist()
+        self.keys, known = read_queries(features)
         wanted = set(languages or known)
         self.is_wanted = np.array([language in wanted for language in known])
-        self.keys = [query_key(text) for text in queries["query"].to_pylist()]
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         names = pq.read_schema(features / "labelled.parquet").names
         self.match = [name for name in names if name not in ("query_index", "pin_index", "label", "split")]

@@ -127,10 +127,8 @@ class Stage:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if read_json(self.work / "stage.json")["finished"]:
                     self.move_into_place()
-        aside = self.folder.with_name(f".{self.folder.name}.old")
-        if aside.exists() and not self.folder.exists():
-            os.replace(aside, self.folder)
-        remove(aside)
+        bring_back(self.folder)
+        remove(aside_of(self.folder))
 
     def compare(self, before, settings):
         """The folder is there: is it what is asked for?"""
@@ -212,7 +210,7 @@ class Stage:
                 path.rmdir()
             elif path.is_file() and str(path.relative_to(self.work)) not in listed:
                 path.unlink()
-        aside = self.folder.with_name(f".{self.folder.name}.old")
+        aside = aside_of(self.folder)
         if self.folder.exists():
             remove(aside)
             os.replace(self.folder, aside)
@@ -220,6 +218,17 @@ class Stage:
         remove(aside)
         for other in self.folder.parent.glob(f".{self.folder.name}.unfinished-*"):
             remove(other)
+
+
+def aside_of(folder):
+    """Where a finished folder is put while another one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def bring_back(folder):
+    """Puts a folder back that was put aside by a process that was killed before the new one was in place."""
+    if aside_of(folder).exists() and not folder.exists():
+        os.replace(aside_of(folder), folder)
 
 
 def identity(arguments, inputs, without=()):

@@ -19,7 +19,7 @@ from data.images import pictures_fingerprint
 from runs import models
 from runs.encoders import captioner_config, encoder_config
 from runs.files import link_or_copy
-from runs.stage import Stage, Stop, check_files, hold, read_about
+from runs.stage import Stage, Stop, aside_of, bring_back, check_files, hold, read_about
 
 BUILT_ON = "earlier features"  # among the inputs: identity of the folder that --update replaced
 DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be made anew
@@ -76,11 +76,9 @@ def open_features(settings, inputs):
 def finished_before(folder):
     """stage.json of the features that are there, or None. A process that was killed while it swapped folders
     may have left them aside."""
-    aside = folder.with_name(f".{folder.name}.old")
-    if aside.exists() and not folder.exists():
+    if aside_of(folder).exists() and not folder.exists():
         lock = hold(folder, "write")
-        if not folder.exists():
-            os.replace(aside, folder)
+        bring_back(folder)
         del lock
     return read_about(folder) if (folder / "stage.json").exists() else None
 

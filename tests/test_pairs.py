@@ -10,6 +10,7 @@ import pytest
 from helpers import stage, stop_line, synthetic
 
 from common import MATCH_FEATURES
+from data.database import Database
 from data.splits import hash_split, in_hash_split, query_key
 from runs import pairs
 from runs.files import write_parquet
@@ -231,6 +232,17 @@ def test_one_text_under_two_ids_stands_on_one_side(tmp_path):
         rows, _ = rows_of(tmp_path, "--seed", str(seed))
         assert (rows.is_held_out[::2] == rows.is_held_out[1::2]).all() and rows.is_held_out.any()
     assert query_key("Cafe\u0301 ") == query_key("CAF\u00c9") == "caf\u00e9"
+
+
+def test_a_query_has_one_key_in_sql_and_python():
+    """Stage 01 joins logs and splits labels by the one, 02 and 04 hold queries out by the other. İ and the
+    final sigma were two."""
+    assert query_key("ΟΔΟΣ") == query_key("οδος") and query_key("İZMİR") == query_key("izmir")
+    characters = [chr(c) for c in range(32, 0x110000) if not 0xD800 <= c < 0xE000]
+    texts = [*(f"a{c}b" for c in characters), *(f"a{c}" for c in characters), "ΟΔΟΣ ΑΣ", "ΣΑΣ", "ÇİÇEK"]
+    keys = Database(".").table("SELECT query_key(text) AS key FROM texts", texts=pa.table({"text": texts}))
+    different = [text for text, key in zip(texts, keys["key"].to_pylist()) if query_key(text) != key]
+    assert different == []
 
 
 def test_few_queries_hold_nothing_out(tmp_path):
