@@ -53,6 +53,7 @@ class Settings:
     seeds: tuple[Size, ...] = (0, 1, 2)  # of students
     teacher_seeds: tuple[Size, ...] = ()  # of teachers (default: the same)
     teacher_flags: str = ""  # further flags of 02: those that RUN was made with
+    label_flags: str = ""  # further flags of 03: those that RUN was made with
     student_flags: str = ""  # further flags of 04: those that RUN was made with
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds
@@ -88,10 +89,10 @@ class Experiments:
                 systems.append((self.settings.run, "teacher"))
                 continue
             folder = self.link(f"{name}_{seed}", self.settings.run, "features")
-            own = shlex.split(self.settings.teacher_flags)
+            own, of_labels = map(shlex.split, (self.settings.teacher_flags, self.settings.label_flags))
             self.noted[folder.name] = (
                 ["02", "--run", folder, "--seed", seed, *flags, *own],
-                ["03", "--run", folder, "--only-labelled"],
+                ["03", "--run", folder, *of_labels, "--only-labelled"],
             )
             systems.append((folder, "teacher"))
         return systems
@@ -145,9 +146,10 @@ class Experiments:
 
 
 def own_teachers(experiments):
-    """RUN's own teacher, and further seeds of it where a finding compares it with others."""
+    """RUN's own teacher, and further seeds of it where a finding compares it with others or --teacher-seeds
+    asks for them."""
     settings = experiments.settings
-    if not {"a", "d"} & set(settings.findings):
+    if not ({"a", "d"} & set(settings.findings) or settings.teacher_seeds):
         return [(settings.run, "teacher")]
     flags = ("--model", own_model(settings))
     return experiments.teachers(f"teacher_{settings.run_teacher}", *flags, run_is_first=True)

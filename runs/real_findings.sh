@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's four findings on real text and labels: (a) teachers, (b) amount of impressions and (d) pin text on
-# movie searches with few human labels (MSRD); (c) English labels, eleven languages (XQuAD-R).
+# movie searches with few human labels (MSRD); (c) English labels, eleven languages (XQuAD-R). And the five stages
+# with a Llama as teacher.
 #
 #   bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL
 #
@@ -10,36 +11,51 @@
 # LLAMA:        HuggingFaceTB/SmolLM2-135M-Instruct, or its folder
 # MULTILINGUAL: google/gemma-3-270m, or its folder
 #
-# Into outputs/real/findings: findings.md, findings.json, pictures. Hardware: two CPU cores, 6 GB, some hours; a
-# GPU: minutes. Figures: README.md, notebooks/paper_findings.ipynb.
+# Environment: RUN, parent of the runs (default: outputs/real); TEACHER_SEEDS (default: 0 1 2); JOBS, experiments at
+# a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some minutes; on two CPU
+# cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and TEACHER_SEEDS=0 one.
+# Figures: README.md, notebooks/paper_findings.ipynb.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL"
 MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER="$(from_here "${3:?$USAGE}")"
 LLAMA="$(from_here "${4:?$USAGE}")"; MULTILINGUAL="$(from_here "${5:?$USAGE}")"
-PARENT="${RUN:-outputs/real}"
-FEW="$PARENT/msrd_few"; LANGUAGES="$PARENT/xquad"; INTO="$PARENT/findings"
+PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
+read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
+findings() { run python -m runs.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags "--preset small" "$@"; }
 
-# (a), (d): 518 human labels. A teacher reads no embeddings: the toy's text encoder will do
-run python data/from_msrd.py "$MSRD" --out data/msrd_few --train-share 0.0015 --eval-share 0.0085 \
-    --max-impressions 20000
-run python 01_build_features.py --run "$FEW" --data data/msrd_few
-run python 02_train_teacher.py --preset small --run "$FEW" --model "$ENCODER" --max-tokens 64
-run python 03_label.py --preset small --run "$FEW" --only-labelled
-run python -m runs.findings --run "$FEW" --into "$INTO" --findings a --run-teacher MiniLM-22M --jobs 1 \
-    --models "SmolLM2-135M=$LLAMA" --teacher-seeds 0 \
-    --teacher-flags "--preset small --max-tokens 64"
-run python -m runs.findings --run "$FEW" --into "$INTO" --findings d --teacher-seeds 0 --jobs 1 \
-    --fields title description boards links --teacher-flags "--preset small --max-tokens 64"
+# The five stages as in runs/msrd.sh, with more impressions: 30 times the human labels
+MOVIES="$PARENT/msrd"
+run python data/from_msrd.py "$MSRD" --out data/msrd_84k --train-share 0.0075 --eval-share 0.025 \
+    --max-impressions 84000
+run python 01_build_features.py --preset small --run "$MOVIES" --data data/msrd_84k --text-encoder "$ENCODER"
+run python 02_train_teacher.py --preset small --run "$MOVIES" --model "$ENCODER" --max-tokens 64
+run python 03_label.py --preset small --run "$MOVIES"
+run python 04_train_student.py --preset small --run "$MOVIES" --labels human
+run python 04_train_student.py --preset small --run "$MOVIES"
+run python 05_evaluate.py --preset small --run "$MOVIES"
 
-# (b): on the run of runs/msrd.sh
-[ -e outputs/msrd/report/metrics.json ] || bash runs/msrd.sh "$MSRD" "$ENCODER"
-run python -m runs.findings --run outputs/msrd --into "$INTO" --findings b --student-flags "--preset small"
+# (a), (b), (d)
+findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-seeds "${SEEDS[@]}" \
+    --models "SmolLM2-135M=$LLAMA" "Gemma-270M=$MULTILINGUAL" --fields title description boards links \
+    --teacher-flags "--preset small --max-tokens 64" --student-flags "--preset small"
 
-# (c): English labels, eleven languages
-run python data/from_xquad.py "$XQUAD" --out data/xquad --train-questions 250 --eval-questions 50 \
+# A Llama teaches: its soft labels of all impressions, and a student
+WITH_LLAMA="$PARENT/llama"
+mkdir -p "$WITH_LLAMA"
+ln -sfn ../msrd/features "$WITH_LLAMA/features"
+run python 02_train_teacher.py --preset small --run "$WITH_LLAMA" --model "$LLAMA" --max-tokens 64
+run python 03_label.py --preset small --run "$WITH_LLAMA"
+run python 04_train_student.py --preset small --run "$WITH_LLAMA" --labels human
+run python 04_train_student.py --preset small --run "$WITH_LLAMA"
+run python 05_evaluate.py --preset small --run "$WITH_LLAMA"
+
+# (c). A teacher reads no embeddings: the toy's text encoder will do
+LANGUAGES="$PARENT/xquad"
+run python data/from_xquad.py "$XQUAD" --out data/xquad --train-questions 500 --eval-questions 150 \
     --impression-questions 10
 run python 01_build_features.py --run "$LANGUAGES" --data data/xquad
 run python 02_train_teacher.py --preset small --run "$LANGUAGES" --model "$MULTILINGUAL" --max-tokens 128 \
-    --fields description --epochs 2 --head-lr 2e-4
+    --fields description
 run python 03_label.py --preset small --run "$LANGUAGES" --only-labelled
-run python -m runs.findings --run "$LANGUAGES" --into "$INTO" --findings c
+findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --teacher-seeds "${SEEDS[@]}" \
+    --teacher-flags "--preset small --max-tokens 128 --fields description"

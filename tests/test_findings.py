@@ -254,6 +254,27 @@ def test_only_the_findings_asked_for(finished, tmp_path, trained, monkeypatch, w
     assert stages == ({"02", "03"} if "a" in wanted else {"04"})
 
 
+def test_seeds_and_flags_of_the_language_finding_alone(finished, tmp_path, trained, monkeypatch):
+    """(c) takes RUN's own teacher, and others where seeds of teachers are asked for; 03 gets flags too."""
+    compared = {}
+
+    def note(key, conditions, into, resamples):
+        compared.update(conditions)
+        (into / "findings.md").write_text("done")
+
+    monkeypatch.setattr(findings, "compare", note)
+    flags = ["--run", str(finished), "--findings", "c", "--seeds", "0", "--into", str(tmp_path / "out")]
+    findings.main(flags)
+    assert compared["teacher"] == [(finished, "teacher")]
+    findings.main([*flags, "--teacher-seeds", "0", "1", "--label-flags", "--preset small"])
+    assert compared["teacher"] == [
+        (finished, "teacher"),
+        (tmp_path / "out" / "teacher_Llama_1", "teacher"),
+    ]
+    (of_03,) = [flags for number, flags in trained if number == "03"]
+    assert of_03["--preset"] == "small"
+
+
 def test_languages_of_a_teacher_without_a_student(finished, tmp_path, capsys):
     """English labels in other languages can be looked at before any impression is labelled."""
     run = tmp_path / "run"
