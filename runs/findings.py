@@ -52,9 +52,9 @@ class Settings:
     home_language: str = "en"  # language of the human training labels
     seeds: tuple[Size, ...] = (0, 1, 2)  # of students
     teacher_seeds: tuple[Size, ...] = ()  # of teachers (default: the same)
-    teacher_flags: str = ""  # further flags of 02: those that RUN was made with
-    label_flags: str = ""  # further flags of 03: those that RUN was made with
-    student_flags: str = ""  # further flags of 04: those that RUN was made with
+    teacher_flags: str = ""  # further flags of 02, those that RUN was made with: --teacher-flags="--lr 1e-4"
+    label_flags: str = ""  # likewise of 03
+    student_flags: str = ""  # likewise of 04
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds
 

@@ -21,7 +21,7 @@ MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER
 LLAMA="$(from_here "${4:?$USAGE}")"; MULTILINGUAL="$(from_here "${5:?$USAGE}")"
 PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
 read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
-findings() { run python -m runs.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags "--preset small" "$@"; }
+findings() { run python -m runs.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags="--preset small" "$@"; }
 
 # The five stages as in runs/msrd.sh, with more impressions: 30 times the human labels
 MOVIES="$PARENT/msrd"
@@ -37,7 +37,7 @@ run python 05_evaluate.py --preset small --run "$MOVIES"
 # (a), (b), (d)
 findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-seeds "${SEEDS[@]}" \
     --models "SmolLM2-135M=$LLAMA" "Gemma-270M=$MULTILINGUAL" --fields title description boards links \
-    --teacher-flags "--preset small --max-tokens 64" --student-flags "--preset small"
+    --teacher-flags="--preset small --max-tokens 64" --student-flags="--preset small"
 
 # A Llama teaches: its soft labels of all impressions, and a student
 WITH_LLAMA="$PARENT/llama"
@@ -58,4 +58,4 @@ run python 02_train_teacher.py --preset small --run "$LANGUAGES" --model "$MULTI
     --fields description
 run python 03_label.py --preset small --run "$LANGUAGES" --only-labelled
 findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --teacher-seeds "${SEEDS[@]}" \
-    --teacher-flags "--preset small --max-tokens 128 --fields description"
+    --teacher-flags="--preset small --max-tokens 128 --fields description"

@@ -266,7 +266,7 @@ def test_seeds_and_flags_of_the_language_finding_alone(finished, tmp_path, train
     flags = ["--run", str(finished), "--findings", "c", "--seeds", "0", "--into", str(tmp_path / "out")]
     findings.main(flags)
     assert compared["teacher"] == [(finished, "teacher")]
-    findings.main([*flags, "--teacher-seeds", "0", "1", "--label-flags", "--preset small"])
+    findings.main([*flags, "--teacher-seeds", "0", "1", "--label-flags=--preset small"])
     assert compared["teacher"] == [
         (finished, "teacher"),
         (tmp_path / "out" / "teacher_Llama_1", "teacher"),
