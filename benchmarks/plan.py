@@ -4,8 +4,9 @@
     python benchmarks/plan.py --data DATASET_DIR --model google-t5/t5-base    your rows, one teacher
     python benchmarks/plan.py --run RUN                                       rows of features that are there
 
-Speeds are public figures of Llama-3-8B on one GPU; another teacher's follow from the size of its linear
-layers. Put in your own, from the first minutes of a run or from benchmarks/teacher_gpu.py.
+Speeds are those measured of Llama-3-8B's shape on one H200 (benchmarks/RESULTS.md); another teacher's follow
+from the size of its linear layers. Put in your own, from the first minutes of a run or from
+benchmarks/teacher_gpu.py.
 """
 
 import importlib
@@ -42,8 +43,8 @@ class Plan:
     labels: int = 280_000  # human-labelled training rows (stated in the paper)
     impressions: int = 30_000_000  # rows to label (stated in the paper)
     tokens: Positive = 200.0  # mean tokens a row (an assumption)
-    train_speed: Positive = 2_413.0  # tokens/s; QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README
-    label_speed: Positive = 10_000.0  # tokens/s; 50 rows/s of 200 tokens, A100, Faire's engineering blog
+    train_speed: Positive = 5_816.0  # tokens/s of QLoRA
+    label_speed: Positive = 30_742.0  # tokens/s of labelling in bf16
     price: NonNegative = 2.0  # USD a GPU hour (an example)
 
 
@@ -88,6 +89,9 @@ def memory_parts(teacher, finetuning, train, label):
     # A linear layer keeps some 4.7 bytes an input and output for the backward pass; the rest: gradients.
     kept = train.batch_tokens * (2 * teacher.backbone.config.hidden_size * layers + 6 * sum(ends) / layers)
     context = (1e9, "device context and fragmentation (allowance)")
+    layer = (
+        11 * label.batch_tokens * max(ends)
+    )  # 11 bytes: as measured (RESULTS.md: 21.7 GB with the weights)
     packed_size = packed * (0.5 + 1 / 64 + 4 / 64 / 256)
     return {
         "02": [
@@ -97,7 +101,7 @@ def memory_parts(teacher, finetuning, train, label):
             (kept, "activations: inputs of all layers, one layer computed again"),
             context,
         ],
-        "03": [(2 * every, "weights, bf16"), (4 * label.batch_tokens * max(ends), "one layer"), context],
+        "03": [(2 * every, "weights, bf16"), (layer, "one layer"), context],
     }
 
 

@@ -9,21 +9,22 @@
 #             and ends (benchmarks/plan.py). Put your own speed into it: --train-speed and --label-speed, from the
 #             first minutes of a run or from benchmarks/teacher_gpu.py.
 #
-# Expected, not measured here: what the dry run reckons from public figures, for 280,000 human labels, two epochs, 30 million impressions, 200
-# tokens a row. Cost: GPU hours at 2 USD, an example; put in your provider's price.
+# Expected: what the dry run reckons from speeds measured with random weights of Llama-3-8B's shape on one H200 (benchmarks/RESULTS.md), for
+# 280,000 human labels, two epochs, 30 million impressions, 200 tokens a row. Cost: GPU hours at 2 USD, an example; put in your provider's price.
 #
-#     stage   speed of one GPU it reckons with                                           one GPU          eight GPUs       cost
-#     02      2,413 tokens/s   QLoRA, Llama-3.1-8B, RTX 4090, torchtune's README           12.9 h           1.6 h            26 USD
-#     03      10,000 tokens/s  50 rows/s of 200 tokens, A100, Faire's engineering blog    166.7 h          20.8 h           333 USD
+#     stage   speed of one H200                       one GPU     eight GPUs       cost
+#     02      5,816 tokens/s   QLoRA                    5.3 h          0.7 h     11 USD
+#     03      30,742 tokens/s  bf16, LoRA merged       54.2 h          6.8 h    108 USD
 #
-# The eight-GPU column assumes even scaling. On an H100 the bounds are 23.6 thousand tokens/s for 02 and 70.9 thousand for 03: at 60 % of
-# the latter, 03 takes 39 h on one GPU. 01, 04 and 05 are not in the table; 01's captions are its long part (pictures, not rows, decide).
+# The eight-GPU column assumes even scaling. Others report, of one GPU and much the same model: QLoRA at 2,413 tokens/s on an RTX 4090 (torchtune's
+# README), labelling at 10,000 on an A100 (Faire's engineering blog). 01, 04 and 05 are not in the table; 01's captions are its long part (pictures,
+# not rows, decide): 175 a second with BLIP-large's shape on that H200.
 #
 # Killed at any moment, the same command continues: 02 at its last checkpoint (every 200 steps), 03 at its last whole shard, 03 also with
 # another number of GPUs. A finished stage says so and does nothing.
 #
 # What to change
-#     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --no-merge (NF4, slower)
+#     memory too small        02 --batch-tokens 4096 (same result up to rounding); 03 --batch-tokens 8192, or --no-merge (NF4, slower)
 #     another teacher         02 --model google-bert/bert-base-multilingual-cased, google-t5/t5-base or microsoft/deberta-v3-base: trained in full
 #     fewer impressions       a tenth of them costs a tenth in 03; 04 --rows N shows what more of them would bring
 #     several machines        accelerate launch's own flags (--num_machines, --machine_rank, --main_process_ip); RUN on a shared disk
