@@ -115,8 +115,6 @@ def read_pictures(raw):
     of the file's content; null: no picture), reason (why there is none though there is a path)."""
 
     def read(path):
-        if not path:
-            return None, None
         try:
             return hashlib.blake2b(image_bytes(raw.folder, path), digest_size=16).digest(), None
         except ValueError as error:
@@ -126,7 +124,10 @@ def read_pictures(raw):
     parts = [pa.schema(kinds).empty_table()]
     with ThreadPoolExecutor(8) as pool, progress_bar(desc="pictures read", unit=" pins") as bar:
         for batch in raw.batches("SELECT pin_id, nullif(image, '') AS image FROM raw_pins"):
-            digests, reasons = zip(*pool.map(read, batch["image"].to_pylist()))
+            paths = batch["image"].to_pylist()
+            there = list({path for path in paths if path})  # millions of pins may have none
+            content = {None: (None, None), **dict(zip(there, pool.map(read, there)))}
+            digests, reasons = zip(*(content[path] for path in paths))
             new = {"digest": pa.array(digests, pa.binary(16)), "reason": pa.array(reasons, pa.string())}
             parts.append(pa.table({"pin_id": batch["pin_id"], "image": batch["image"], **new}))
             bar.update(len(batch))
