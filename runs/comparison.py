@@ -28,7 +28,7 @@ evaluate = importlib.import_module("05_evaluate")
 FINDINGS = {
     "a": (
         "A larger language model is a better teacher",
-        "Accuracy on the paper's human evaluation set stands in the last column.",
+        "The paper's table of teachers says so.",
     ),
     "b": (
         "More teacher-labelled impressions make a better student",
