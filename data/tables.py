@@ -141,8 +141,8 @@ class RawTables(Database):
         text = f"CAST({column} AS VARCHAR)"
         if kind == "text":
             return text
-        if stored in ("FLOAT", "DOUBLE"):  # an id 1.0 is the id 1
-            text = f"nullif(regexp_replace({text}, '[.]0+$', ''), 'nan')"
+        if stored in ("FLOAT", "DOUBLE") or stored.startswith("DECIMAL"):  # an id 1.0 is the id 1
+            text = f"digits({column})"
         if kind == "id":
             return text
         if kind == "level" and self.levels:

@@ -3,6 +3,7 @@
 import csv
 import json
 import unicodedata
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -644,6 +645,29 @@ def test_an_id_is_the_same_as_a_whole_number_and_as_a_float(tmp_path, kind, caps
     features(write_dataset(tmp_path / "data", tables, kind), tmp_path / "run")
     said = capsys.readouterr().out
     assert f"boards.{kind}: 1 of 1 rows have a known pin\n" in said and "nothing" not in said
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pa.array([Decimal("1.00"), Decimal("1.50"), Decimal(10**18)], pa.decimal128(30, 2)),
+        pa.array([1.0, 1.5, 1e18], pa.float64()),
+        pa.array([1.0, 1.5, 2.0**60], pa.float32()),
+    ],
+)
+def test_an_id_is_its_digits_whatever_number_it_is_stored_as(tmp_path, stored):
+    """Not 1.00, 1.50 and 1e+18, which the ids of another table, stored as text, would not equal."""
+    tables = small_dataset()
+    large = str(2**60 if stored.type == pa.float32() else 10**18)
+    names = dict(zip(tables["pins"]["pin_id"], ["1", "1.5", large], strict=True))
+    for name in ("labels", "impressions"):
+        tables[name]["pin_id"] = [names[pin] for pin in tables[name]["pin_id"]]
+    tables["pins"]["pin_id"] = stored
+    for name in ("engagements", "boards", "link_visits"):
+        tables[name]["pin_id"] = [names.get(pin, pin) for pin in tables[name]["pin_id"]]
+    features(write_dataset(tmp_path / "data", tables, "parquet"), tmp_path / "run")
+    pins = pq.read_table(tmp_path / "run" / "features" / "pins.parquet")
+    assert pins["pin_id"].to_pylist() == [*names.values()]
 
 
 def test_a_log_of_unknown_pins_is_named(tmp_path, capsys):
