@@ -36,7 +36,7 @@ from runs.captions import caption_pictures, captions_of
 from runs.encoders import TextEncoder
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
-from runs.settings import ROOT, Count, Device, Precision, StageSettings, parse, pick_hardware
+from runs.settings import ROOT, Count, Device, Precision, Size, StageSettings, Width, parse, pick_hardware
 from runs.stage import Stop
 from runs.streams import (
     chosen,
@@ -66,12 +66,12 @@ class Settings(StageSettings):
     precision: Precision = "fp32"  # of captioner and text encoder (auto: bf16 where the hardware has it)
     as_of: date | None = None  # end of the two-year engagement window (default: the log's newest date)
     top_tokens: Count = 6  # tokens kept a pin from engaged queries, and as many from board titles
-    graph_dim: Count = 32  # size of the pin-board graph embedding
+    graph_dim: Width = 32  # size of the pin-board graph embedding
     shard_rows: Count = 8_192  # impressions a shard
     memory: str = "4GB"  # DuckDB's memory limit; beyond it, it spills to disk
     workers: Count = 2  # processes that tokenize the pin text
     device: Device = "auto"
-    seed: int = 0
+    seed: Size = 0
 
 
 REAL = replace(

@@ -40,6 +40,7 @@ from runs.settings import (
     Share,
     Size,
     StageSettings,
+    Width,
     parse,
     pick_hardware,
 )
@@ -56,7 +57,7 @@ class Settings(StageSettings):
     long_queries: Literal["stop", "cut"] = "stop"  # of a query that does not fit: stop, or cut it in half
 
     finetuning: Literal["auto", "qlora", "lora", "full"] = "auto"  # auto: decoders qlora, encoders full
-    lora_rank: Count = 16  # rank R of the update of a weight
+    lora_rank: Width = 16  # rank R of the update of a weight
     lora_alpha: Positive = 32.0  # the update is (alpha / R) B A x
     lora_dropout: Share = 0.0  # share of A's input left out in a training step
 
@@ -108,6 +109,7 @@ SMALL = replace(
 )
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
+LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def evaluate(teacher, rows, accelerator, token_budget):
         scored += zip((levels >= 3).tolist(), logits.softmax(1)[:, 3:].sum(1).tolist())
     loss, accuracy = (accelerator.reduce(sums, "sum") / len(watched)).tolist()
     if not math.isfinite(loss):
-        raise Stop(f"the loss after the epoch is {loss}: lower --lr, --encoder-lr and --head-lr")
+        raise Stop(f"the loss after the epoch is {loss}: {LOWER}")
     relevant, score = zip(*gather_object(scored))
     if not len(rows.held_out):
         return {}
@@ -228,7 +230,7 @@ def train_epoch(model, optimizer, rows, train_state, settings, accelerator, chec
             loss = train_step(model, rows, rows.train[batch], accelerator, settings.batch_tokens)
             if not math.isfinite(loss):
                 where = f"at step {step}, training rows {rows.train[batch][:8].tolist()}…"
-                raise Stop(f"the loss is {loss} {where}: lower --lr, or use --precision fp32")
+                raise Stop(f"the loss is {loss} {where}: {LOWER}, or use --precision fp32")
             update_weights(teacher, optimizer, factor)
             line = {"step": step, "epoch": epoch + 1, "loss": round(loss, 6)}
             train_state["log"].append({**line, "lr_factor": round(factor, 6)})

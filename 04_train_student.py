@@ -30,7 +30,19 @@ from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
 from runs.inherited import require_languages, require_pairs
 from runs.pairs import PairFiles, TrainingRows, ahead, read_labels
-from runs.settings import Count, Device, NonNegative, Positive, Share, Size, StageSettings, parse, pick_device
+from runs.settings import (
+    Count,
+    Device,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    StageSettings,
+    Temperature,
+    Width,
+    parse,
+    pick_device,
+)
 from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main, save_checkpoint
 
 
@@ -45,11 +57,13 @@ class Settings(StageSettings):
     # with --labels teacher: also learn the human-labelled training rows, with whose labels; half: their mean
     languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
 
-    hidden: tuple[Count, ...] = (256, 128)  # widths of the hidden layers
-    category_dim: Count = 8  # size of the embedding of a categorical column
+    hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
+    category_dim: Width = 8  # size of the embedding of a categorical column
     dropout: Share = 0.1  # share of the hidden units left out in a training step
     input_dropout: Share = 0.4  # share of the embeddings' numbers left out in a training step
-    temperature: Positive = 1.0  # softens teacher and student alike; 1 leaves the probabilities as they are
+    temperature: Temperature = (
+        1.0  # softens teacher and student alike; 1 leaves the probabilities as they are
+    )
 
     epochs: Count = 20  # passes over the training rows
     keep: Literal["last", "best"] = "last"  # which epoch; best: by agreement on held-out queries
@@ -221,7 +235,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
 def finite(loss, epoch):
     """A sum of losses as a number; Stop if it is not finite."""
     if not torch.isfinite(loss):
-        raise Stop(f"the loss is not finite in epoch {epoch + 1}: lower --lr")
+        raise Stop(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --weight-decay")
     return loss.item()
 
 

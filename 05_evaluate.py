@@ -36,7 +36,7 @@ from runs.stage import Stage, run_main
 class Settings(StageSettings):
     """What stage 05 is told."""
 
-    resamples: Annotated[int, Range(2)] = 1_000  # bootstrap resamples of the queries
+    resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
     temperatures: bool = False  # measure probabilities at the temperatures fitted on held-out queries
     seed: Size = 0  # of the bootstrap

@@ -79,7 +79,7 @@ def require_systems(run, reads):
             if name == "student":
                 raise
             print(f"left out: {why}")
-    if (run / "teacher" / "stage.json").exists():
+    if (run / "teacher").exists():
         command, told = f"02_train_teacher.py --run {run}", ("teacher.json", "README.md")
         read["teacher"] = require_finished(run / "teacher", command, told)
     return read

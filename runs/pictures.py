@@ -5,6 +5,7 @@ A table here is {(system, language, metric): interval with value, low, high}; th
 
 import contextlib
 import functools
+import itertools
 import textwrap
 
 import matplotlib
@@ -204,8 +205,8 @@ def search_pages(run, rows, systems, n, folder):
     for number in index[np.lexsort((index, -count))].tolist():
         by_language.setdefault(queries["language"][number].as_py(), []).append(number)
     turns = []
-    for turn in range(n):
-        turns += [line[turn] for line in by_language.values() if turn < len(line)]
+    for turn in itertools.zip_longest(*by_language.values()):
+        turns += [number for number in turn if number is not None]
     table = pq.read_table(run / "features" / "pins.parquet", columns=["title", "caption", "image"])
     pages = {}
     for number in turns[:n]:

@@ -21,7 +21,7 @@ from common import LEVELS
 from runs import pictures
 from runs.models import quiet_libraries
 from runs.ranker import Pin, Query, Ranker
-from runs.settings import ROOT, Count, Device, Positive, parse
+from runs.settings import ROOT, Count, Device, Temperature, parse
 from runs.stage import Stop, run_main
 
 GRID = 5  # pictures side by side
@@ -41,7 +41,7 @@ class Settings:
     data: Path | None = None  # dataset folder with the pictures (default: where stage 01 found it)
     text_encoder: str | None = None  # where stage 01's text encoder is now (default: where it was)
     caption_model: str | None = None  # likewise the captioner
-    temperature: Positive = 1.0  # of the probabilities; report/temperatures.json has the student's
+    temperature: Temperature = 1.0  # of the probabilities; report/temperatures.json has the student's
     threads: Count = 1  # cores for the student
     device: Device = "cpu"  # of text encoder and captioner
 

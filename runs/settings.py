@@ -38,11 +38,13 @@ class Range:
         return low if self.high == math.inf else f"{low} and below {self.high:g}"
 
 
-Count = Annotated[int, Range(1)]
-Size = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, low_included=False)]
-NonNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1, 10**9)]
+Size = Annotated[int, Range(0, 10**9)]
+Width = Annotated[int, Range(1, 10**6)]
+Positive = Annotated[float, Range(0, 1e31, low_included=False)]  # far within fp32
+NonNegative = Annotated[float, Range(0, 1e31)]
 Share = Annotated[float, Range(0, 1)]
+Temperature = Annotated[float, Range(0.01, 100)]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -63,6 +65,7 @@ def parse(presets, argv=None, description=""):
     first.add_argument("--preset", default="toy")
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
+    refuse_empty(sys.argv[1:] if argv is None else argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
         value = getattr(settings, field)
@@ -73,6 +76,16 @@ def parse(presets, argv=None, description=""):
                     print(f"error: {flag}: must be {bounds}", file=sys.stderr)
                     raise SystemExit(2)
     return settings
+
+
+def refuse_empty(argv, default):
+    """Ends with a message and exit status 2 where a flag's value is empty, as a shell variable that is not
+    set: as a path it would be the folder in which one happens to stand."""
+    words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
+    for flag, value in zip(["", *words], words):
+        if not value and getattr(default, flag.strip("-").replace("-", "_"), None) != "":
+            print(f"error: {flag or 'an argument'} '': an empty value", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def flags_read(kind, default, argv, description):

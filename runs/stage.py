@@ -15,6 +15,7 @@ import fnmatch
 import importlib.metadata
 import json
 import os
+import sqlite3
 import sys
 import time
 import warnings
@@ -348,6 +349,8 @@ def hold(folder, mode):
     except filelock.Timeout:
         other = "is at work here or reads it" if mode == "write" else "is making it anew"
         raise Stop(f"{folder}: another process {other}; wait for it, or use another --run") from None
+    except (sqlite3.DatabaseError, ValueError) as error:  # filelock's file is a database, nothing is in it
+        raise Stop(f"{path}: no lock of ours ({first_line(error)}); remove this file") from None
     return lock
 
 
@@ -395,6 +398,8 @@ def run_main(main):
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             sys.exit("error: the disk is full; what was finished is whole, the same command continues")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
         if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
         if number in (errno.ENAMETOOLONG, errno.ELOOP):

@@ -248,6 +248,13 @@ def test_a_student_that_does_not_fit_is_named_and_left_out(run, capsys, no_pictu
     assert list(systems) == ["majority", "bm25", "student_human_labels", "student", "teacher"]
 
 
+def test_a_teacher_that_is_not_finished_is_named(run):
+    """Without its stage.json the report left the teacher's facts and temperature out, and said nothing."""
+    (run / "teacher" / "stage.json").unlink()
+    line = stop_line(measure, run)
+    assert str(run / "teacher") in line and f"02_train_teacher.py --run {run}" in line
+
+
 def test_the_main_student_is_needed(run):
     about = read_json(run / "student" / "stage.json")
     mark_finished(run / "student", **{**about, "inputs": {**about["inputs"], "labels": "old"}})
@@ -262,7 +269,8 @@ def test_the_main_student_is_needed(run):
 # Flags and folders
 
 
-@pytest.mark.parametrize("flags", ["--resamples 0", "--resamples 1", "--resamples x", "--search-pages -1",
+@pytest.mark.parametrize("flags", ["--resamples 0", "--resamples 1", "--resamples x",
+                                   "--resamples 1000000000", "--search-pages -1",
                                    "--seed -1", "--compare a=b", "--preset huge"])  # fmt: skip
 def test_bad_flags(tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as stopped:

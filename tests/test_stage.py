@@ -80,6 +80,11 @@ def test_presets_fill_in_and_flags_win():
         (["--warmup", "1"], "--warmup 1.0: must be at least 0 and below 1"),
         (["--warmup", "nan"], "--warmup nan"),
         (["--seed", "-1"], "seed"),
+        (["--seed", str(10**9)], "--seed 1000000000: must be at least 0 and below 1e+09"),
+        (["--epochs", str(10**30)], "must be at least 1 and below 1e+09"),
+        (["--run", ""], "--run '': an empty value"),
+        (["--run="], "--run '': an empty value"),
+        (["--epochs", "7", ""], "7 '': an empty value"),
     ],
 )
 def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):
@@ -383,6 +388,18 @@ def test_one_writes_or_many_read(tmp_path):
     assert require_finished(folder, "01.py")
 
 
+def test_a_damaged_lock_is_named(tmp_path):
+    """sqlite3 said so in a traceback."""
+    folder = make(tmp_path)
+    lock = tmp_path / ".s.lock"
+    lock.write_bytes(b"x" * 5000)
+    for call in (require_finished, folder, "01.py"), (Stage, folder, settings_of(tmp_path), {"data": "d"}):
+        line = stop_line(*call)
+        assert str(lock) in line and "remove" in line
+    lock.unlink()
+    assert require_finished(folder, "01.py")
+
+
 def test_another_process_is_seen(tmp_path):
     folder = make(tmp_path)
     code = (
@@ -432,6 +449,17 @@ def test_what_went_wrong_is_one_line(tmp_path, capsys):
     )
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         plumbing.run_main(raises(ZeroDivisionError()))
+
+
+TOO_LARGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried …"), RuntimeError(TOO_LARGE)]
+)
+def test_too_little_memory_is_one_line(error):
+    line = ended(raises(error))
+    assert line.startswith("error: not enough memory") and "smaller" in line and "\n" not in line
 
 
 def test_a_pipe_that_is_closed_is_quiet(tmp_path):

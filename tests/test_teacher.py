@@ -372,6 +372,7 @@ def test_where_4_bit_fails_the_line_names_the_way_out(run, models, monkeypatch, 
 def test_loss_that_is_not_finite_stops(run, models):
     line = train_with(run, models["bert"], "--encoder-lr", "1e30", "--head-lr", "1e30", "--warmup", "0")
     assert "loss" in line and "step 2" in line and "--lr" in line
+    assert "--encoder-lr" in line and "--head-lr" in line and "--weight-decay" in line
 
 
 def test_text_longer_than_the_model_reads_is_refused(run, models):
@@ -390,6 +391,8 @@ WRONG += [
     "--device gpu",
     "--precision fp16",
     "--seed -1",
+    "--seed 1000000000",
+    "--lora-rank 1000000",
 ]
 
 
