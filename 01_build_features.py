@@ -383,7 +383,7 @@ def make_embeddings(raw, settings, own, device, dtype, out, old):
 def open_match_features(out, workers, old=None):
     """MatchFeatures over the texts and embeddings of a features folder. Writes bm25.parquet."""
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
-    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet"), workers)
+    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
     if old:
         old.drift |= bm25.use(old.bring("bm25.parquet", out))
     else:
