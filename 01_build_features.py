@@ -30,14 +30,13 @@ from data.embeddings import own_embeddings, users_embedding
 from data.images import read_pictures, write_skipped
 from data.splits import in_hash_split
 from data.tables import RawTables, levels_of, quoted
-from runs import models, stage
+from runs import models
 from runs.bm25 import PairBM25, tokenize
-from runs.captions import caption_pictures, captions_of
+from runs.captions import caption_pictures, captions_of, reuse_captions
 from runs.encoders import TextEncoder
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
 from runs.settings import ROOT, Count, Device, Precision, Size, StageSettings, Width, parse, pick_hardware
-from runs.stage import Stop
 from runs.streams import (
     chosen,
     keep_chunks,
@@ -47,6 +46,7 @@ from runs.streams import (
     slices,
     write_stream,
 )
+from runs.terminal import Stop, run_main
 from runs.update import inputs_of, models_used, open_features
 
 
@@ -414,9 +414,8 @@ def main(argv=None):
     work, old = open_features(settings, inputs)  # old: features that --update builds on, or None
     if work.done:
         return
-    work.discard("work")
-    work.reuse("captions")
     out = work.work
+    reuse_captions(work.old, out)
     raw.spill_to(out / "work" / "spill")
     raw.check()
     pictures = number_rows(raw, pictures, old)
@@ -448,8 +447,8 @@ def main(argv=None):
     if old:
         facts["drift"] = old.report(shards)
     raw.db.close()
-    work.finish(models=models_used(settings, inputs), images=images, **facts)
+    work.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
 
 
 if __name__ == "__main__":
-    stage.run_main(main)
+    run_main(main)

@@ -27,8 +27,11 @@ from sklearn.metrics import roc_auc_score
 
 import common
 from common import FIELDS, PairText, Teacher
-from runs import cards, models, stage, summary
+from runs import cards, models, summary
+from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.files import write_jsonl
+from runs.finished import require_finished
+from runs.processes import start_processes, start_stage
 from runs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from runs.settings import (
     ROOT,
@@ -44,7 +47,7 @@ from runs.settings import (
     parse,
     pick_hardware,
 )
-from runs.stage import Stop, start_processes
+from runs.terminal import Stop, first_line, progress_bar, run_main
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def add_lora(backbone, settings):
         return get_peft_model(backbone, lora)
     except Exception as error:  # peft knows no way for some layers
         advice = "--finetuning full trains all weights"
-        raise Stop(f"--model: LoRA cannot stand in it ({stage.first_line(error)}); {advice}") from error
+        raise Stop(f"--model: LoRA cannot stand in it ({first_line(error)}); {advice}") from error
 
 
 def prepare_training(backbone, settings, finetuning, device):
@@ -220,7 +223,7 @@ def train_epoch(model, optimizer, rows, train_state, settings, accelerator, chec
     batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
     steps = settings.epochs * len(batches)
     options = {"total": steps, "initial": train_state["step"], "unit": " steps", "disable": not is_main}
-    with stage.progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
+    with progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
         for number, batch in enumerate(batches[done:], done + 1):
             factor = common.linear_warmup_decay(train_state["step"] / steps, settings.warmup)
             step = train_state["step"] + 1
@@ -238,7 +241,7 @@ def train_epoch(model, optimizer, rows, train_state, settings, accelerator, chec
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if is_main and step % settings.checkpoint_steps == 0 and number < len(batches):
-                stage.save_checkpoint(checkpoint, teacher, optimizer, train_state)
+                save_checkpoint(checkpoint, teacher, optimizer, train_state)
     return epoch + 1
 
 
@@ -250,7 +253,7 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
     steps = settings.epochs * steps_per_epoch(rows, settings)
     train_state = {"step": 0, "best": None, "log": []}
     if checkpoint.exists():
-        train_state = stage.load_checkpoint(checkpoint, teacher, optimizer)
+        train_state = load_checkpoint(checkpoint, teacher, optimizer)
         accelerator.print(f"continuing at step {train_state['step']} of {steps}")
     log = train_state["log"]
     while train_state["step"] < steps:
@@ -263,11 +266,11 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
         if is_better(scores, train_state["best"], rows, settings):
             train_state["best"] = scores
             if accelerator.is_main_process:
-                stage.save_checkpoint(best, teacher, None, scores)
+                save_checkpoint(best, teacher, None, scores)
         if accelerator.is_main_process:
-            stage.save_checkpoint(checkpoint, teacher, optimizer, train_state)
+            save_checkpoint(checkpoint, teacher, optimizer, train_state)
     accelerator.wait_for_everyone()
-    stage.load_checkpoint(best, teacher)
+    load_checkpoint(best, teacher)
     return train_state
 
 
@@ -329,15 +332,15 @@ def main(argv=None):
 
     # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
-    _lock = stage.require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    _lock = require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
     config = models.load_config(settings.model)
     kind, text = models.backbone_kind(config), open_text(settings, config)
     rows = LabelledRows(features, text, settings)
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
     inputs["precision"] = hardware
-    output = stage.start_stage(accelerator, settings.run / "teacher", settings, inputs)
-    if output is None:
+    output, work = start_stage(accelerator, settings.run / "teacher", settings, inputs)
+    if work is None:
         return
     text.queries(rows.queries)  # those of impressions too: better now than halfway through stage 03
 
@@ -352,21 +355,20 @@ def main(argv=None):
         print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
-    train_state = train(teacher, optimizer, rows, settings, accelerator, output.work)
+    train_state = train(teacher, optimizer, rows, settings, accelerator, work)
 
     # 5. Save
     if accelerator.is_main_process:
         summary.warn_if_useless(rows, train_state["best"])
-        about = save(teacher, finetuning, text, settings, output.work)
-        write_jsonl(output.work / "training_log.jsonl", train_state["log"])
-        output.discard("checkpoint.pt", "best.pt")
+        about = save(teacher, finetuning, text, settings, work)
+        write_jsonl(work / "training_log.jsonl", train_state["log"])
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
         command = cards.command_line("02_train_teacher.py", settings, PRESETS)
-        cards.write_teacher_card(about, settings, command, counts, train_state["log"], output.work)
+        cards.write_teacher_card(about, settings, command, counts, train_state["log"], work)
         facts = {"best": train_state["best"], "text": text.describe(), "held_out": rows.split}
-        output.finish(rows=counts, **facts)
+        output.finish(["checkpoint.pt", "best.pt"], rows=counts, **facts)
     accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    stage.run_main(main)
+    run_main(main)

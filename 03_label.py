@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 import torch
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
-from runs import models, stage, summary
+from runs import models, summary
 from runs.inherited import require_teacher, require_trained_on, teacher_identity
 from runs.pairs import KeptLabels, count_rows, write_labels
+from runs.processes import start_processes, start_stage
 from runs.rows import PairShards, hash_rows, tokenized, unique_rows
 from runs.settings import Count, Device, Precision, Size, StageSettings, parse, pick_hardware
-from runs.stage import Stop, start_processes
+from runs.terminal import Stop, first_line, progress_bar, run_main
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load_teacher(settings, sample, pad_id, device, dtype):
     try:
         merge_lora(teacher, folder / "adapter")
     except Exception as error:  # peft raises many kinds for layers that it cannot merge into
-        raise Stop(f"LoRA cannot be merged ({stage.first_line(error)}); --no-merge labels without") from error
+        raise Stop(f"LoRA cannot be merged ({first_line(error)}); --no-merge labels without") from error
     after = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
     moved = {"rows": len(sample), "max_difference": float(np.abs(after - before).max())}
     return teacher, {**moved, "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
@@ -153,13 +154,14 @@ def main(argv=None):
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs["teacher"] = teacher_identity(read["teacher"])
     inputs["precision"] = hardware
-    output = stage.start_stage(accelerator, settings.run / "labels", settings, inputs, grows=["features"])
-    if output is None:
+    folder = settings.run / "labels"
+    output, work = start_stage(accelerator, folder, settings, inputs, grows=["features"])
+    if work is None:
         return
 
     # 2. The text of the pairs, and the shards that are left to label
     def target(path):
-        return output.work / path.relative_to(features)
+        return work / path.relative_to(features)
 
     text = open_text(settings, about, model)
     labelled, impressions = features / "labelled.parquet", sorted(features.glob("impressions/part-*.parquet"))
@@ -179,9 +181,9 @@ def main(argv=None):
         print(f"shards: {len(paths)}, of which {len(todo)} to label; {processes}")
 
     # 4. Soft labels, one output shard an input shard
-    kept = KeptLabels(settings.run / "labels", inputs["teacher"], use=not settings.overwrite)
+    kept = KeptLabels(folder, inputs["teacher"], use=not settings.overwrite)
     shards = PairShards(features, text, todo[accelerator.process_index :: accelerator.num_processes])
-    with stage.progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
+    with progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
         counts = label_shards(teacher, shards, kept, target, settings, bar)
     accelerator.wait_for_everyone()
 
@@ -194,4 +196,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    stage.run_main(main)
+    run_main(main)

@@ -26,6 +26,7 @@ import torch
 
 from common import NUM_LEVELS, Student, StudentInputs, linear_warmup_decay
 from runs import cards, summary
+from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
 from runs.inherited import require_languages, require_pairs
@@ -43,7 +44,8 @@ from runs.settings import (
     parse,
     pick_device,
 )
-from runs.stage import Stage, Stop, load_checkpoint, progress_bar, run_main, save_checkpoint
+from runs.stage import Stage
+from runs.terminal import Stop, progress_bar, run_main
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ class Settings(StageSettings):
     category_dim: Width = 8  # size of the embedding of a categorical column
     dropout: Share = 0.1  # share of the hidden units left out in a training step
     input_dropout: Share = 0.4  # share of the embeddings' numbers left out in a training step
-    temperature: Temperature = (
-        1.0  # softens teacher and student alike; 1 leaves the probabilities as they are
-    )
+    temperature: Temperature = 1.0  # softens teacher and student alike; at 1 probabilities stay as they are
 
     epochs: Count = 20  # passes over the training rows
     keep: Literal["last", "best"] = "last"  # which epoch; best: by agreement on held-out queries
@@ -299,11 +299,11 @@ def main(argv=None):
     save_for_serving(student, read["features"], columns, stage.work)
     write_jsonl(stage.work / "training_log.jsonl", train_state["log"])
     print(f"kept epoch {train_state['kept']['epoch']}")
-    stage.discard("checkpoint.pt", "best.pt")
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
     command = cards.command_line("04_train_student.py", settings, PRESETS)
     cards.write_student_card(student, settings, command, counts, train_state["log"], stage.work)
-    stage.finish(rows=counts, held_out=rows.held_out, kept=train_state["kept"])
+    facts = {"rows": counts, "held_out": rows.held_out, "kept": train_state["kept"]}
+    stage.finish(["checkpoint.pt", "best.pt"], **facts)
 
 
 if __name__ == "__main__":

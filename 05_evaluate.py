@@ -29,7 +29,8 @@ from runs.files import write_json
 from runs.inherited import require_systems, students_of
 from runs.pairs import read_labelled
 from runs.settings import Range, Size, StageSettings, parse
-from runs.stage import Stage, run_main
+from runs.stage import Stage
+from runs.terminal import run_main
 
 
 @dataclass(frozen=True)

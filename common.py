@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from runs.files import read_json, write_json
 from runs.models import load_backbone, load_lora, output_width
-from runs.stage import Stop
+from runs.terminal import Stop
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  The text of a pair and its tokens  (paper: "Pin Text Representations")

@@ -41,7 +41,7 @@ from benchmarks import attacked  # noqa: E402
 from benchmarks.attacked import STAGES, STEPS, STUDENTS, command, contents, copied, make, start  # noqa: E402
 from runs.files import remove  # noqa: E402
 from runs.settings import Count, Positive, Size, parse, ranges_of  # noqa: E402
-from runs.stage import run_main  # noqa: E402
+from runs.terminal import run_main  # noqa: E402
 
 HARMLESS = ("clear", "harmless", "remade", "left out")
 FAULTS = ("silent", "unclear", "traceback", "loss")

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from runs.files import remove  # noqa: E402
-from runs.stage import run_main  # noqa: E402
+from runs.terminal import run_main  # noqa: E402
 
 
 class Step(NamedTuple):

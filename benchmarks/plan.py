@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import Teacher  # noqa: E402
 from data.tables import RawTables  # noqa: E402
-from runs import models, stage  # noqa: E402
+from runs import models  # noqa: E402
+from runs.finished import require_finished  # noqa: E402
 from runs.settings import NonNegative, Positive  # noqa: E402
+from runs.terminal import run_main  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())  # as published with the weights
@@ -52,7 +54,7 @@ def counted(plan):
     """The plan with the rows of the run or the dataset, and where they were counted."""
     if plan.run is not None:
         features = plan.run / "features"
-        stage.require_finished(features, f"01_build_features.py --run {plan.run}", reads=())
+        require_finished(features, f"01_build_features.py --run {plan.run}", reads=())
         train = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")]).num_rows
         impressions = sum(pq.read_metadata(path).num_rows for path in features.glob("impressions/*.parquet"))
         return replace(plan, labels=train, impressions=impressions), f"{features}"
@@ -153,4 +155,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    stage.run_main(main)
+    run_main(main)

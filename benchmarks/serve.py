@@ -30,10 +30,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import FIELDS, PairText, Student, Teacher, side_of  # noqa: E402
-from runs import models, stage  # noqa: E402
+from runs import models  # noqa: E402
 from runs.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
 from runs.files import write_json  # noqa: E402
 from runs.ranker import Query, Ranker  # noqa: E402
+from runs.terminal import run_main  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
 
@@ -248,4 +249,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    stage.run_main(main)
+    run_main(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 
 from data.files import one_line, text_literal
-from runs.stage import Stop, first_line
+from runs.terminal import Stop, first_line
 
 # Characters that nobody sees: spaces, control and format characters, fillers, variation selectors.
 INVISIBLE = (

@@ -7,8 +7,8 @@ import pyarrow.compute as pc
 
 from data.files import regular_file
 from runs.files import fingerprint, hashed
-from runs.stage import Stop, first_line
 from runs.streams import new_matrix
+from runs.terminal import Stop, first_line
 
 
 def own_embeddings(folder):

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from data.files import plain_cell, regular_file
 from runs.files import whole_file
-from runs.stage import first_line, progress_bar
+from runs.terminal import first_line, progress_bar
 
 # What Pillow decodes by itself: for others (EPS) it starts other programs.
 Image.init()

@@ -21,7 +21,7 @@ from data.files import (
     with_folder_columns,
 )
 from runs.files import fingerprint, hashed
-from runs.stage import Stop
+from runs.terminal import Stop
 
 TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
     "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),

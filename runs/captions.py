@@ -5,6 +5,8 @@ No method of the paper is in this file: runs/encoders.py has the captioner.
 """
 
 import functools
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 
 from data.images import load_images
 from runs.encoders import Captioner
+from runs.files import link_or_copy
+from runs.finished import is_as_made, read_about
 from runs.streams import keep_chunks, kept_rows, matrix_of, new_matrix, slices, vector_column, without_kept
 
 
@@ -58,3 +62,18 @@ def captions_of(pictures, cache, out):
             captions[pins] = np.array(rows["caption"].to_pylist(), dtype=object)
             reasons[pins] = np.array(rows["reason"].to_pylist(), dtype=object)
     return pa.array(captions, pa.string()), pa.array(reasons, pa.string())
+
+
+def reuse_captions(old, out):
+    """Brings the captions of the features `old`, if there are any, into the folder `out`, by hard links if
+    possible; without files that are not what stage 01 wrote."""
+    if old is None or (out / "captions").exists():
+        return
+    temporary = out / ".captions.tmp"
+    for name, made in read_about(old, damaged_is_fine=True).get("outputs", {}).items():
+        if name.startswith("captions/") and is_as_made(old / name, made):
+            target = temporary / Path(name).relative_to("captions")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(old / name, target)
+    if temporary.exists():
+        os.replace(temporary, out / "captions")

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from runs.files import hashed, read_json, whole_file, write_json
+from runs.finished import require_finished
 from runs.pairs import read_labelled
 from runs.pictures import drawable, in_percent, picture_file
 from runs.report import ALL, cell, escaped, markdown_table
-from runs.stage import Stop, require_finished
+from runs.terminal import Stop
 
 evaluate = importlib.import_module("05_evaluate")
 

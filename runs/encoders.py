@@ -5,8 +5,8 @@ import torch
 
 from common import pad_rows, token_batches
 from runs import models
-from runs.stage import Stop, first_line
 from runs.streams import vector_column
+from runs.terminal import Stop, first_line
 
 
 class Captioner:

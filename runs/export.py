@@ -19,7 +19,7 @@ from torch import nn
 
 from common import NUM_LEVELS, side_of
 from runs.files import whole_file
-from runs.stage import Stop
+from runs.terminal import Stop
 
 OPSET = 17  # the first with layer normalization; onnxruntime reads it since 1.12
 ONNX, ONNX_ONE_QUERY = "student.onnx", "student_one_query.onnx"

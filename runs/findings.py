@@ -29,7 +29,7 @@ from common import FIELDS
 from runs.comparison import compare, impressions_learnt
 from runs.files import read_json
 from runs.settings import ROOT, Count, Size, parse
-from runs.stage import Stop, run_main
+from runs.terminal import Stop, run_main
 
 TOY_RUN, TOY_MODELS = ROOT / "outputs" / "toy", ROOT / "data" / "toy_models"
 STAGES = {stage[:2]: ROOT / stage for stage in ("02_train_teacher.py", "03_label.py", "04_train_student.py")}

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 
 from runs import models
 from runs.files import hashed, read_json
+from runs.finished import require_finished
 from runs.rows import hash_rows
-from runs.stage import Stop, require_finished
+from runs.terminal import Stop
 
 
 def require_teacher(run, model=None):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
 from runs.files import fingerprint, read_json
-from runs.stage import Stop, first_line
+from runs.terminal import Stop, first_line
 
 # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
 # about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch

@@ -20,8 +20,8 @@ from data.images import decode_image, image_bytes
 from runs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
 from runs.encoders import Captioner, TextEncoder
 from runs.models import model_fingerprint
-from runs.stage import Stop
 from runs.streams import matrix_of
+from runs.terminal import Stop
 
 stage_01 = importlib.import_module("01_build_features")
 

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from common import NUM_LEVELS
 from data.splits import hash_split, in_hash_split, query_key
 from runs.files import read_json, write_parquet
+from runs.finished import is_as_made
 from runs.rows import hash_rows
-from runs.stage import Stop, is_as_made, progress_bar
+from runs.terminal import Stop, progress_bar
 
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most

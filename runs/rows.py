@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from common import pad_rows, tokenize_pairs
 from data.splits import hash_split, in_hash_split, query_key
 from runs.models import quiet_libraries
-from runs.stage import Stop
+from runs.terminal import Stop
 
 
 class LabelledRows:

@@ -22,7 +22,7 @@ from runs import pictures
 from runs.models import quiet_libraries
 from runs.ranker import Pin, Query, Ranker
 from runs.settings import ROOT, Count, Device, Temperature, parse
-from runs.stage import Stop, run_main
+from runs.terminal import Stop, run_main
 
 GRID = 5  # pictures side by side
 

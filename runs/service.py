@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
 from runs.ranker import Query, Ranker
-from runs.stage import Stop
+from runs.terminal import Stop
 
 app = FastAPI()
 ranker = Ranker(os.environ["RUN"])

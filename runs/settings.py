@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from runs.stage import Stop, first_line
+from runs.terminal import Stop, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from runs.files import whole_file, write_parquet
-from runs.stage import progress_bar
+from runs.terminal import progress_bar
 
 
 def slices(tables, rows):

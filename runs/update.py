@@ -19,7 +19,9 @@ from data.images import pictures_fingerprint
 from runs import models
 from runs.encoders import captioner_config, encoder_config
 from runs.files import link_or_copy
-from runs.stage import Stage, Stop, aside_of, bring_back, check_files, hold, read_about
+from runs.finished import check_files, hold, read_about
+from runs.stage import Stage, aside_of, bring_back
+from runs.terminal import Stop
 
 BUILT_ON = "earlier features"  # among the inputs: identity of the folder that --update replaced
 DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be made anew
@@ -95,7 +97,7 @@ def may_change(before, inputs):
     both = sorted(before["inputs"].keys() & inputs.keys())
     grows = [name for name in both if name == "images" or name.startswith(("table ", "embeddings/"))]
     logs = [f"table {name}" for name in ("engagements", "link_visits")]  # they may come, and go
-    return [*dict.fromkeys([*grows, *logs, "as_of", BUILT_ON])]
+    return [*dict.fromkeys([*grows, *logs, "--as-of", BUILT_ON])]
 
 
 class OldFeatures:

@@ -15,7 +15,8 @@ import common
 from common import MATCH_FEATURES
 from data.splits import in_hash_split
 from runs.files import list_files, write_json, write_parquet
-from runs.stage import Stop, sealed
+from runs.finished import sealed
+from runs.terminal import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"

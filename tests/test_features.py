@@ -32,7 +32,7 @@ import common
 from data.tables import RawTables
 from runs import streams
 from runs.files import read_json
-from runs.stage import Stop
+from runs.terminal import Stop
 
 build = stage("01")
 

@@ -9,7 +9,7 @@ from helpers import stage, stop_line
 from common import PairText, Teacher
 from runs import models as loading
 from runs.rows import PairShards, tokenized
-from runs.stage import Stop
+from runs.terminal import Stop
 
 labeller = stage("03")
 

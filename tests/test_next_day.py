@@ -21,10 +21,10 @@ from runs import rows as rows_module
 from runs import settings as settings_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_parquet
+from runs.finished import hold, require_finished
 from runs.pairs import read_labels
 from runs.ranker import Ranker
 from runs.rows import LabelledRows, hash_rows, unique_rows
-from runs.stage import hold, require_finished
 from runs.summary import is_stand_in, prior_scores
 
 trainer, labeller = stage("02"), stage("03")

@@ -16,8 +16,9 @@ from helpers import ROOT, environment, script, stage, stop_line
 import common
 from data.tables import RawTables
 from runs.files import read_json, write_json
+from runs.finished import hold
 from runs.models import load_config, load_tokenizer
-from runs.stage import hold, run_main
+from runs.terminal import run_main
 
 STEPS = (  # stage, its settings: the toy's with little training
     ("01", "--shard-rows", "700"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from common import FIELDS, MATCH_FEATURES
 from data.tables import RawTables
 from runs.files import read_json
-from runs.stage import Stop
+from runs.terminal import Stop
 
 build = stage("01")
 

@@ -25,7 +25,7 @@ from runs import ranker as ranker_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_json
 from runs.ranker import Pin, Query, Ranker
-from runs.stage import Stop
+from runs.terminal import Stop
 
 LANGUAGES = ("en", "es", "fr", "de")
 

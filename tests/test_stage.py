@@ -15,10 +15,14 @@ import torch
 from helpers import ROOT, stop_line
 from torch import nn
 
-from runs import stage as plumbing
+from runs.captions import reuse_captions
+from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.files import fingerprint, read_json, whole_file, write_json
+from runs.finished import require_finished, sealed
+from runs.processes import start_stage
 from runs.settings import Count, Share, Size, StageSettings, parse, pick_device
-from runs.stage import Stage, Stop, require_finished
+from runs.stage import Stage
+from runs.terminal import Stop, run_main
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,9 @@ def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = {"step": 4, "log": [{"loss": 0.5}], "best": None}
-    plumbing.save_checkpoint(tmp_path / "c.pt", model, optimizer, state)
+    save_checkpoint(tmp_path / "c.pt", model, optimizer, state)
     second = torch.optim.AdamW([{"params": other.parameters(), "peak": 0.5}], lr=0.9)
-    assert plumbing.load_checkpoint(tmp_path / "c.pt", other, second) == state
+    assert load_checkpoint(tmp_path / "c.pt", other, second) == state
     assert torch.equal(model.weight, other.weight)
     moments = [optimizer.state[model.weight]["exp_avg"], second.state[other.weight]["exp_avg"]]
     assert torch.equal(*moments) and second.param_groups[0]["lr"] == 0.1
@@ -181,6 +185,17 @@ def test_other_settings_and_inputs_are_named(tmp_path):
     assert "data was 'd', is 'e'" in line and "--overwrite" in line
 
 
+def test_what_may_grow_grows_and_nothing_else(tmp_path):
+    """Also where an input has the name of a setting whose value does not count."""
+    folder = make(tmp_path, inputs={"data": "d", "precision": "fp32"})
+    stage = Stage(folder, settings_of(tmp_path), {"data": "e", "precision": "fp32"}, grows=["data"])
+    assert stage.old == folder and not stage.done
+    del stage
+    changed = {"data": "e", "precision": "bf16"}
+    line = stop_line(Stage, folder, settings_of(tmp_path), changed, ["data"])
+    assert "precision was 'fp32', is 'bf16'" in line and "--overwrite" in line
+
+
 def test_settings_that_cannot_change_a_result_are_free(tmp_path):
     folder = make(tmp_path, workers=1)
     assert Stage(folder, settings_of(tmp_path, workers=8, preset="paper"), {"data": "d"}).done
@@ -190,7 +205,7 @@ def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
     folder = make(tmp_path)
     about = read_json(folder / "stage.json")
     assert about["arguments"].pop("compile") is False  # an earlier version had no --compile
-    write_json(folder / "stage.json", plumbing.sealed(about))
+    write_json(folder / "stage.json", sealed(about))
     assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
 
 
@@ -210,9 +225,11 @@ def test_intermediate_results_go_only_when_the_rest_is_whole(tmp_path, monkeypat
     for name in ("checkpoint.pt", "work/a/b", "file.txt"):
         (stage.work / name).parent.mkdir(parents=True, exist_ok=True)
         (stage.work / name).write_text("x")
-    stage.discard("checkpoint.pt", "work")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", lambda *paths: raises(OSError())())
+        stage.finish(["checkpoint.pt", "work"])
     assert (stage.work / "checkpoint.pt").exists()
-    stage.finish()
+    stage.finish(["checkpoint.pt", "work"])
     assert names(tmp_path / "s") == ["file.txt", "stage.json"]
     assert not (tmp_path / "s" / "work").exists()
 
@@ -284,8 +301,7 @@ def test_a_cache_is_reused(tmp_path):
     (folder / "captions" / "m" / "part-1").write_text("9\n")
     (folder / "captions" / "m" / "part-9").write_text("of nobody")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
-    stage.reuse("captions")
-    stage.reuse("nothing")
+    reuse_captions(stage.old, stage.work)
     assert names(stage.work) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
 
 
@@ -403,7 +419,7 @@ def test_a_damaged_lock_is_named(tmp_path):
 def test_another_process_is_seen(tmp_path):
     folder = make(tmp_path)
     code = (
-        "import sys, time; from pathlib import Path; from runs.stage import hold; "
+        "import sys, time; from pathlib import Path; from runs.finished import hold; "
         "lock = hold(Path(sys.argv[1]), 'write'); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
@@ -424,7 +440,7 @@ def test_another_process_is_seen(tmp_path):
 
 def ended(main):
     with pytest.raises(SystemExit) as end:
-        plumbing.run_main(main)
+        run_main(main)
     return end.value.code
 
 
@@ -448,7 +464,7 @@ def test_what_went_wrong_is_one_line(tmp_path, capsys):
         "error: /x/y: cannot"
     )
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
-        plumbing.run_main(raises(ZeroDivisionError()))
+        run_main(raises(ZeroDivisionError()))
 
 
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"
@@ -464,7 +480,7 @@ def test_too_little_memory_is_one_line(error):
 
 def test_a_pipe_that_is_closed_is_quiet(tmp_path):
     code = (
-        "from runs.stage import run_main\n"
+        "from runs.terminal import run_main\n"
         "def main():\n    for i in range(100_000): print('a line', i, flush=True)\n"
         "run_main(main)"
     )
@@ -493,7 +509,7 @@ def test_disk_full_or_read_only_leaves_earlier_results_whole(tmp_path, monkeypat
 def test_a_checkpoint_on_a_full_disk_is_the_same_line(tmp_path, monkeypatch):
     model = nn.Linear(300, 300)
     (tmp_path / ".c.pt.tmp").symlink_to("/dev/full")
-    line = ended(lambda: plumbing.save_checkpoint(tmp_path / "c.pt", model, None, {}))
+    line = ended(lambda: save_checkpoint(tmp_path / "c.pt", model, None, {}))
     assert "the disk is full" in line
 
 
@@ -505,7 +521,7 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
 
 def test_progress_in_a_file_is_lines(tmp_path):
     code = (
-        "from runs.stage import progress_bar\n"
+        "from runs.terminal import progress_bar\n"
         "bar = progress_bar(total=200_000, desc='rows', unit=' rows')\n"
         "for i in range(200_000): bar.update()\n"
         "bar.close()"
@@ -537,7 +553,7 @@ def test_a_refused_stage_holds_no_lock(tmp_path):
             Stage(folder, settings_of(tmp_path, epochs=4), {"data": "d"})
         assert require_finished(folder, "01.py") and refused.value
         accelerator = Accelerator(cpu=True)
-        stop_line(plumbing.start_stage, accelerator, folder, settings_of(tmp_path, epochs=4), {"data": "d"})
+        stop_line(start_stage, accelerator, folder, settings_of(tmp_path, epochs=4), {"data": "d"})
         assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
     finally:
         gc.enable()

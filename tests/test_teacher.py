@@ -25,7 +25,7 @@ from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
 from runs.files import read_json, write_parquet
 from runs.rows import LabelledRows, epoch_batches, micro_batches, split_rows
-from runs.stage import first_line
+from runs.terminal import first_line
 
 trainer, labeller = stage("02"), stage("03")
 
