@@ -22,15 +22,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
-from sklearn.metrics import roc_auc_score
 
-import common
-from common import FIELDS, PairText, Teacher
+from common import FIELDS, PairText, Teacher, linear_warmup_decay
 from runs import cards, models, summary
-from runs.checkpoint import load_checkpoint, save_checkpoint
+from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
 from runs.files import write_jsonl
 from runs.finished import require_finished
+from runs.held_out import LOWER, held_out_scores, warn_if_useless
 from runs.processes import start_processes, start_stage
 from runs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from runs.settings import (
@@ -45,9 +43,8 @@ from runs.settings import (
     StageSettings,
     Width,
     parse,
-    pick_hardware,
 )
-from runs.terminal import Stop, first_line, progress_bar, run_main
+from runs.terminal import Stop, progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,6 @@ SMALL = replace(
 )
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
-LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,11 +123,8 @@ def add_lora(backbone, settings):
     sizes = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
     lora = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules="all-linear")
     # peft's prepare_model_for_kbit_training is not used: it would upcast embeddings and norms to fp32.
-    try:
+    with stop_on_error("--model: LoRA cannot stand in it", "--finetuning full trains all weights"):
         return get_peft_model(backbone, lora)
-    except Exception as error:  # peft knows no way for some layers
-        advice = "--finetuning full trains all weights"
-        raise Stop(f"--model: LoRA cannot stand in it ({first_line(error)}); {advice}") from error
 
 
 def prepare_training(backbone, settings, finetuning, device):
@@ -190,43 +183,15 @@ def train_step(model, rows, batch, accelerator, token_budget):
     return accelerator.reduce(total, "sum").item()
 
 
-@torch.inference_mode()
-def evaluate(teacher, rows, accelerator, token_budget):
-    """{"held_out_loss" (cross-entropy), "held_out_accuracy", "held_out_auroc_4"} on the held-out rows, each
-    process on its share; {} if there are none. AUROC of P(label >= 4); NaN without both kinds."""
-    teacher.eval()
-    watched = rows.held_out if len(rows.held_out) else rows.train[:64]  # these for a finite loss alone
-    mine = watched[accelerator.process_index :: accelerator.num_processes]
-    order = mine[np.argsort(rows.lengths[mine], kind="stable")]
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    scored = []
-    for batch in common.token_batches(rows.lengths[order], token_budget):
-        ids, mask, levels = rows.batch(order[batch], accelerator.device)
-        logits = teacher(ids, mask)
-        sums[0] += F.cross_entropy(logits, levels, reduction="sum")
-        sums[1] += (logits.argmax(1) == levels).sum()
-        scored += zip((levels >= 3).tolist(), logits.softmax(1)[:, 3:].sum(1).tolist())
-    loss, accuracy = (accelerator.reduce(sums, "sum") / len(watched)).tolist()
-    if not math.isfinite(loss):
-        raise Stop(f"the loss after the epoch is {loss}: {LOWER}")
-    relevant, score = zip(*gather_object(scored))
-    if not len(rows.held_out):
-        return {}
-    auroc = roc_auc_score(relevant, score) if len(set(relevant)) == 2 else math.nan
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_auroc_4": float(auroc)}
-
-
-def train_epoch(model, optimizer, rows, train_state, settings, accelerator, checkpoint):
+def train_epoch(model, optimizer, rows, epoch, settings, accelerator, checkpoints):
     """The steps of an epoch that are left, each a line of the log. Every so many steps a checkpoint."""
-    teacher, is_main = accelerator.unwrap_model(model), accelerator.is_main_process
-    epoch, done = divmod(train_state["step"], steps_per_epoch(rows, settings))
+    teacher, state = accelerator.unwrap_model(model), checkpoints.state
     batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
-    steps = settings.epochs * len(batches)
-    options = {"total": steps, "initial": train_state["step"], "unit": " steps", "disable": not is_main}
+    done, steps = state["step"] - epoch * len(batches), settings.epochs * len(batches)
+    options = {"total": steps, "initial": state["step"], "unit": " steps", "disable": not checkpoints.writes}
     with progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
-        for number, batch in enumerate(batches[done:], done + 1):
-            factor = common.linear_warmup_decay(train_state["step"] / steps, settings.warmup)
-            step = train_state["step"] + 1
+        for step, batch in enumerate(batches[done:], state["step"] + 1):
+            factor = linear_warmup_decay((step - 1) / steps, settings.warmup)
             # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
             torch.manual_seed(settings.seed * 1_000_003 + step * 1_009 + accelerator.process_index)
             teacher.train()
@@ -236,55 +201,33 @@ def train_epoch(model, optimizer, rows, train_state, settings, accelerator, chec
                 raise Stop(f"the loss is {loss} {where}: {LOWER}, or use --precision fp32")
             update_weights(teacher, optimizer, factor)
             line = {"step": step, "epoch": epoch + 1, "loss": round(loss, 6)}
-            train_state["log"].append({**line, "lr_factor": round(factor, 6)})
-            train_state["step"] = step
+            state["log"].append({**line, "lr_factor": round(factor, 6)})
+            state["step"] = step
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if is_main and step % settings.checkpoint_steps == 0 and number < len(batches):
-                save_checkpoint(checkpoint, teacher, optimizer, train_state)
-    return epoch + 1
+            if step % settings.checkpoint_steps == 0 and step % len(batches):
+                checkpoints.save()
 
 
 def train(teacher, optimizer, rows, settings, accelerator, work):
-    """The training loop. Leaves the weights of the last epoch in `teacher` (--keep best: of the one with the
-    highest held-out AUROC); returns the log and that epoch's scores. Checkpoints go into `work`."""
+    """The training loop. Leaves the weights of the epoch that is kept in `teacher`; returns where it ended:
+    the log, and that epoch's scores. Checkpoints go into the folder `work`."""
     model = accelerator.prepare(teacher)
-    checkpoint, best = work / "checkpoint.pt", work / "best.pt"
-    steps = settings.epochs * steps_per_epoch(rows, settings)
-    train_state = {"step": 0, "best": None, "log": []}
-    if checkpoint.exists():
-        train_state = load_checkpoint(checkpoint, teacher, optimizer)
-        accelerator.print(f"continuing at step {train_state['step']} of {steps}")
-    log = train_state["log"]
-    while train_state["step"] < steps:
-        epoch = train_epoch(model, optimizer, rows, train_state, settings, accelerator, checkpoint)
-        losses = [line["loss"] for line in log if line["epoch"] == epoch]
-        scores = {"epoch": epoch, "train_loss": float(np.mean(losses))}
-        scores |= evaluate(teacher, rows, accelerator, settings.batch_tokens)
-        accelerator.print(summary.in_words(scores))
-        log.append({"step": train_state["step"], **scores})
-        if is_better(scores, train_state["best"], rows, settings):
-            train_state["best"] = scores
-            if accelerator.is_main_process:
-                save_checkpoint(best, teacher, None, scores)
-        if accelerator.is_main_process:
-            save_checkpoint(checkpoint, teacher, optimizer, train_state)
+    metric = chosen_by("held_out_auroc_4", settings, rows.held_out_queries)
+    start, is_main = {"step": 0}, accelerator.is_main_process
+    checkpoints = Checkpoints(work, teacher, optimizer, start, metric, is_main)
+    state, epoch_steps = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
+    if checkpoints.continues:
+        accelerator.print(f"continuing at step {state['step']} of {settings.epochs * epoch_steps}")
+    for epoch in range(state["step"] // epoch_steps, settings.epochs):
+        train_epoch(model, optimizer, rows, epoch, settings, accelerator, checkpoints)
+        losses = [line["loss"] for line in state["log"] if line["epoch"] == epoch + 1]
+        scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
+        scores |= held_out_scores(teacher, rows, accelerator, settings.batch_tokens)
+        checkpoints.end_epoch(scores, step=state["step"])
     accelerator.wait_for_everyone()
-    load_checkpoint(best, teacher)
-    return train_state
-
-
-def steps_per_epoch(rows, settings):
-    """Optimizer steps of one pass over the training rows."""
-    return math.ceil(len(rows.train) / settings.batch_size)
-
-
-def is_better(scores, best, rows, settings):
-    """Is this epoch to be kept? The last one always is (the learning rate falls to zero there), unless
-    --keep best and enough held-out queries to tell."""
-    if best is None or settings.keep == "last" or rows.held_out_queries < summary.ENOUGH_QUERIES:
-        return True
-    return scores["held_out_auroc_4"] > best["held_out_auroc_4"]
+    checkpoints.load_kept()
+    return state
 
 
 def update_weights(teacher, optimizer, lr_factor):
@@ -325,8 +268,7 @@ def main(argv=None):
     # 1. Settings
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
-    device, dtype, hardware = pick_hardware(settings)
-    accelerator = start_processes(device)
+    accelerator, dtype, hardware = start_processes(settings)
     if not settings.fields:
         raise Stop(f"--fields: at least one of {' '.join(FIELDS)}")
 
@@ -359,14 +301,13 @@ def main(argv=None):
 
     # 5. Save
     if accelerator.is_main_process:
-        summary.warn_if_useless(rows, train_state["best"])
+        warn_if_useless(rows, train_state["kept"])
         about = save(teacher, finetuning, text, settings, work)
         write_jsonl(work / "training_log.jsonl", train_state["log"])
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
-        command = cards.command_line("02_train_teacher.py", settings, PRESETS)
-        cards.write_teacher_card(about, settings, command, counts, train_state["log"], work)
-        facts = {"best": train_state["best"], "text": text.describe(), "held_out": rows.split}
-        output.finish(["checkpoint.pt", "best.pt"], rows=counts, **facts)
+        cards.write_teacher_card(about, settings, PRESETS, counts, train_state["log"], work)
+        facts = {"best": train_state["kept"], "text": text.describe(), "held_out": rows.split}
+        output.finish(CHECKPOINT_FILES, rows=counts, **facts)
     accelerator.wait_for_everyone()
 
 

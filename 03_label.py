@@ -28,8 +28,8 @@ from runs.inherited import require_teacher, require_trained_on, teacher_identity
 from runs.pairs import KeptLabels, count_rows, write_labels
 from runs.processes import start_processes, start_stage
 from runs.rows import PairShards, hash_rows, tokenized, unique_rows
-from runs.settings import Count, Device, Precision, Size, StageSettings, parse, pick_hardware
-from runs.terminal import Stop, first_line, progress_bar, run_main
+from runs.settings import Count, Device, Precision, Size, StageSettings, parse
+from runs.terminal import progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,8 @@ def load_teacher(settings, sample, pad_id, device, dtype):
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
     before = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
-    try:
+    with stop_on_error("LoRA cannot be merged", "--no-merge labels without"):
         merge_lora(teacher, folder / "adapter")
-    except Exception as error:  # peft raises many kinds for layers that it cannot merge into
-        raise Stop(f"LoRA cannot be merged ({first_line(error)}); --no-merge labels without") from error
     after = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
     moved = {"rows": len(sample), "max_difference": float(np.abs(after - before).max())}
     return teacher, {**moved, "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
@@ -146,8 +144,7 @@ def main(argv=None):
     # 1. Settings, what is inherited, and whether anything is left to do
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
-    device, dtype, hardware = pick_hardware(settings)
-    accelerator = start_processes(device)
+    accelerator, dtype, hardware = start_processes(settings)
     is_main = accelerator.is_main_process
     features = settings.run / "features"
     read, about, model = require_teacher(settings.run, settings.model)

@@ -26,7 +26,7 @@ import torch
 
 from common import NUM_LEVELS, Student, StudentInputs, linear_warmup_decay
 from runs import cards, summary
-from runs.checkpoint import load_checkpoint, save_checkpoint
+from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
 from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
 from runs.inherited import require_languages, require_pairs
@@ -176,60 +176,48 @@ def train_step(student, optimizer, features, target, temperature):
     return loss.detach()
 
 
-def train_epoch(student, optimizer, batches, train_state, settings, planned, checkpoint):
+def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
     """The steps of an epoch that are left; returns the sum of its losses. planned: rows of all epochs."""
-    epoch, loss_sum = train_state["epoch"], torch.tensor(train_state["loss_sum"])
-    bar = progress_bar(total=planned, initial=train_state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
+    state = checkpoints.state
+    epoch, loss_sum = state["epoch"], torch.tensor(state["loss_sum"])
+    bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
     for *features, target in batches:
-        progress = train_state["rows"] / planned
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * linear_warmup_decay(progress, settings.warmup)
+            group["lr"] = settings.lr * linear_warmup_decay(state["rows"] / planned, settings.warmup)
         # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
-        torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + train_state["step"])
+        torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + state["step"])
         loss = train_step(student, optimizer, features, target, settings.temperature)
         loss_sum = loss_sum.to(loss.device) + loss * len(target)
-        train_state["step"] += 1
-        train_state["rows"] += len(target)
+        state["step"] += 1
+        state["rows"] += len(target)
         bar.update(len(target))
-        if train_state["step"] % settings.checkpoint_steps == 0:
-            train_state["loss_sum"] = finite(loss_sum, epoch)
-            save_checkpoint(checkpoint, student, optimizer, train_state)
+        if state["step"] % settings.checkpoint_steps == 0:
+            state["loss_sum"] = finite(loss_sum, epoch)
+            checkpoints.save()
     bar.close()
     return finite(loss_sum, epoch)
 
 
 def train(student, rows, inputs, held_out, settings, device, work):
-    """The training loop; returns its log and the scores of the epoch that is kept. Checkpoints go into the
-    folder `work`.
-
-    The learning rate falls to zero in the last epoch, which is therefore the one to keep; held-out scores are
-    for eyes. --keep best: by agreement, where enough queries are held out to tell."""
+    """The training loop. Leaves the weights of the epoch that is kept in `student`; returns where it ended:
+    the log, and that epoch's scores. Checkpoints go into the folder `work`."""
     optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    train_state = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0, "kept": None, "log": []}
-    checkpoint, best = work / "checkpoint.pt", work / "best.pt"
-    if checkpoint.exists():
-        train_state = load_checkpoint(checkpoint, student, optimizer)
-        print(f"continuing in epoch {train_state['epoch'] + 1}, after {train_state['rows']:,} rows")
-    chooses = settings.keep == "best" and len(np.unique(held_out["query"])) >= summary.ENOUGH_QUERIES
-    planned = rows.total * settings.epochs
-    for epoch in range(train_state["epoch"], settings.epochs):
-        steps = rows.batches(epoch, skip=train_state["step"])
+    metric = chosen_by("held_out_agreement", settings, len(np.unique(held_out["query"])))
+    start = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0}
+    checkpoints = Checkpoints(work, student, optimizer, start, metric)
+    state, planned = checkpoints.state, rows.total * settings.epochs
+    if checkpoints.continues:
+        print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")
+    for epoch in range(state["epoch"], settings.epochs):
+        steps = rows.batches(epoch, skip=state["step"])
         batches = ahead(tensors(inputs, batch, device) for batch in steps)
-        loss = train_epoch(student, optimizer, batches, train_state, settings, planned, checkpoint)
+        loss = train_epoch(student, optimizer, batches, settings, planned, checkpoints)
         scores = {"epoch": epoch + 1, "loss": loss / rows.total}
         scores |= held_out_scores(student, inputs, held_out, device)
-        print(summary.in_words(scores))
-        train_state["log"].append(scores)
-        kept = train_state["kept"]
-        if not chooses or not kept or scores["held_out_agreement"] > kept["held_out_agreement"]:
-            train_state["kept"] = scores
-            if chooses:
-                save_checkpoint(best, student, None, scores)
-        train_state |= {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0}
-        save_checkpoint(checkpoint, student, optimizer, train_state)
-    if chooses:
-        load_checkpoint(best, student)
-    return train_state
+        state |= {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0}
+        checkpoints.end_epoch(scores)
+    checkpoints.load_kept()
+    return state
 
 
 def finite(loss, epoch):
@@ -300,10 +288,8 @@ def main(argv=None):
     write_jsonl(stage.work / "training_log.jsonl", train_state["log"])
     print(f"kept epoch {train_state['kept']['epoch']}")
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
-    command = cards.command_line("04_train_student.py", settings, PRESETS)
-    cards.write_student_card(student, settings, command, counts, train_state["log"], stage.work)
-    facts = {"rows": counts, "held_out": rows.held_out, "kept": train_state["kept"]}
-    stage.finish(["checkpoint.pt", "best.pt"], **facts)
+    cards.write_student_card(student, settings, PRESETS, counts, train_state["log"], stage.work)
+    stage.finish(CHECKPOINT_FILES, rows=counts, held_out=rows.held_out, kept=train_state["kept"])
 
 
 if __name__ == "__main__":

@@ -149,9 +149,10 @@ def teacher_card(about, command, run, counts, log):
     )
 
 
-def write_teacher_card(about, settings, command, counts, log, folder):
+def write_teacher_card(about, settings, presets, counts, log, folder):
     """The teacher's README.md; the empty form that peft leaves beside LoRA's weights goes."""
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    command = command_line("02_train_teacher.py", settings, presets)
     write_text(folder / "README.md", teacher_card(about, command, settings.run, counts, log))
 
 
@@ -183,8 +184,9 @@ def student_card(name, spec, command, run, counts, log):
     )
 
 
-def write_student_card(student, settings, command, counts, log, folder):
+def write_student_card(student, settings, presets, counts, log, folder):
     """The student's README.md."""
+    command = command_line("04_train_student.py", settings, presets)
     card = student_card(settings.name, student.spec, command, settings.run, counts, log)
     write_text(folder / "README.md", card)
 

@@ -6,7 +6,7 @@ import torch
 from common import pad_rows, token_batches
 from runs import models
 from runs.streams import vector_column
-from runs.terminal import Stop, first_line
+from runs.terminal import Stop, stop_on_error
 
 
 class Captioner:
@@ -17,11 +17,9 @@ class Captioner:
 
         captioner_config(model)
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-        try:
+        with stop_on_error(f"{model}: cannot be loaded as a BLIP captioner"):
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()
-        except Exception as error:  # transformers and safetensors raise many kinds for a broken folder
-            raise Stop(f"{model}: cannot be loaded as a BLIP captioner ({first_line(error)})") from error
         self.tokens, self.device = tokens, device
         self.dim = self.model.config.vision_config.hidden_size
 

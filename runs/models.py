@@ -1,8 +1,9 @@
 """Opens pre-trained models: config, tokenizer, backbone, LoRA; from a folder or a hub, by safetensors,
 without remote code.
 
-No method of the paper is in this file. transformers raises errors of many kinds for a folder that will not
-do: here each becomes one line. What a config promises is checked where it can be.
+No method of the paper is in this file. transformers, peft, safetensors and bitsandbytes raise errors of many
+kinds for a folder that will not do: here each becomes one line. What a config promises is checked where it
+can be.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
 from runs.files import fingerprint, read_json
-from runs.terminal import Stop, first_line
+from runs.terminal import Stop, stop_on_error
 
 # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
 # about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch
@@ -58,13 +59,9 @@ def load_config(model):
     """The config of a model folder or hub id; Stop with one line when there is none."""
     from transformers import AutoConfig
 
-    try:
+    advice = "give a folder written by save_pretrained, or a hub id"
+    with stop_on_error(f"{model}: no usable model config here", advice):
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a folder that will not do
-        raise Stop(
-            f"{model}: no usable model config here ({first_line(error)}); "
-            "give a folder written by save_pretrained, or a hub id"
-        ) from error
 
 
 def model_fingerprint(model):
@@ -134,7 +131,11 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
     config = config or load_config(model)
     auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    what = f"{model}: cannot be loaded"
+    advice = "it must hold safetensors weights (pickled ones are refused)"
     if quantize:
+        what = f"{model} cannot be loaded in 4 bit here"
+        advice = "--finetuning lora trains LoRA without quantization"
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -142,14 +143,8 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": str(device)}
-    try:
+    with stop_on_error(what, advice):
         backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
-    except Exception as error:  # transformers, safetensors and bitsandbytes raise many kinds here
-        if quantize:
-            advice = "--finetuning lora trains LoRA without quantization"
-            raise Stop(f"{model} cannot be loaded in 4 bit here ({first_line(error)}); {advice}") from error
-        advice = "it must hold safetensors weights (pickled ones are refused)"
-        raise Stop(f"{model}: cannot be loaded ({first_line(error)}); {advice}") from error
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:  # transformers would begin with random ones
         raise Stop(
@@ -180,7 +175,7 @@ def load_lora(backbone, folder):
     stranger's, sizes and the names of layers are used, nothing else; no memory is taken on its word."""
     from peft import LoraConfig, PeftModel
 
-    try:
+    with stop_on_error(f"{folder}: LoRA weights that do not fit", "run 02 again"):
         saved = read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = [name for name in file.keys() if "lora_A" in name]  # noqa: SIM118
@@ -190,8 +185,6 @@ def load_lora(backbone, folder):
         names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
         lora = LoraConfig(**{name: saved[name] for name in names if saved.get(name)})
         return PeftModel.from_pretrained(backbone, folder, config=lora)
-    except Exception as error:  # peft, safetensors and json raise many kinds
-        raise Stop(f"{folder}: LoRA weights that do not fit ({first_line(error)}); run 02 again") from error
 
 
 def load_tokenizer(model, config):
@@ -199,10 +192,8 @@ def load_tokenizer(model, config):
     mask)."""
     from transformers import AutoTokenizer
 
-    try:
+    with stop_on_error(f"{model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise Stop(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from error
     rows = config.get_text_config().vocab_size
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         known = getattr(config, "pad_token_id", None)
@@ -233,12 +224,12 @@ def check_reading(teacher, row, pad_id, device):
     ids = pad_sequence([whole, half], batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(whole), torch.ones_like(half)], batch_first=True)
     teacher.eval()
-    try:
+    with stop_on_error(
+        "--model: a model of this kind cannot be a teacher"
+    ):  # it wants more than ids and mask
         teacher(ids, mask)
         together = teacher.represent(ids, mask)[1]
         alone = teacher.represent(half[None], torch.ones_like(half)[None])[0]
-    except Exception as error:  # a model that wants more than token ids and a mask
-        raise Stop(f"--model: a model of this kind cannot be a teacher ({first_line(error)})") from error
     moved = ((together - alone).norm() / alone.norm()).item()
     if not moved < (0.1 if teacher.dtype == torch.bfloat16 else 1e-4):
         raise Stop(f"--model: a model of this kind reads padding (in a batch a row moves by {moved:.1%})")

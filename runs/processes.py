@@ -8,16 +8,19 @@ import sys
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from runs.settings import pick_hardware
 from runs.stage import Stage
 from runs.terminal import Stop
 
 
-def start_processes(device):
-    """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo."""
+def start_processes(settings):
+    """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo. Also
+    the dtype that they compute with, and device and dtype in words."""
+    device, dtype, hardware = pick_hardware(settings)
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         launch = "torchrun --nproc_per_node N -- SCRIPT --run RUN"
         raise Stop(f"accelerate launch --cpu starts one process where N were asked for; on CPUs: {launch}")
-    return Accelerator(cpu=device.type == "cpu")
+    return Accelerator(cpu=device.type == "cpu"), dtype, hardware
 
 
 def start_stage(accelerator, folder, settings, inputs, grows=()):

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common import LEVELS, NUM_LEVELS
+from runs.checkpoint import ENOUGH_QUERIES
 from runs.export import input_names
+from runs.held_out import describe_held_out
 from runs.pairs import mean_label
 from runs.settings import dtype_name
 
-ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
 
 
@@ -40,36 +40,6 @@ def describe_teacher(teacher, finetuning, rows, settings):
         print(f"--keep best: {rows.held_out_queries} held-out queries are too few: the last")
 
 
-def describe_held_out(rows):
-    """What a teacher has to beat on the held-out rows."""
-    if not len(rows.held_out):
-        print("none held out: too few queries")
-        return
-    loss, accuracy = prior_scores(rows)
-    prior = f"the labels' own shares have loss {loss:.4f}, accuracy {accuracy:.4f} there"
-    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; {prior}")
-
-
-def prior_scores(rows):
-    """Cross-entropy and accuracy on the held-out rows of one that knows the labels' shares alone."""
-    shares = torch.bincount(rows.levels[rows.train], minlength=NUM_LEVELS).clamp(min=0.5)
-    guess = (shares / shares.sum()).log().expand(len(rows.held_out), -1)
-    levels = rows.levels[rows.held_out]
-    return F.nll_loss(guess, levels).item(), (guess.argmax(1) == levels).double().mean().item()
-
-
-def warn_if_useless(rows, scores):
-    """A line if the teacher does not beat one that knows the labels' shares alone. scores: on the held-out
-    rows."""
-    if "held_out_loss" not in scores:
-        return
-    loss, accuracy = prior_scores(rows)
-    if scores["held_out_loss"] >= loss or scores["held_out_accuracy"] <= accuracy:
-        prior = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
-        print(f"warning: the teacher does not beat the labels' own shares ({prior})")
-        print("more epochs, other learning rates, or a better --model?")
-
-
 def describe_student(student, rows, held_out, settings, device):
     """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
     queries = len(np.unique(held_out["query"]))
@@ -92,8 +62,3 @@ def describe_labels(counts, paths):
     print(f"this process: {rows:,} rows, {before:,} of them labelled before, {passes:,} passes")
     shares = [f"{level}: {share:.0f} %" for level, share in enumerate(100 * mean_label(paths), 1)]
     print(f"mean soft label: {', '.join(shares)}")
-
-
-def in_words(scores):
-    """{"held_out_loss": 0.71234, …} -> "held out loss 0.7123, …"."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())

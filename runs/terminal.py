@@ -3,6 +3,7 @@
 No method of the paper is in this file.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -39,6 +40,16 @@ def run_main(main):
         if number in (errno.ENAMETOOLONG, errno.ELOOP):
             sys.exit(f"error: {error.filename}: no usable path ({error.strerror})")
         raise
+
+
+@contextlib.contextmanager
+def stop_on_error(what, advice=""):
+    """An exception inside the block, of whatever kind, becomes a Stop: `what` went wrong, its first line, and
+    what to do. Around calls of libraries that raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise Stop(f"{what} ({first_line(error)})" + f"; {advice}" * bool(advice)) from error
 
 
 def first_line(error):

@@ -15,6 +15,7 @@ from peft import PeftModel  # noqa: F401
 from transformers import AutoProcessor, BertModel, BlipForConditionalGeneration, LlamaModel  # noqa: F401
 
 from common import Teacher
+from runs import checkpoint
 from runs.terminal import run_main
 
 for number in STAGES:
@@ -60,8 +61,7 @@ def work_as(rank, port, number, argv, log, die_at=0):
     os.dup2(out, 2)
     torch.set_num_threads(1)
     Teacher.__init__.__defaults__ = (*Teacher.__init__.__defaults__[:-1], 0.0)
-    module = stage(number)
-    save, done = module.save_checkpoint, 0
+    save, done = checkpoint.save_checkpoint, 0
 
     def counted(path, model, optimizer, train_state):
         nonlocal done
@@ -70,5 +70,5 @@ def work_as(rank, port, number, argv, log, die_at=0):
         if optimizer is not None and done == die_at:
             os._exit(9)
 
-    module.save_checkpoint = counted
-    run_main(lambda: module.main(argv))
+    checkpoint.save_checkpoint = counted
+    run_main(lambda: stage(number).main(argv))

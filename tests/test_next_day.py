@@ -22,10 +22,11 @@ from runs import settings as settings_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_parquet
 from runs.finished import hold, require_finished
+from runs.held_out import prior_scores
 from runs.pairs import read_labels
 from runs.ranker import Ranker
 from runs.rows import LabelledRows, hash_rows, unique_rows
-from runs.summary import is_stand_in, prior_scores
+from runs.summary import is_stand_in
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]

@@ -313,7 +313,7 @@ def test_the_best_epoch_is_kept_where_it_is_asked_for_and_can_be_told(tmp_path, 
     about, log = train(tmp_path, *worse)  # 10 queries are held out
     assert about["kept"] == log[-1] and "the last epoch is kept" in capsys.readouterr().out
     last = (tmp_path / "student" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(distil.summary, "ENOUGH_QUERIES", 5)
+    monkeypatch.setattr("runs.checkpoint.ENOUGH_QUERIES", 5)
     about, log = train(tmp_path, *worse, "--seed", "1")
     best = max(log, key=lambda line: line["held_out_agreement"])  # the first of equal ones
     assert about["kept"] == best

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,6 +22,7 @@ from torch import nn
 
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
 from runs import models as loading
+from runs.checkpoint import Checkpoints, chosen_by
 from runs.files import read_json, write_parquet
 from runs.rows import LabelledRows, epoch_batches, micro_batches, split_rows
 from runs.terminal import first_line
@@ -526,15 +526,19 @@ def test_learning_rate():
 # Held out, and which epoch is kept
 
 
-def test_the_last_epoch_is_kept_unless_enough_queries_tell_otherwise():
-    stage_02 = stage("02")
-    low, high = {"held_out_auroc_4": 0.6}, {"held_out_auroc_4": 0.9}
-    many, few = SimpleNamespace(held_out_queries=50), SimpleNamespace(held_out_queries=49)
-    best = replace(stage_02.TOY, keep="best")
-    assert stage_02.is_better(low, high, many, stage_02.TOY)
-    assert not stage_02.is_better(low, high, many, best) and stage_02.is_better(high, low, many, best)
-    assert stage_02.is_better(low, high, few, best)  # too few to choose by
-    assert stage_02.is_better(low, None, many, best)
+def test_the_last_epoch_is_kept_unless_enough_queries_tell_otherwise(tmp_path):
+    last, best = stage("02").TOY, replace(stage("02").TOY, keep="best")
+    assert chosen_by("held_out_auroc_4", best, 50) == "held_out_auroc_4"
+    assert chosen_by("held_out_auroc_4", best, 49) is None  # too few to choose by
+    assert chosen_by("held_out_auroc_4", last, 50) is None
+    for metric, kept in (("held_out_auroc_4", 2), (None, 3)):
+        model = torch.nn.Linear(2, 2)
+        checkpoints = Checkpoints(tmp_path / str(kept), model, None, {}, metric)
+        for epoch, score in enumerate((0.6, 0.9, 0.7), 1):
+            torch.nn.init.constant_(model.weight, epoch)
+            checkpoints.end_epoch({"epoch": epoch, "held_out_auroc_4": score})
+        checkpoints.load_kept()
+        assert checkpoints.state["kept"]["epoch"] == kept and (model.weight == kept).all()
 
 
 def test_held_out_rows_are_of_whole_queries_and_at_most_a_tenth():
