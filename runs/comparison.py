@@ -85,10 +85,7 @@ def read_system(run, name):
             f"{folder} was made from other features than {features} holds now: make it again with --overwrite"
         )
     train, rows = read_labelled(run, teacher=is_teacher)
-    if is_teacher:
-        p, score = rows["teacher"], evaluate.expected_level(rows["teacher"])
-    else:
-        p, score = evaluate.student_system(folder, features, rows)
+    p, score = evaluate.trained_system(run, name, rows)
     ids = []
     for side, table in (("pin", "pins.parquet"), ("query", "queries.parquet")):
         column = pq.read_table(features / table, columns=[f"{side}_id"])[f"{side}_id"]

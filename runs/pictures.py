@@ -86,6 +86,17 @@ def in_percent(found):
     return value, np.maximum([value - low, high - value], 0)
 
 
+def plots(table, y, systems, scaled, levels, folder):
+    """All plots of the report. y: labels [B]; systems: {name: (probabilities [B, C], score [B])}; scaled:
+    {name: probabilities at the fitted temperature}; levels: those in use."""
+    trained = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
+    p = {name: systems[name][0] for name in trained}
+    plot_accuracy(table, folder / "accuracy.png")
+    plot_languages(table, folder / "accuracy_by_language.png")
+    plot_confusion(y, p, levels, folder / "confusion.png")
+    plot_reliability(y, p, scaled, folder / "reliability.png")
+
+
 def plot_accuracy(table, path):
     """Accuracy by system."""
     systems = systems_of(table)[::-1]

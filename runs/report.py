@@ -82,6 +82,20 @@ def metrics_of(table):
     return [metric for metric in METRICS if metric in found]
 
 
+def meaningful(levels):
+    """Metrics that mean something where only these levels are in use; one of AUROCs that would tell the same
+    levels apart."""
+    found, splits = {"accuracy", "ndcg_20", "ece", "kl_to_teacher"}, set()
+    if len(levels) > 2 and (np.diff(levels) == 1).any():
+        found.add("within_one")
+    for level in (4, 3, 5):
+        above = sum(used >= level for used in levels)
+        if 0 < above < len(levels) and above not in splits:
+            found.add(f"auroc_{level}")
+            splits.add(above)
+    return found
+
+
 def nested(table):
     """A table in the shape of metrics.json: systems, overall or by language, metrics."""
     systems = {}

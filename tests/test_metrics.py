@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch.nn.functional import kl_div
 
 from data.splits import in_hash_split
-from runs import report
+from runs import report, temperatures
 
 evaluate = stage("05")
 
@@ -222,7 +222,7 @@ AUROCS = {"auroc_3", "auroc_4", "auroc_5"}
     ([1, 2], False, set()), ([3], False, set()), ([2, 3, 4], True, {"auroc_3", "auroc_4"}),
 ])  # fmt: skip
 def test_metrics_that_mean_something(levels, within_one, aurocs):
-    found = evaluate.meaningful(np.array(levels))
+    found = report.meaningful(np.array(levels))
     assert ("within_one" in found) is within_one and found & AUROCS == aurocs
     assert {"accuracy", "ndcg_20", "ece", "kl_to_teacher"} <= found
 
@@ -270,9 +270,9 @@ def test_a_temperature_is_found_again(temperature):
     rng = np.random.default_rng(0)
     true = rng.dirichlet(np.ones(5), 20_000)
     y = (rng.random((len(true), 1)) > true.cumsum(1)).sum(1) + 1
-    stated = evaluate.at_temperature(true, 1 / temperature)
-    assert evaluate.fit_temperature(y, stated) == pytest.approx(temperature, rel=0.05)
-    scaled = evaluate.at_temperature(stated, temperature)
+    stated = temperatures.at_temperature(true, 1 / temperature)
+    assert temperatures.fit_temperature(y, stated) == pytest.approx(temperature, rel=0.05)
+    scaled = temperatures.at_temperature(stated, temperature)
     np.testing.assert_allclose(scaled, true, atol=1e-3)  # less what is below 1e-12
     ones = np.ones(len(y))
     assert evaluate.ece(y, scaled, ones) < 0.02
@@ -284,9 +284,9 @@ def test_at_temperature_is_a_softmax_over_logits():
     for temperature in (0.5, 1.0, 2.5):
         expected = (z / temperature).softmax(1).numpy()
         np.testing.assert_allclose(
-            evaluate.at_temperature(z.softmax(1).numpy(), temperature), expected, atol=1e-9
+            temperatures.at_temperature(z.softmax(1).numpy(), temperature), expected, atol=1e-9
         )
-    sure = evaluate.at_temperature(np.eye(5), 2.0)
+    sure = temperatures.at_temperature(np.eye(5), 2.0)
     assert np.isfinite(sure).all() and (sure.argmax(1) == np.arange(5)).all()
 
 
@@ -296,15 +296,15 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     train = {"key": key, "label": y, "teacher": p, "query_index": np.arange(40).repeat(10)}
     held_out = {"share": 0.3, "salt": "x"}
     fitted = []
-    monkeypatch.setattr(evaluate, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
+    monkeypatch.setattr(temperatures, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
     read = {"features": {}, "labels": {}, "teacher": {"held_out": held_out}}
-    found = evaluate.fit_temperatures(None, read, train)
+    found = temperatures.fit_temperatures(read, train, lambda name, rows: rows["teacher"])
     at = in_hash_split(key, **held_out)
     assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
     np.testing.assert_array_equal(fitted[0][0], y[at])
     np.testing.assert_array_equal(fitted[0][1], p[at])
     for nothing in ({}, {"teacher": {}}, {"teacher": {"held_out": {"share": 0.0, "salt": "x"}}}):
-        assert evaluate.fit_temperatures(None, nothing, train) == {}
+        assert temperatures.fit_temperatures(nothing, train, None) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------
