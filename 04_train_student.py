@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import NUM_LEVELS, Student, StudentInputs, linear_warmup_decay
+from common import NUM_LEVELS, Student, linear_warmup_decay
 from runs import cards, summary
 from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
 from runs.export import CHECKED_ROWS, save_for_serving
@@ -45,6 +45,7 @@ from runs.settings import (
     pick_device,
 )
 from runs.stage import Stage
+from runs.student_inputs import StudentInputs
 from runs.terminal import Stop, progress_bar, run_main
 
 

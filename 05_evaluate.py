@@ -21,13 +21,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score
 
-from common import NUM_LEVELS, Student, StudentInputs
+from common import NUM_LEVELS, Student
 from runs import cards, pictures, report
 from runs.files import write_json
 from runs.inherited import require_systems, students_of
 from runs.pairs import read_labelled
 from runs.settings import Range, Size, StageSettings, parse
 from runs.stage import Stage
+from runs.student_inputs import StudentInputs
 from runs.temperatures import at_temperature, fit_temperatures
 from runs.terminal import run_main
 

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from runs.files import hashed, list_files, read_json, write_json  # noqa: E402
+from runs.student_inputs import StudentInputs  # noqa: E402
 
 
 def words_of(row, count, salt):
@@ -243,7 +244,7 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     import torch
 
     stage = importlib.import_module("04_train_student")
-    inputs = common.StudentInputs(run / "features")
+    inputs = StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
     match = list(common.MATCH_FEATURES)

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_matrix, vstack
 
-from common import FIELDS, StudentInputs, side_of
+from common import FIELDS, side_of
 from data.images import decode_image, image_bytes
 from runs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
 from runs.encoders import Captioner, TextEncoder
 from runs.models import model_fingerprint
 from runs.streams import matrix_of
+from runs.student_inputs import StudentInputs
 from runs.terminal import Stop
 
 stage_01 = importlib.import_module("01_build_features")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from common import pad_rows, tokenize_pairs
+from common import pad_rows
 from data.splits import hash_split, in_hash_split, query_key
 from runs.models import quiet_libraries
 from runs.terminal import Stop
@@ -54,6 +54,17 @@ def split_rows(keys, settings):
     if settings.rows:
         train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
     return train, held_out, split
+
+
+def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
+    """Token ids of pairs [B], a list of int32 arrays; each query and each pin is tokenized once.
+
+    query_texts: Arrow column of all queries; read_pins(pin numbers, sorted) -> {field: list of texts}."""
+    queries, which_query = np.unique(query_index, return_inverse=True)
+    pins, which_pin = np.unique(pin_index, return_inverse=True)
+    query_ids = text.queries(query_texts.take(queries).to_pylist())
+    pin_ids = text.pins(read_pins(pins))
+    return [text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin)]
 
 
 class PairShards(IterableDataset):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from common import MATCH_FEATURES, OUR_COLUMNS, TABLES
+from common import MATCH_FEATURES
 from data.embeddings import own_fingerprint
 from data.images import pictures_fingerprint
 from runs import models
@@ -21,6 +21,7 @@ from runs.encoders import captioner_config, encoder_config
 from runs.files import link_or_copy
 from runs.finished import check_files, hold, read_about
 from runs.stage import Stage, aside_of, bring_back
+from runs.student_inputs import OUR_COLUMNS, TABLES
 from runs.terminal import Stop
 
 BUILT_ON = "earlier features"  # among the inputs: identity of the folder that --update replaced

@@ -18,13 +18,14 @@ from helpers import ROOT, environment, mark_finished, stage, stop_line
 from rank_bm25 import BM25Okapi
 from served_run import served_run
 
-from common import FIELDS, MATCH_FEATURES, Student, StudentInputs
+from common import FIELDS, MATCH_FEATURES, Student
 from data.tables import RawTables
 from runs import export, search
 from runs import ranker as ranker_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_json
 from runs.ranker import Pin, Query, Ranker
+from runs.student_inputs import StudentInputs
 from runs.terminal import Stop
 
 LANGUAGES = ("en", "es", "fr", "de")

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from helpers import environment, mark_finished, stage, stop_line, synthetic
 from test_pairs import rows_of
 
-from common import MATCH_FEATURES, Student, StudentInputs
+from common import MATCH_FEATURES, Student
 from runs.files import read_json, write_json, write_parquet
+from runs.student_inputs import StudentInputs
 
 distil = stage("04")
 

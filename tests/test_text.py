@@ -7,8 +7,9 @@ from helpers import stop_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import FIELDS, PairText, pad_rows, share_budget, token_batches, tokenize_pairs
+from common import FIELDS, PairText, pad_rows, share_budget, token_batches
 from runs.models import backbone_kind, load_config, load_tokenizer
+from runs.rows import tokenize_pairs
 
 KINDS = ["bert", "deberta", "t5", "llama"]
 lengths = st.lists(st.integers(0, 400), max_size=8)
