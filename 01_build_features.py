@@ -28,24 +28,17 @@ import torch
 from common import FIELDS, MATCH_FEATURES
 from data.embeddings import own_embeddings, users_embedding
 from data.images import read_pictures, write_skipped
+from data.indexed import index_pairs, number_rows, pair_numbers
 from data.splits import in_hash_split
-from data.tables import RawTables, levels_of, quoted
+from data.tables import RawTables, levels_of
 from runs import models
 from runs.bm25 import PairBM25, tokenize
 from runs.captions import caption_pictures, captions_of, reuse_captions
-from runs.encoders import TextEncoder
+from runs.encoders import TextEncoder, embed_texts
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
 from runs.settings import ROOT, Count, Device, Precision, Size, StageSettings, Width, parse, pick_hardware
-from runs.streams import (
-    chosen,
-    keep_chunks,
-    matrix_of,
-    new_matrix,
-    row_groups,
-    slices,
-    write_stream,
-)
+from runs.streams import keep_chunks, row_groups, slices, write_stream
 from runs.terminal import Stop, run_main
 from runs.update import inputs_of, models_used, open_features
 
@@ -218,25 +211,6 @@ def write_pins(raw, captions, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Embeddings: the user's own, else open counterparts of SearchSage and, in runs/graph.py, of PinSage
-
-
-def embed_texts(encoder, texts, parts, path, total, old):
-    """Texts, a stream of lists -> `path` [total, D]. old: (vectors of the first rows [N, D], which rows have
-    another text now [total]), or None. A chunk's file in the folder `parts` survives a kill."""
-    vectors, changed = old or (None, np.ones(total, bool))
-    rows, start = np.flatnonzero(changed), 0
-    with new_matrix(path, total, encoder.dim) as out:
-        if old:
-            out[: len(vectors)] = vectors
-        chunks = chosen(texts, changed, CHUNK)
-        for part in keep_chunks(parts, chunks, encoder.columns, len(rows), path.stem):
-            made = matrix_of(pq.read_table(part)["vector"])
-            out[rows[start : start + len(made)]] = made
-            start += len(made)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Match features of pairs
 
 
@@ -268,27 +242,6 @@ class MatchFeatures:
             p = torch.from_numpy(self.pin_vectors[pin]).float()
             cosine = (q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)
             out["text_cosine"][rows] = cosine.numpy()
-
-
-def index_pairs(raw, table, columns, chunk=500_000):
-    """The rows of raw_labels or raw_impressions in their order, as a stream of Arrow tables: query_index,
-    pin_index, engaged (events in the window, from the table `engaged`), and `columns` {name: SQL}. Joined
-    `chunk` rows at a time: a join does not keep the order, and to sort all rows afterwards would take memory
-    that grows with them."""
-    raw.ask("""
-        CREATE TABLE IF NOT EXISTS engaged_pairs AS SELECT query_index, pin_index, n AS engaged FROM engaged
-        JOIN (SELECT query_key(query) AS text, query_index FROM query_rows) USING (text)
-        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)""")
-    made = "".join(f", {sql} AS {quoted(name)}" for name, sql in columns.items())
-    names = "".join(f", {quoted(name)}" for name in columns)
-    ordered = f'SELECT row_number() OVER () AS "the row", query_id, pin_id{made} FROM raw_{table}'
-    indexed = f"""
-        SELECT query_index, pin_index, coalesce(engaged, 0) AS engaged{names} FROM listed
-        JOIN (SELECT query_id, query_index FROM query_rows) USING (query_id)
-        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
-        LEFT JOIN engaged_pairs USING (query_index, pin_index) ORDER BY "the row" """
-    for rows in slices(raw.batches(ordered, chunk), chunk):
-        yield raw.table(indexed, listed=rows)
 
 
 def pair_features(match, names, pairs):
@@ -330,14 +283,6 @@ def write_impressions(raw, features_of, numbers, out, shard_rows, old):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def number_rows(raw, pictures, old):
-    """Makes the tables pin_rows and query_rows, whose row numbers are the indices; with --update those of
-    before stay. Returns the pictures in the order of the pins."""
-    raw.number_rows("pins", "pin", reserved=FIELDS)
-    raw.number_rows("queries", "query", reserved=())
-    return old.keep_order(raw, pictures) if old else pictures
-
-
 def make_captions(pictures, settings, inputs, device, dtype, out):
     """Captions every pin's picture. Writes pin_visual_embedding.npy and skipped_images.csv. Returns captions
     (Arrow, in pin order; "": none), and {captioned, skipped}, numbers of pins; None: no pin has a picture."""
@@ -372,10 +317,9 @@ def make_embeddings(raw, settings, own, device, dtype, out, old):
                 encoder = TextEncoder(settings.text_encoder, *size, device, dtype)
             path, parts = out / f"{side}_text_embedding.npy", out / "work" / f"{side}_text"
             before = (old.vectors(side), old.changed[side]) if old else None
-            embed_texts(encoder, texts(out / f"{table}.parquet"), parts, path, len(ids), before)
+            embed_texts(encoder, texts(out / f"{table}.parquet"), CHUNK, parts, path, len(ids), before)
     if "pin_graph" not in own and not (old and old.graph is None):
-        path = out / "pin_graph_embedding.npy"
-        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, path, old)
+        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out, old)
     if old:
         old.compare_embeddings(out)
 
@@ -418,8 +362,10 @@ def main(argv=None):
     reuse_captions(work.old, out)
     raw.spill_to(out / "work" / "spill")
     raw.check()
-    pictures = number_rows(raw, pictures, old)
-    numbers = raw.pair_numbers(reserved=MATCH_FEATURES)
+    number_rows(raw, "pins", "pin", reserved=FIELDS)
+    number_rows(raw, "queries", "query")
+    pictures = old.keep_order(raw, pictures) if old else pictures
+    numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
     for line in raw.remarks():

@@ -99,10 +99,16 @@ def format_of(path):
     return None if packed and found == "parquet" else found
 
 
-def reader(db, files, contract, sample):
-    """SQL that reads files of one kind, and {column: type as stored}. Everything in CSV, and what is text in
-    JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date. contract: {column:
-    kind}; sample: JSON rows by which types are told (-1: all)."""
+def reader(db, files, base, contract, sample):
+    """SQL that reads the files of a table, which is the file or folder `base`, and {column: type as stored}.
+    Everything in CSV, and what is text in JSON, stays text: DuckDB's own guesses would rewrite a title that
+    looks like a date. contract: {column: kind}; sample: JSON rows by which types are told (-1: all)."""
+    sql, types = plain_reader(db, files, contract, sample)
+    return with_folder_columns(sql, types, files, base)
+
+
+def plain_reader(db, files, contract, sample):
+    """Likewise of files of one kind, without what the names of their folders say."""
     kind = format_of(files[0])
     if kind == "csv":
         return csv_reader(files)

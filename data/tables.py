@@ -1,6 +1,6 @@
 """The raw tables of a dataset: how they are opened, and what must hold of them. data/README.md is the
 contract in words; data/files.py reads files, data/database.py asks them, data/images.py reads pictures,
-data/embeddings.py users' own vectors.
+data/embeddings.py users' own vectors, data/indexed.py numbers the rows.
 
 No method of the paper is in this file. It trusts nothing that it reads: what does not hold ends in one line
 (Stop) that names the file, the column, the number of rows and the first of them.
@@ -9,17 +9,7 @@ No method of the paper is in this file. It trusts nothing that it reads: what do
 from pathlib import Path
 
 from data.database import Database
-from data.files import (
-    NUMERIC,
-    find_table,
-    one_line,
-    other_files,
-    plain_names,
-    quoted,
-    reader,
-    text_literal,
-    with_folder_columns,
-)
+from data.files import find_table, one_line, other_files, plain_names, quoted, reader, text_literal
 from runs.files import fingerprint, hashed
 from runs.terminal import Stop
 
@@ -68,7 +58,6 @@ RULES = [
     ("link_visits", "dwell_seconds", DWELL, "not finite"),
 ]
 
-RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
 SQL_TYPES = {"id": "VARCHAR", "text": "VARCHAR", "whole number": "BIGINT", "date": "DATE"}  # others: DOUBLE
 
 
@@ -87,7 +76,8 @@ class RawTables(Database):
         if not Path(folder).is_dir():
             raise Stop(f"{folder}: no such dataset folder; make the toy one with: python data/make_toy.py")
         super().__init__(folder, memory, spill)
-        self.levels, self.files, self.types, self.name = levels, {}, {}, {}
+        self.levels, self.files, self.name = levels, {}, {}
+        self.types = {name: {} for name in TABLES}  # of the columns as stored
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             self.open(name)
@@ -103,22 +93,21 @@ class RawTables(Database):
         if not files:
             self.open_missing(name)
             return
-        must, may = TABLES[name]
+        contract = kinds_of(name)
         self.files[name] = files
         self.name[name] = base.name + "/" * base.is_dir()
         sample = 20_480 if name in ("impressions", *LOGS) else -1  # of a log not every row is read for it
         with one_line(files[0]):
-            sql, stored = reader(self.db, files, kinds_of(name), sample)
-            sql, stored = with_folder_columns(sql, stored, files, base)
-            names = plain_names(stored, {**must, **may})
+            sql, stored = reader(self.db, files, base, contract, sample)
+            names = plain_names(stored, contract)
             self.types[name] = {names[column]: stored[column] for column in stored}
-            for column in must:
+            for column in TABLES[name][0]:
                 if column not in self.types[name]:
                     found = ", ".join(map(repr, sorted(self.types[name]))) or "none"
                     raise Stop(f"{files[0]}: column {column!r} is missing; it has {found}")
             columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
             self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
-            columns = [f"{self.typed(name, column)} AS {column}" for column in {**must, **may}]
+            columns = [f"{self.typed(name, column)} AS {column}" for column in contract]
             columns += [quoted(column) for column in self.further(name)]
             self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} FROM file_{name}")
 
@@ -128,9 +117,7 @@ class RawTables(Database):
             other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
             where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
             raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
-        columns = []
-        for column, kind in kinds_of(name).items():
-            columns.append(f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')} AS {column}")
+        columns = [f"{self.typed(name, column)} AS {column}" for column in kinds_of(name)]
         self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
 
     def typed(self, name, column):
@@ -156,43 +143,6 @@ class RawTables(Database):
     def further(self, name):
         """Names of the columns of a table that the contract does not name."""
         return sorted(set(self.types[name]) - set(kinds_of(name)))
-
-    def numeric(self, name, column):
-        """Of a column beyond the contract: True if it is numeric (stored as numbers, or in CSV written as a
-        number in every row), False if it is a category, None if there is nothing in it."""
-        c, stored = quoted(column), self.types[name][column]
-        sql = f"""SELECT count({c}::VARCHAR) FILTER (NOT is_blank({c}::VARCHAR)), count(number({c})),
-                         count(*) FILTER (is_number({c}::VARCHAR)) FROM raw_{name}"""
-        filled, finite, numbers = self.ask(sql)[0]
-        if NUMERIC.fullmatch(stored) or (stored == "CSV" and 0 < filled == numbers):
-            return True if finite else None
-        return False if filled else None
-
-    def number_rows(self, table, side, reserved):
-        """Makes the table SIDE_rows: the rows of raw_TABLE with SIDE_index, their row number; columns of the
-        contract, then further ones that are not empty, numeric ones as DOUBLE and others as text."""
-        columns = [f"(row_number() OVER () - 1)::INTEGER AS {side}_index", *kinds_of(table)]
-        for column in self.further(table):
-            if column.lower() in (f"{side}_index", *reserved):
-                raise Stop(f"{self.name[table]}: column {column!r} has a name of ours: rename it")
-            numeric = self.numeric(table, column)
-            if numeric is not None:
-                value = f"number({quoted(column)})" if numeric else f"{quoted(column)}::VARCHAR"
-                columns.append(f"{value} AS {quoted(column)}")
-        self.ask(f"CREATE TABLE {side}_rows AS SELECT {', '.join(columns)} FROM raw_{table}")
-
-    def pair_numbers(self, reserved):
-        """Numeric columns beyond the contract that impressions and labels both have -> their SQL, null where
-        it is no number."""
-        found = {}
-        labels = {column.lower(): column for column in self.further("labels")}
-        for column in self.further("impressions"):
-            other = labels.get(column.lower())
-            if other and self.numeric("impressions", column) and self.numeric("labels", other):
-                if column.lower() in (*RESERVED, *reserved):
-                    raise Stop(f"{self.name['impressions']}: column {column!r} has a name of ours: rename it")
-                found[column] = f"number({quoted(column)})::FLOAT"
-        return found
 
     def fingerprints(self):
         """{"table NAME": hash of its files' content and of the folders of the dataset that they stand in}."""
@@ -260,8 +210,7 @@ def levels_of(text):
     for part in text.split(",") if text else ():
         label, equals, level = part.strip().rpartition("=")
         if not label or level not in ("1", "2", "3", "4", "5") or label.strip() in levels:
-            raise Stop(
-                f"--levels {text}: write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
-            )
+            rule = "write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
+            raise Stop(f"--levels {text}: {rule}")
         levels[label.strip()] = int(level)
     return levels or None

@@ -1,11 +1,12 @@
 """Off-the-shelf models behind the features: BLIP's captions and vision tower, a text encoder."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from common import pad_rows, token_batches
 from runs import models
-from runs.streams import vector_column
+from runs.streams import chosen, keep_chunks, matrix_of, new_matrix, vector_column
 from runs.terminal import Stop, stop_on_error
 
 
@@ -91,3 +92,18 @@ class TextEncoder:
     def columns(self, texts):
         """Columns of a chunk's file."""
         return {"vector": vector_column(self(texts))}
+
+
+def embed_texts(encoder, texts, chunk, parts, path, total, old):
+    """Texts, a stream of lists -> `path` [total, D]. old: (vectors of the first rows [N, D], which rows have
+    another text now [total]), or None. A file of `chunk` texts in the folder `parts` survives a kill."""
+    vectors, changed = old or (None, np.ones(total, bool))
+    rows, start = np.flatnonzero(changed), 0
+    with new_matrix(path, total, encoder.dim) as out:
+        if old:
+            out[: len(vectors)] = vectors
+        chunks = chosen(texts, changed, chunk)
+        for part in keep_chunks(parts, chunks, encoder.columns, len(rows), path.stem):
+            made = matrix_of(pq.read_table(part)["vector"])
+            out[rows[start : start + len(made)]] = made
+            start += len(made)

@@ -38,10 +38,10 @@ def svd_axes(weights, dim, seed, fit_rows=200_000):
     return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
 
 
-def graph_embedding(raw, pins, dim, seed, path, old):
+def graph_embedding(raw, pins, dim, seed, out, old):
     """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with --update
-    on the axes that are there. Writes `path` [pins, D], and graph.parquet: of every board title its idf and
-    its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
+    on the axes that are there. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board
+    title its idf and its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
     titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
     counts = board_counts(raw, old.graph["board_title"] if old else titles, pins)
     if old:
@@ -53,16 +53,16 @@ def graph_embedding(raw, pins, dim, seed, path, old):
         print("no boards: no graph embedding")
         return
     weights, explained = tfidf.transform(counts), 0.0
-    with new_matrix(path, pins, len(axes)) as out:
+    with new_matrix(out / "pin_graph_embedding.npy", pins, len(axes)) as matrix:
         for start in range(0, pins, 65_536):
             block = weights[start : start + 65_536] @ axes.T
-            out[start : start + 65_536] = block
+            matrix[start : start + 65_536] = block
             explained += np.square(block).sum(dtype=np.float64)
     explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
     if old:
         old.note_boards(raw, titles, explained)
-        old.bring("graph.parquet", path.parent)
+        old.bring("graph.parquet", out)
     else:
         columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
         table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
-        write_parquet(path.with_name("graph.parquet"), table)
+        write_parquet(out / "graph.parquet", table)

@@ -98,8 +98,8 @@ def test_tokens_are_case_folded_and_of_letters_and_digits(text):
 
 
 def number_rows(raw):
-    raw.number_rows("pins", "pin", reserved=common.FIELDS)
-    raw.number_rows("queries", "query", reserved=())
+    build.number_rows(raw, "pins", "pin", reserved=common.FIELDS)
+    build.number_rows(raw, "queries", "query")
 
 
 def logs(tmp_path, as_of=None, k=3, **tables):
