@@ -214,8 +214,7 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
     the log, and that epoch's scores. Checkpoints go into the folder `work`."""
     model = accelerator.prepare(teacher)
     metric = chosen_by("held_out_auroc_4", settings, rows.held_out_queries)
-    start, is_main = {"step": 0}, accelerator.is_main_process
-    checkpoints = Checkpoints(work, teacher, optimizer, start, metric, is_main)
+    checkpoints = Checkpoints(work, teacher, optimizer, {"step": 0}, metric, accelerator.is_main_process)
     state, epoch_steps = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
     if checkpoints.continues:
         accelerator.print(f"continuing at step {state['step']} of {settings.epochs * epoch_steps}")

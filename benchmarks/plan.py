@@ -27,6 +27,7 @@ from common import Teacher  # noqa: E402
 from data.tables import RawTables  # noqa: E402
 from runs import models  # noqa: E402
 from runs.finished import require_finished  # noqa: E402
+from runs.pairs import count_rows  # noqa: E402
 from runs.settings import NonNegative, Positive  # noqa: E402
 from runs.terminal import run_main  # noqa: E402
 
@@ -56,14 +57,14 @@ def counted(plan):
         features = plan.run / "features"
         require_finished(features, f"01_build_features.py --run {plan.run}", reads=())
         train = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")]).num_rows
-        impressions = sum(pq.read_metadata(path).num_rows for path in features.glob("impressions/*.parquet"))
-        return replace(plan, labels=train, impressions=impressions), f"{features}"
+        impressions = count_rows(features.glob("impressions/*.parquet"))
+        return replace(plan, labels=train, impressions=impressions), str(features)
     if plan.data is not None:
         tables = RawTables(plan.data)
         train = "WHERE split = 'train'" if "split" in tables.types["labels"] else ""
         labels = tables.ask(f"SELECT count(*) FROM raw_labels {train}")[0][0]
-        rows = {"labels": labels, "impressions": tables.count_rows()["impressions"]}
-        return replace(plan, **rows), f"{plan.data}"
+        impressions = tables.count_rows()["impressions"]
+        return replace(plan, labels=labels, impressions=impressions), str(plan.data)
     return plan, "the paper's, or as given"
 
 
@@ -79,39 +80,49 @@ def empty_teacher(model, settings):
         return Teacher(backbone, kind, torch.bfloat16), finetuning
 
 
+def count_weights(teacher):
+    """Numbers of weights: {"all", "linear" (layers of the backbone), "trained", "frozen"}, LoRA's among the
+    trained alone; and input and output sizes of the linear layers, added up."""
+    count, ends = dict.fromkeys(("all", "linear", "trained", "frozen"), 0), []
+    for name, p in teacher.named_parameters():
+        count["all"] += 0 if "lora_" in name else p.numel()
+        count["trained" if p.requires_grad else "frozen"] += p.numel()
+    for name, module in teacher.backbone.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            count["linear"] += module.weight.numel()
+            ends.append(module.in_features + module.out_features)
+    return count, ends
+
+
 def memory_parts(teacher, finetuning, train, label):
     """{stage: [(bytes, what for)]} of a process on a GPU in bf16. Weights are counted, activations estimated;
     for labelling LoRA is merged."""
-    layers, (linear, weights) = teacher.backbone.config.num_hidden_layers, linear_layers(teacher)
-    ends = [layer.in_features + layer.out_features for layer in linear]
-    every = sum(p.numel() for name, p in teacher.named_parameters() if "lora_" not in name)
-    trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in teacher.parameters() if not p.requires_grad)
-    packed = weights if finetuning == "qlora" else 0
+    config, (count, ends) = teacher.backbone.config, count_weights(teacher)
+    packed = count["linear"] if finetuning == "qlora" else 0
     # A linear layer keeps some 4.7 bytes an input and output for the backward pass; the rest: gradients.
-    kept = train.batch_tokens * (2 * teacher.backbone.config.hidden_size * layers + 6 * sum(ends) / layers)
+    layers = config.num_hidden_layers
+    kept = train.batch_tokens * (2 * config.hidden_size * layers + 6 * sum(ends) / layers)
     context = (1e9, "device context and fragmentation (allowance)")
-    layer = (
-        11 * label.batch_tokens * max(ends)
-    )  # 11 bytes: as measured (RESULTS.md: 21.7 GB with the weights)
-    packed_size = packed * (0.5 + 1 / 64 + 4 / 64 / 256)
-    return {
-        "02": [
-            (packed_size, "linear layers, NF4: 4 bit, and scales in 8 bit"),
-            (2 * (frozen - packed), "other frozen weights, bf16"),
-            (16 * trained, "trained weights, gradients and both AdamW moments, fp32"),
-            (kept, "activations: inputs of all layers, one layer computed again"),
-            context,
-        ],
-        "03": [(2 * every, "weights, bf16"), (layer, "one layer"), context],
-    }
+    training = [
+        (packed * (0.5 + 1 / 64 + 4 / 64 / 256), "linear layers, NF4: 4 bit, and scales in 8 bit"),
+        (2 * (count["frozen"] - packed), "other frozen weights, bf16"),
+        (16 * count["trained"], "trained weights, gradients and both AdamW moments, fp32"),
+        (kept, "activations: inputs of all layers, one layer computed again"),
+        context,
+    ]
+    # One layer while labelling: 11 bytes, as measured (RESULTS.md: 21.7 GB with the weights).
+    layer = (11 * label.batch_tokens * max(ends), "one layer")
+    return {"02": training, "03": [(2 * count["all"], "weights, bf16"), layer, context]}
 
 
-def linear_layers(teacher):
-    """The backbone's linear layers, without LoRA's, and the number of their weights."""
-    named = teacher.backbone.named_modules()
-    layers = [module for name, module in named if isinstance(module, nn.Linear) and "lora_" not in name]
-    return layers, sum(layer.weight.numel() for layer in layers)
+def gpu_hours(linear, finetuning, plan, epochs):
+    """{stage: hours on one GPU} of a teacher with so many weights in its linear layers."""
+    size = linear / LLAMA_LINEAR
+    # QLoRA: forward, forward again, gradients of the inputs, 6 FLOP a weight and token; in full: 8.
+    size_02 = size * (8 / 6 if finetuning == "full" else 1)
+    training = size_02 * plan.labels * plan.tokens * epochs / plan.train_speed
+    labelling = size * plan.impressions * plan.tokens / plan.label_speed
+    return {"02": training / 3600, "03": labelling / 3600}
 
 
 def main(argv=None):
@@ -119,9 +130,8 @@ def main(argv=None):
     plan, where = counted(tyro.cli(Plan, args=argv, description=__doc__))
     train, label = stage02.PRESETS["paper"], stage03.PRESETS["paper"]
     steps = train.epochs * -(-plan.labels // train.batch_size)
-    print(
-        f"rows: {plan.labels:,} labelled, {plan.impressions:,} impressions ({where}); {plan.tokens:g} tokens"
-    )
+    rows = f"{plan.labels:,} labelled, {plan.impressions:,} impressions ({where})"
+    print(f"rows: {rows}; {plan.tokens:g} tokens")
     print(f"steps of 02: {steps:,} of {train.batch_size} rows, {train.epochs} epochs")
     print(f"disk: {44e-9 * plan.impressions:.1f} GB for impressions and soft labels, and the embeddings")
 
@@ -130,22 +140,12 @@ def main(argv=None):
     print("| --- |" + " ---: |" * 8)
     for model in plan.model:
         teacher, finetuning = empty_teacher(model, train)
-        size = linear_layers(teacher)[1] / LLAMA_LINEAR
-        # QLoRA: forward, forward again, gradients of the inputs, 6 FLOP a weight and token; in full: 8.
-        size_02 = size * (8 / 6 if finetuning == "full" else 1)
-        seconds = {"02": size_02 * plan.labels * plan.tokens * train.epochs / plan.train_speed}
-        seconds["03"] = size * plan.impressions * plan.tokens / plan.label_speed
-        every = sum(p.numel() for name, p in teacher.named_parameters() if "lora_" not in name)
-        trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-        cells = [model, f"{every / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M, {finetuning}"]
+        count, _ = count_weights(teacher)
         parts = memory_parts(teacher, finetuning, train, label)
-        for number, found in parts.items():
-            hours = seconds[number] / 3600
-            cells += [
-                f"{sum(part for part, _ in found) / 1e9:.1f}",
-                f"{hours:,.1f}",
-                f"{hours * plan.price:,.0f}",
-            ]
+        cells = [model, f"{count['all'] / 1e6:,.1f} M", f"{count['trained'] / 1e6:,.1f} M, {finetuning}"]
+        for number, hours in gpu_hours(count["linear"], finetuning, plan, train.epochs).items():
+            memory = sum(part for part, _ in parts[number])
+            cells += [f"{memory / 1e9:.1f}", f"{hours:,.1f}", f"{hours * plan.price:,.0f}"]
         print(f"| {' | '.join(cells)} |")
 
     # 3. Where one teacher's memory goes

@@ -19,6 +19,7 @@ from runs.finished import is_as_made
 from runs.rows import hash_rows
 from runs.terminal import Stop, progress_bar
 
+COLUMNS = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]  # of a file of labels
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 
@@ -30,12 +31,13 @@ HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 def write_labels(path, labels, key):
     """Soft labels [N, C] -> columns p1 … p5. key: teacher and rows that they are of. Stop where a label is no
     probability: nothing is written."""
-    bad = np.flatnonzero(~np.isfinite(labels).all(axis=1))
+    is_finite = np.isfinite(labels).all(axis=1)
+    bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "--precision fp32, or another teacher"
         raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
-    columns = {f"p{level}": labels[:, level - 1] for level in range(1, NUM_LEVELS + 1)}
-    write_parquet(path, pa.table(columns).replace_schema_metadata(key))
+    table = pa.table(dict(zip(COLUMNS, labels.T)))
+    write_parquet(path, table.replace_schema_metadata(key))
 
 
 def read_labels(path, rows=None):
@@ -43,8 +45,9 @@ def read_labels(path, rows=None):
     table = pq.read_table(path)
     if rows is not None and len(table) != rows:
         raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; run 03_label.py --overwrite")
-    p = np.stack([table[f"p{level}"].to_numpy() for level in range(1, NUM_LEVELS + 1)], axis=1)
-    bad = len(p) - np.isfinite(p).all(axis=1).sum()
+    p = np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
+    is_finite = np.isfinite(p).all(axis=1)
+    bad = np.count_nonzero(~is_finite)
     if bad:
         raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
     return p
@@ -98,7 +101,8 @@ def count_rows(paths):
 def read_queries(features):
     """Keys (query_key) and languages of all queries, two lists."""
     queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
-    return [query_key(text) for text in queries["query"].to_pylist()], queries["language"].to_pylist()
+    keys = [query_key(text) for text in queries["query"].to_pylist()]
+    return keys, queries["language"].to_pylist()
 
 
 def read_labelled(run, teacher=True):
@@ -109,11 +113,12 @@ def read_labelled(run, teacher=True):
     rows["label"] = rows["label"].astype(np.int64)
     if teacher:
         rows["teacher"] = read_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
-    for name, column in zip(("key", "language"), read_queries(run / "features")):
-        rows[name] = np.array(column, dtype=object)[rows["query_index"]]
+    for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
+        rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
     splits = []
     for split in ("train", "eval"):
-        splits.append({name: column[rows["split"] == split] for name, column in rows.items()})
+        chosen = rows["split"] == split
+        splits.append({name: column[chosen] for name, column in rows.items()})
     return splits
 
 
@@ -142,7 +147,8 @@ class PairFiles:
         """All rows of a file, targets not set."""
         table = pq.read_table(path)
         rows = np.empty(len(table), self.row)
-        rows["query"], rows["pin"] = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
+        rows["query"] = table["query_index"].to_numpy()
+        rows["pin"] = table["pin_index"].to_numpy()
         for column, name in enumerate(self.match):
             rows["match"][:, column] = table[name].to_numpy()
         return rows
@@ -150,20 +156,24 @@ class PairFiles:
     def impressions(self, path):
         """The wanted rows of a shard; their targets are the teacher's labels."""
         rows = self.read(path)
-        rows["target"] = read_labels(self.run / "labels" / "impressions" / path.name, len(rows))
+        labels = self.run / "labels" / "impressions" / path.name
+        rows["target"] = read_labels(labels, len(rows))
         return rows[self.is_wanted[rows["query"]]]
 
     def labelled(self):
         """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""
         path = self.run / "features" / "labelled.parquet"
-        rows, table = self.read(path), pq.read_table(path, columns=["label", "split"])
+        rows = self.read(path)
+        table = pq.read_table(path, columns=["label", "split"])
         is_train = table["split"].to_numpy() == "train"
-        return rows, table["label"].to_numpy(), is_train & self.is_wanted[rows["query"]]
+        is_train &= self.is_wanted[rows["query"]]
+        return rows, table["label"].to_numpy(), is_train
 
     def count(self, path):
         """Wanted rows of each query [Q] in a shard."""
-        query = pq.read_table(path, columns=["query_index"])["query_index"].to_numpy()
-        return np.bincount(query, minlength=len(self.keys)) * self.is_wanted
+        query = pq.read_table(path, columns=["query_index"])["query_index"]
+        counts = np.bincount(query.to_numpy(), minlength=len(self.keys))
+        return counts * self.is_wanted
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -238,7 +248,8 @@ class TrainingRows:
         rows = rows[~self.is_held_out[rows["query"]]]
         if self.counts[shard] < len(rows):
             chooser = np.random.default_rng([self.settings.seed, 2, shard])
-            rows = rows[np.sort(chooser.permutation(len(rows))[: self.counts[shard]])]
+            chosen = chooser.permutation(len(rows))[: self.counts[shard]]
+            rows = rows[np.sort(chosen)]
         return rows
 
     def read_window(self, shards, human):
@@ -275,7 +286,8 @@ def moments_of(match):
     """Match features [N, F] -> [3, F]: how many are known, their sum, their sum of squares."""
     known = np.isfinite(match)
     values = np.where(known, match, 0).astype(np.float64)
-    return np.stack([known.sum(0), values.sum(0), (values**2).sum(0)])
+    squares = values**2
+    return np.stack([known.sum(0), values.sum(0), squares.sum(0)])
 
 
 def ahead(batches, depth=4):

@@ -20,39 +20,58 @@ def is_stand_in(model):
     return (Path(model).parent / "figures.json").exists()
 
 
+def count_weights(model, trained=False):
+    """The number of a model's weights, or of those that are trained."""
+    weights = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(p.numel() for p in weights)
+
+
 def describe_teacher(teacher, finetuning, rows, settings):
     """What is going to be trained, on what. rows: LabelledRows."""
-    trainable = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-    print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
-    print(f"{FINETUNING[finetuning]}: {trainable:,} weights; {dtype_name(teacher.dtype)}")
-    if settings.preset == "toy" and not is_stand_in(settings.model):
+    model, queries = settings.model, rows.held_out_queries
+    weights = count_weights(teacher, trained=True)
+    how, dtype = FINETUNING[finetuning], dtype_name(teacher.dtype)
+    print(f"{model}: {teacher.kind}, read out at the {teacher.pooling} token")
+    print(f"{how}: {weights:,} weights; {dtype}")
+    if settings.preset == "toy" and not is_stand_in(model):
         rate = settings.encoder_lr if finetuning == "full" else settings.lr
         print(f"--preset toy, learning rate {rate:g}, is for the toy's stand-in models: try --preset small")
-    tokens = f"mean {rows.lengths.mean():.0f}, max {rows.lengths.max()} of {settings.max_tokens}"
-    print(f"rows: {len(rows.train):,} train; tokens a row: {tokens}")
-    counts = torch.bincount(rows.levels[rows.train], minlength=NUM_LEVELS)
-    shares = []
-    for level, share in enumerate(100 * counts / len(rows.train), 1):
-        shares.append(f"{level} {LEVELS[level]} {share:.0f} %")
-    print(f"labels: {', '.join(shares)}")
+    describe_rows(rows, settings.max_tokens)
     describe_held_out(rows)
-    if settings.keep == "best" and rows.held_out_queries < ENOUGH_QUERIES:
-        print(f"--keep best: {rows.held_out_queries} held-out queries are too few: the last")
+    if settings.keep == "best" and queries < ENOUGH_QUERIES:
+        print(f"--keep best: {queries} held-out queries are too few: the last")
+
+
+def describe_rows(rows, max_tokens):
+    """How many rows a teacher learns, how long they are, and how their labels are spread."""
+    n, longest = len(rows.train), rows.lengths.max()
+    mean = rows.lengths.mean()
+    print(f"rows: {n:,} train; tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
+    levels = rows.levels[rows.train]
+    counts = torch.bincount(levels, minlength=NUM_LEVELS)
+    shares = []
+    for level, share in enumerate(100 * counts / n, 1):
+        name = LEVELS[level]
+        shares.append(f"{level} {name} {share:.0f} %")
+    print("labels:", ", ".join(shares))
 
 
 def describe_student(student, rows, held_out, settings, device):
     """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
+    human, n = len(rows.human), len(held_out)
     queries = len(np.unique(held_out["query"]))
     few = "" if queries else ": too few queries"
-    print(f"{settings.labels}'s labels: {rows.total:,} rows, {len(rows.human):,} human-labelled; {device}")
-    print(f"held out: {len(held_out):,} rows of {queries:,} queries{few}")
+    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human:,} human-labelled; {device}")
+    print(f"held out: {n:,} rows of {queries:,} queries{few}")
     if settings.keep == "best" and queries < ENOUGH_QUERIES:
         print(f"the last epoch is kept: under {ENOUGH_QUERIES} queries tell no best one")
-    names, sizes = input_names(student.spec), list(student.spec["embeddings"].values())
+    names = input_names(student.spec)
+    sizes = student.spec["embeddings"].values()
     for place, size in enumerate(sizes):
         names[place] += f" {size}"
-    print(f"inputs: {', '.join(names)}")
-    print(f"parameters: {sum(p.numel() for p in student.parameters()):,}")
+    print("inputs:", ", ".join(names))
+    weights = count_weights(student)
+    print(f"parameters: {weights:,}")
 
 
 def describe_labels(counts, paths):
@@ -60,5 +79,6 @@ def describe_labels(counts, paths):
     paths: files of labels."""
     rows, before, passes = counts
     print(f"this process: {rows:,} rows, {before:,} of them labelled before, {passes:,} passes")
-    shares = [f"{level}: {share:.0f} %" for level, share in enumerate(100 * mean_label(paths), 1)]
-    print(f"mean soft label: {', '.join(shares)}")
+    percent = 100 * mean_label(paths)
+    shares = [f"{level}: {share:.0f} %" for level, share in enumerate(percent, 1)]
+    print("mean soft label:", ", ".join(shares))
