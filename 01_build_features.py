@@ -37,14 +37,14 @@ from runs.captions import caption_pictures, captions_of, reuse_captions
 from runs.encoders import TextEncoder, embed_texts
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
-from runs.settings import ROOT, Count, Device, Precision, Size, StageSettings, Width, parse, pick_hardware
+from runs.settings import ROOT, Count, ModelSettings, Size, Width, parse, pick_hardware
 from runs.streams import keep_chunks, row_groups, slices, write_stream
 from runs.terminal import Stop, run_main
 from runs.update import inputs_of, models_used, open_features
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(ModelSettings):
     """The flags of stage 01; these are the toy's values."""
 
     update: bool = False  # take in what is new in a dataset that has grown; old features stay comparable
@@ -56,14 +56,12 @@ class Settings(StageSettings):
     text_encoder: str = str(ROOT / "data/toy_models/bert")  # mean-pooled encoder of query and pin texts
     text_tokens: Count = 64  # longest text the text encoder sees, in tokens
     token_batch: Count = 4_096  # tokens a text-encoder batch, padding included
-    precision: Precision = "fp32"  # of captioner and text encoder (auto: bf16 where the hardware has it)
     as_of: date | None = None  # end of the two-year engagement window (default: the log's newest date)
     top_tokens: Count = 6  # tokens kept a pin from engaged queries, and as many from board titles
     graph_dim: Width = 32  # size of the pin-board graph embedding
     shard_rows: Count = 8_192  # impressions a shard
     memory: str = "4GB"  # DuckDB's memory limit; beyond it, it spills to disk
     workers: Count = 2  # processes that tokenize the pin text
-    device: Device = "auto"
     seed: Size = 0
 
 

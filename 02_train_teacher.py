@@ -31,24 +31,12 @@ from runs.finished import require_finished
 from runs.held_out import LOWER, held_out_scores, warn_if_useless
 from runs.processes import start_processes, start_stage
 from runs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
-from runs.settings import (
-    ROOT,
-    Count,
-    Device,
-    NonNegative,
-    Positive,
-    Precision,
-    Share,
-    Size,
-    StageSettings,
-    Width,
-    parse,
-)
+from runs.settings import ROOT, Count, ModelSettings, NonNegative, Positive, Share, Size, Width, parse
 from runs.terminal import Stop, progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(ModelSettings):
     """What stage 02 is told."""
 
     model: str = str(ROOT / "data/toy_models/llama")  # folder written by save_pretrained, or hub id
@@ -71,9 +59,7 @@ class Settings(StageSettings):
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
     keep: Literal["last", "best"] = "last"  # epoch kept; best: by AUROC >= 4 on at least 50 held-out queries
     rows: Count | None = None  # train on a random N of the training rows (default: all)
-    precision: Precision = "fp32"  # of the computation; auto: bf16 where the hardware has it
     checkpoint_steps: Count = 100  # steps between two checkpoints to resume from
-    device: Device = "auto"  # where the teacher is trained
     seed: Size = 0  # of the head's weights, held-out queries, row order and dropout
 
 

@@ -28,22 +28,20 @@ from runs.inherited import require_teacher, require_trained_on, teacher_identity
 from runs.pairs import KeptLabels, count_rows, write_labels
 from runs.processes import start_processes, start_stage
 from runs.rows import PairShards, hash_rows, tokenized, unique_rows
-from runs.settings import Count, Device, Precision, Size, StageSettings, parse
+from runs.settings import Count, ModelSettings, Size, parse
 from runs.terminal import progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(ModelSettings):
     """What stage 03 is told."""
 
     batch_tokens: Count = 8_192  # tokens a forward pass, padding included
-    precision: Precision = "fp32"  # of weights and computation; auto: bf16 where the hardware has it
     merge: bool = True  # add LoRA into plain weights; --no-merge keeps NF4, for small memory
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     workers: Size = 0  # processes that tokenize ahead of the model; 0: none
-    device: Device = "auto"  # where the teacher runs
 
 
 TOY = Settings()

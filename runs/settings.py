@@ -58,6 +58,14 @@ class StageSettings:
     overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(StageSettings):
+    """What a stage is told besides that runs pre-trained models."""
+
+    precision: Precision = "fp32"  # of computation and frozen weights; auto: bf16 where the hardware has it
+    device: Device = "auto"  # where models run
+
+
 def parse(presets, argv=None, description=""):
     """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
     An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""

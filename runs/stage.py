@@ -56,11 +56,10 @@ class Stage:
         """Finds out whether anything is left to do, and makes the work folder ready for it."""
         self.recover()
         if self.folder.exists():
-            before = read_about(self.folder, damaged_is_fine=settings.overwrite)
             if settings.overwrite:
                 self.old = self.folder
             else:
-                self.compare(before, getattr(settings, "update", None))
+                self.compare(read_about(self.folder), getattr(settings, "update", None))
             if self.done:
                 return
         for temporary in list(self.work.rglob(".*")):  # half-written by a killed process
