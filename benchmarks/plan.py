@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 import tyro
 from torch import nn
@@ -27,7 +26,6 @@ from common import Teacher  # noqa: E402
 from data.tables import RawTables  # noqa: E402
 from runs import models  # noqa: E402
 from runs.finished import require_finished  # noqa: E402
-from runs.pairs import count_rows  # noqa: E402
 from runs.settings import NonNegative, Positive  # noqa: E402
 from runs.terminal import run_main  # noqa: E402
 
@@ -55,10 +53,9 @@ def counted(plan):
     """The plan with the rows of the run or the dataset, and where they were counted."""
     if plan.run is not None:
         features = plan.run / "features"
-        require_finished(features, f"01_build_features.py --run {plan.run}", reads=())
-        train = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")]).num_rows
-        impressions = count_rows(features.glob("impressions/*.parquet"))
-        return replace(plan, labels=train, impressions=impressions), str(features)
+        rows = require_finished(features, f"01_build_features.py --run {plan.run}", reads=())["rows"]
+        plan = replace(plan, labels=rows["labelled_train"], impressions=rows["impressions"])
+        return plan, str(features)
     if plan.data is not None:
         tables = RawTables(plan.data)
         train = "WHERE split = 'train'" if "split" in tables.types["labels"] else ""
