@@ -52,7 +52,8 @@ def split_rows(keys, settings):
     is_held_out = in_hash_split(keys, **split)
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if settings.rows:
-        train = np.sort(np.random.default_rng(settings.seed).permutation(train)[: settings.rows])
+        shuffled = np.random.default_rng(settings.seed).permutation(train)
+        train = np.sort(shuffled[: settings.rows])
     return train, held_out, split
 
 

@@ -84,14 +84,16 @@ class StudentInputs:
         if self.resident is not None:
             found = []
             for name, table in self.resident.items():
-                found.append(table[torch.from_numpy(index[side_of(name)]).to(table.device)].float())
+                rows = torch.from_numpy(index[side_of(name)]).to(table.device)
+                found.append(table[rows].float())
             device = found[0].device
             return torch.cat(found, dim=1), codes.to(device), values.to(device)
         embeddings = np.empty((len(query_index), sum(self.dims.values())), dtype=np.float32)
         start = 0
         for name, array in self.embeddings.items():
-            embeddings[:, start : start + self.dims[name]] = array[index[side_of(name)]]
-            start += self.dims[name]
+            end = start + self.dims[name]
+            embeddings[:, start:end] = array[index[side_of(name)]]
+            start = end
         return torch.from_numpy(embeddings), codes, values
 
 
