@@ -116,10 +116,12 @@ def gpu_hours(linear, finetuning, plan, epochs):
     """{stage: hours on one GPU} of a teacher with so many weights in its linear layers."""
     size = linear / LLAMA_LINEAR
     # QLoRA: forward, forward again, gradients of the inputs, 6 FLOP a weight and token; in full: 8.
-    size_02 = size * (8 / 6 if finetuning == "full" else 1)
-    training = size_02 * plan.labels * plan.tokens * epochs / plan.train_speed
-    labelling = size * plan.impressions * plan.tokens / plan.label_speed
-    return {"02": training / 3600, "03": labelling / 3600}
+    flop = 8 / 6 if finetuning == "full" else 1
+    learnt = plan.labels * plan.tokens * epochs
+    labelled = plan.impressions * plan.tokens
+    seconds_02 = size * flop * learnt / plan.train_speed
+    seconds_03 = size * labelled / plan.label_speed
+    return {"02": seconds_02 / 3600, "03": seconds_03 / 3600}
 
 
 def main(argv=None):
@@ -130,7 +132,8 @@ def main(argv=None):
     rows = f"{plan.labels:,} labelled, {plan.impressions:,} impressions ({where})"
     print(f"rows: {rows}; {plan.tokens:g} tokens")
     print(f"steps of 02: {steps:,} of {train.batch_size} rows, {train.epochs} epochs")
-    print(f"disk: {44e-9 * plan.impressions:.1f} GB for impressions and soft labels, and the embeddings")
+    disk = 44e-9 * plan.impressions
+    print(f"disk: {disk:.1f} GB for impressions and soft labels, and the embeddings")
 
     # 2. Each teacher, on one GPU; several share the hours
     print("\n| teacher | parameters | trained | 02: GB | hours | USD | 03: GB | hours | USD |")
@@ -139,10 +142,12 @@ def main(argv=None):
         teacher, finetuning = empty_teacher(model, train)
         count, _ = count_weights(teacher)
         parts = memory_parts(teacher, finetuning, train, label)
-        cells = [model, f"{count['all'] / 1e6:,.1f} M", f"{count['trained'] / 1e6:,.1f} M, {finetuning}"]
+        weights, trained = count["all"] / 1e6, count["trained"] / 1e6
+        cells = [model, f"{weights:,.1f} M", f"{trained:,.1f} M, {finetuning}"]
         for number, hours in gpu_hours(count["linear"], finetuning, plan, train.epochs).items():
-            memory = sum(part for part, _ in parts[number])
-            cells += [f"{memory / 1e9:.1f}", f"{hours:,.1f}", f"{hours * plan.price:,.0f}"]
+            memory = sum(part for part, _ in parts[number]) / 1e9
+            cost = hours * plan.price
+            cells += [f"{memory:.1f}", f"{hours:,.1f}", f"{cost:,.0f}"]
         print(f"| {' | '.join(cells)} |")
 
     # 3. Where one teacher's memory goes
