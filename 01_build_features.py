@@ -37,7 +37,8 @@ from runs.captions import caption_pictures, captions_of, reuse_captions
 from runs.encoders import TextEncoder, embed_texts
 from runs.files import hashed, write_parquet
 from runs.graph import graph_embedding
-from runs.settings import ROOT, Count, ModelSettings, Size, Width, parse, pick_hardware
+from runs.hardware import pick_hardware
+from runs.settings import ROOT, Count, ModelSettings, Size, Width, parse
 from runs.streams import keep_chunks, row_groups, slices, write_stream
 from runs.terminal import Stop, run_main
 from runs.update import inputs_of, models_used, open_features

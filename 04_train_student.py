@@ -29,28 +29,17 @@ from runs import cards, summary
 from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
 from runs.export import CHECKED_ROWS, save_for_serving
 from runs.files import write_jsonl
+from runs.hardware import pick_device
 from runs.inherited import require_languages, require_pairs
 from runs.pairs import PairFiles, TrainingRows, ahead, read_labels
-from runs.settings import (
-    Count,
-    Device,
-    NonNegative,
-    Positive,
-    Share,
-    Size,
-    StageSettings,
-    Temperature,
-    Width,
-    parse,
-    pick_device,
-)
+from runs.settings import Count, DeviceSettings, NonNegative, Positive, Share, Size, Temperature, Width, parse
 from runs.stage import Stage
 from runs.student_inputs import StudentInputs
 from runs.terminal import Stop, progress_bar, run_main
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(DeviceSettings):
     """What stage 04 is told."""
 
     labels: Literal["teacher", "human"] = "teacher"  # soft labels of impressions, or human training labels
@@ -74,7 +63,6 @@ class Settings(StageSettings):
     warmup: Share = 0.05  # share of training with a rising learning rate; then it falls linearly to 0
     shuffle_window: Count = 4  # shards shuffled together; their rows are held in memory
     checkpoint_steps: Count = 500  # steps between two checkpoints to resume from
-    device: Device = "auto"  # where the student is trained
     seed: Size = 0  # of weights, held-out queries, row order and dropout
 
 

@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, Teacher, pad_rows  # noqa: E402
 from runs import models  # noqa: E402
 from runs.files import write_json  # noqa: E402
+from runs.hardware import pick_device  # noqa: E402
 from runs.rows import epoch_batches, micro_batches  # noqa: E402
-from runs.settings import pick_device  # noqa: E402
 from runs.terminal import run_main  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")

@@ -8,7 +8,7 @@ import sys
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from runs.settings import pick_hardware
+from runs.hardware import pick_hardware
 from runs.stage import Stage
 from runs.terminal import Stop
 

@@ -20,8 +20,8 @@ from common import NUM_LEVELS, side_of
 from runs.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from runs.files import read_json
 from runs.finished import require_finished
+from runs.hardware import pick_device
 from runs.new_features import NewFeatures, Pin, Query
-from runs.settings import pick_device
 from runs.terminal import Stop
 
 READS = ("pins.parquet", "queries.parquet", "bm25.parquet", "graph.parquet", "*_embedding.npy")

@@ -1,5 +1,6 @@
-"""What a script is told: settings as one frozen dataclass, its comments the help, its instances the presets;
-and what a device and a precision are on this machine. No method of the paper is in this file.
+"""What a script is told: settings as one frozen dataclass, its comments the help, its instances the presets.
+
+No method of the paper is in this file.
 """
 
 import argparse
@@ -13,10 +14,9 @@ import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from runs.terminal import Stop, first_line
+from runs.terminal import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,11 +59,17 @@ class StageSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings(StageSettings):
+class DeviceSettings(StageSettings):
+    """What a stage is told besides that runs a model."""
+
+    device: Device = "auto"  # where models run
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(DeviceSettings):
     """What a stage is told besides that runs pre-trained models."""
 
     precision: Precision = "fp32"  # of computation and frozen weights; auto: bf16 where the hardware has it
-    device: Device = "auto"  # where models run
 
 
 def parse(presets, argv=None, description=""):
@@ -117,31 +123,3 @@ def ranges_of(hint):
     for inner in typing.get_args(hint):
         found += ranges_of(inner)
     return found
-
-
-def pick_device(name):
-    """'auto' -> cuda where there is one, else cpu. Stop for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: PyTorch sees no GPU here; --device cpu or auto")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def pick_dtype(name, device):
-    """'auto' -> bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16, AMX), else fp32."""
-    if name == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        fast = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def pick_hardware(settings):
-    """The device and the dtype that a stage computes with, and both in words: "bfloat16 on cuda"."""
-    device = pick_device(settings.device)
-    dtype = pick_dtype(settings.precision, device)
-    return device, dtype, f"{dtype_name(dtype)} on {device.type}"
-
-
-def dtype_name(dtype):
-    """torch.bfloat16 -> 'bfloat16'"""
-    return str(dtype).removeprefix("torch.")

@@ -8,9 +8,9 @@ import torch
 from common import LEVELS, NUM_LEVELS
 from runs.checkpoint import ENOUGH_QUERIES
 from runs.export import input_names
+from runs.hardware import dtype_name
 from runs.held_out import describe_held_out
 from runs.pairs import mean_label
-from runs.settings import dtype_name
 
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
 

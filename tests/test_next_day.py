@@ -17,8 +17,8 @@ from helpers import TOY_MODELS, mark_finished, own_embeddings, small_dataset, st
 from rank_bm25 import BM25Okapi
 from test_kill import content, start, warm  # noqa: F401
 
+from runs import hardware
 from runs import rows as rows_module
-from runs import settings as settings_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_parquet
 from runs.finished import hold, require_finished
@@ -156,7 +156,7 @@ def test_another_text_of_a_training_pin_trains_again(run):
 
 @pytest.mark.parametrize("number", ["02", "03"])
 def test_the_precision_that_auto_came_to_is_part_of_the_identity(run, monkeypatch, number):
-    monkeypatch.setattr(settings_module, "pick_dtype", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(hardware, "pick_dtype", lambda name, device: torch.bfloat16)
     line = stop_line({"02": train, "03": label}[number], run, "--precision", "auto")
     assert "float32 on cpu" in line and "bfloat16 on cpu" in line
 

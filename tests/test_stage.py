@@ -19,8 +19,9 @@ from runs.captions import reuse_captions
 from runs.checkpoint import load_checkpoint, save_checkpoint
 from runs.files import fingerprint, read_json, whole_file, write_json
 from runs.finished import require_finished, sealed
+from runs.hardware import pick_device
 from runs.processes import start_stage
-from runs.settings import Count, Share, Size, StageSettings, parse, pick_device
+from runs.settings import Count, Share, Size, StageSettings, parse
 from runs.stage import Stage
 from runs.terminal import Stop, run_main
 
