@@ -41,7 +41,7 @@ from benchmarks import attacked  # noqa: E402
 from benchmarks.attacked import STAGES, STEPS, STUDENTS, command, contents, copied, make, start  # noqa: E402
 from runs.files import remove  # noqa: E402
 from runs.settings import Count, Positive, Size, parse, ranges_of  # noqa: E402
-from runs.terminal import run_main  # noqa: E402
+from runs.terminal import progress_bar, run_main  # noqa: E402
 
 HARMLESS = ("clear", "harmless", "remade", "left out")
 FAULTS = ("silent", "unclear", "traceback", "loss")
@@ -178,7 +178,8 @@ def attack_files(root, settings):
     cases = [*stage_cases(root), *search_cases(root), *next_day_cases(root)]
     left_out = {STUDENTS[0]: report_without(root, STUDENTS[0])}
     counts, faults = Counter(), []
-    for seed in range(settings.seed, settings.seed + settings.draws):
+    seeds = range(settings.seed, settings.seed + settings.draws)
+    for seed in progress_bar(iterable=seeds, desc="damaged files"):
         rng = np.random.default_rng(seed)
         case = cases[rng.integers(len(cases))]
         verdict, happened = flip(case, rng, root, left_out)
@@ -236,7 +237,7 @@ def give(step, flags, root, limit):
     if ended.code:
         names = [flag, value] if value else [flag]
         verdict = attacked.refusal(ended, names, lines=2)
-    if verdict == "clear" and contents(run) != before:
+    if (verdict == "clear" or ended.code is None) and contents(run) != before:
         verdict = "loss"
     overwrite = " --overwrite" * ("--overwrite" in flags and flag != "--overwrite")
     return verdict, f"{step.script} {flag} {str(value)[:40]!r}{overwrite}: {ended.last_line()}"
@@ -245,20 +246,21 @@ def give(step, flags, root, limit):
 def attack_flags(root, settings):
     """Wrong values: prints the table, and what was accepted; returns the faults."""
     (root / "file").write_text("a file")
-    counts, listed, rows = Counter(), {"accepted": []}, []
+    counts, listed, rows = Counter(), {"accepted": []}, {}
     ways = {}, {"--overwrite": None}
     for step in (STAGES[number] for number in settings.stages):
         data = {"--data": root / "data"} if step.makes == "features" else {}
-        for flag, hint in flags_of(step.script).items():
-            rows.append((step.script, flag))
+        known = flags_of(step.script)
+        rows[step.script] = step.script, len(known)
+        for flag, hint in progress_bar(iterable=known.items(), desc=step.script):
             for value, more in itertools.product(wrong_values(hint, root), ways):
                 flags = {**data, **more}
                 flags.pop(flag, None)
                 flags[flag] = value  # the last one
                 verdict, happened = give(step, flags, root, settings.limit)
-                counts[step.script, flag, verdict] += 1
+                counts[*rows[step.script], verdict] += 1
                 listed.setdefault(verdict, []).append(f"{verdict}: {happened}")
-    print_table(("stage", "flag"), rows, counts, ("clear", "accepted", *FAULTS[1:]))
+    print_table(("stage", "flags"), rows.values(), counts, ("clear", "accepted", *FAULTS[1:]))
     print("\n".join(listed["accepted"]))
     return [line for verdict in FAULTS for line in listed.get(verdict, [])]
 

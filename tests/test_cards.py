@@ -1,5 +1,6 @@
 """Model cards: form of the hub, what they say, the metrics that stage 05 puts in."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,16 @@ def test_teacher_card(run, tmp_path, monkeypatch, model, licence):
     assert "accuracy 0.750" in text and "1,000 human-labelled" in text and "QLoRA" in text
     assert "the last token" in text and "{" not in text
     assert str(tmp_path.parent) not in text
+
+
+def test_impressions_are_counted_where_their_files_are_damaged(features, tmp_path):
+    """02 reads none of them, and said another number of a shard that was gone, or ended in a traceback."""
+    folder = shutil.copytree(features, tmp_path / "features")
+    before = cards.data_line(folder)
+    assert "2,000 impressions" in before
+    (folder / "impressions" / "part-00001.parquet").unlink()
+    (folder / "impressions" / "part-00002.parquet").write_bytes(b"")
+    assert cards.data_line(folder) == before
 
 
 def test_licence_of_a_folder(tmp_path):
