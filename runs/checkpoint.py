@@ -7,6 +7,7 @@ with --keep best the best one, where enough held-out queries tell which that is.
 import torch
 
 from runs.files import whole_file
+from runs.terminal import Stop
 
 ENOUGH_QUERIES = 50  # with fewer of them held out, no epoch is chosen by them
 CHECKPOINT_FILES = ("checkpoint.pt", "best.pt")  # what a finished stage does not need any more
@@ -24,7 +25,7 @@ class Checkpoints:
         self.state = {**start, "kept": None, "log": []}
         self.continues = self.checkpoint.exists()
         if self.continues:
-            self.state |= load_checkpoint(self.checkpoint, model, optimizer)
+            self.state |= load_checkpoint(self.checkpoint, model, optimizer, self.state.keys())
 
     def save(self):
         """Writes a checkpoint to continue from."""
@@ -64,9 +65,12 @@ def save_checkpoint(path, model, optimizer, train_state):
 
 
 @torch.no_grad()
-def load_checkpoint(path, model, optimizer=None):
-    """Puts a checkpoint's weights (and moments) in place; returns its train_state."""
+def load_checkpoint(path, model, optimizer=None, needed=frozenset()):
+    """Puts a checkpoint's weights (and moments) in place; returns its train_state. Stop without the `needed`
+    values in that."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    if needed - saved["train_state"].keys():
+        raise Stop(f"{path}: written by another version of this project; --overwrite begins anew")
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.copy_(saved["weights"][name])

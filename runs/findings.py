@@ -1,5 +1,6 @@
 """The paper's four findings, as experiments on a run directory that has been through the five stages.
 
+    bash runs/findings.sh                   the toy: python -m runs.findings --more outputs/toy_more
     python -m runs.findings [--run RUN]     into RUN/../findings: findings.md, findings.json, finding_a.png …
     python -m runs.findings --run RUN --findings a d --models SmolLM2=HuggingFaceTB/SmolLM2-135M
 
@@ -7,9 +8,8 @@
 human labels alone      (c) teacher and student by language, the student also without impressions in other
 languages       (d) the teacher's pin text, source by source
 
-A condition is trained with several seeds; RUN itself stands for the first seed of those that equal it. Every
-experiment borrows RUN's (or MORE's) features by a symbolic link. Killed or run again, it continues: finished
-stages say so and do nothing. The toy takes half an hour on two CPU cores.
+A condition is trained with several seeds; RUN itself stands for the first seed of those that equal it. Killed
+or run again, it continues: finished stages do nothing. The toy takes half an hour on two CPU cores.
 """
 
 import os
@@ -69,6 +69,7 @@ class Experiments:
 
     def __init__(self, settings):
         self.settings, self.noted = settings, {}  # name -> command lines of stages
+        self.model = read_json(settings.run / "teacher" / "teacher.json")["model"]  # of RUN's teacher
         self.seeds = settings.seeds
         self.teacher_seeds = settings.teacher_seeds or settings.seeds
 
@@ -151,13 +152,8 @@ def own_teachers(experiments):
     settings = experiments.settings
     if not ({"a", "d"} & set(settings.findings) or settings.teacher_seeds):
         return [(settings.run, "teacher")]
-    flags = ("--model", own_model(settings))
-    return experiments.teachers(f"teacher_{settings.run_teacher}", *flags, run_is_first=True)
-
-
-def own_model(settings):
-    """The model of RUN's teacher."""
-    return read_json(settings.run / "teacher" / "teacher.json")["model"]
+    name = f"teacher_{settings.run_teacher}"
+    return experiments.teachers(name, "--model", experiments.model, run_is_first=True)
 
 
 def compare_models(experiments, own):
@@ -179,7 +175,7 @@ def compare_sources(experiments, own):
         fields = [field for field in FIELDS if field in read]
         name = f"fields_to_{group.replace('+', '_')}"
         last = group == settings.fields[-1]
-        flags = ("--model", own_model(settings), "--fields", *fields)
+        flags = ("--model", experiments.model, "--fields", *fields)
         conditions[label] = own if last else experiments.teachers(name, *flags)
     return conditions
 
@@ -213,8 +209,7 @@ def compare_amounts(experiments):
 
 
 def compare_languages(experiments):
-    """(c): RUN's student, and students on fewer impressions: of the home language, of all. None where RUN has
-    no student."""
+    """(c): RUN's student, if any, and students on fewer impressions: of the home language, of all."""
     settings = experiments.settings
     run, home = settings.run, settings.home_language
     if not (run / "student" / "stage.json").exists():
@@ -249,20 +244,6 @@ def impressions_in(features, language):
     return count
 
 
-def toy_with_more():
-    """The toy world with 120,000 impressions, which the toy run's six a human label do not reach."""
-    data, run = ROOT / "data" / "toy_more", TOY_RUN.with_name("toy_more")
-    for command in (
-        ["data/make_toy.py", "--impressions", "120000", "--out", data],
-        ["01_build_features.py", "--run", run, "--data", data],
-        ["02_train_teacher.py", "--run", run],
-        ["03_label.py", "--run", run],
-    ):
-        script, *flags = command
-        subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True)
-    return run
-
-
 def main(argv=None):
     # 1. The run
     settings = parse({"toy": Settings()}, argv, __doc__)
@@ -272,10 +253,8 @@ def main(argv=None):
     for stage in needed:
         if not (settings.run / stage / "stage.json").exists():
             raise Stop(f"{settings.run / stage}: missing; take {settings.run} through the five stages first")
-    is_toy = settings.run.resolve() == TOY_RUN.resolve()
-    more = settings.more or (toy_with_more() if is_toy and "b" in settings.findings else settings.run)
     into = settings.into or settings.run.parent / "findings"
-    settings = replace(settings, more=more, into=into)
+    settings = replace(settings, more=settings.more or settings.run, into=into)
     into.mkdir(parents=True, exist_ok=True)
 
     # 2. Experiments

@@ -16,7 +16,7 @@ from helpers import ROOT, stop_line
 from torch import nn
 
 from runs.captions import reuse_captions
-from runs.checkpoint import load_checkpoint, save_checkpoint
+from runs.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from runs.files import fingerprint, read_json, whole_file, write_json
 from runs.finished import require_finished, sealed
 from runs.hardware import pick_device
@@ -163,6 +163,15 @@ def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
     assert torch.equal(model.weight, other.weight)
     moments = [optimizer.state[model.weight]["exp_avg"], second.state[other.weight]["exp_avg"]]
     assert torch.equal(*moments) and second.param_groups[0]["lr"] == 0.1
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    """A training killed before an upgrade that keeps other state: not a traceback when it is continued."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, {"step": 4, "log": [], "best": None})
+    line = stop_line(lambda: Checkpoints(tmp_path, model, optimizer, {"step": 0}))
+    assert str(tmp_path / "checkpoint.pt") in line and "--overwrite" in line
 
 
 # ------------------------------------------------------------------------------------------------------------
