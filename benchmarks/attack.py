@@ -151,6 +151,7 @@ def flip(case, rng, root, left_out):
     if case.anew:
         remove(run / case.makes)
     before = contents(run)
+    was = contents(folder) if case.makes == case.damaged else case.right
     ended = start(case.script, case.argv, root / "here")
     made = contents(run / case.makes) if case.makes else ended.out
     happened = f"{done}, then {case.reader}: {ended.last_line()}"
@@ -159,7 +160,7 @@ def flip(case, rng, root, left_out):
         is_lost = verdict == "clear" and contents(run) != before
         return "loss" if is_lost else verdict, happened
     if made == case.right:
-        return "remade" if case.makes == case.damaged else "harmless", happened
+        return "remade" if was != case.right else "harmless", happened
     is_named = f"left out: {folder}" in ended.out
     return "left out" if is_named and made == left_out.get(case.damaged) else "silent", happened
 
