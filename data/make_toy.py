@@ -429,7 +429,7 @@ def sample_pins(levels, query, pins, count, mix, exclude, rng):
     """
     order = rng.permutation(len(pins))
     order = order[~np.isin(order, list(exclude))] if exclude else order
-    shares = np.array([any(pins[i].get(k) == v for k, v in query.items()) for i in order])
+    shares = np.array([any(pins[i].get(k) == v for k, v in query.items()) for i in order], bool)
     chosen = []
     for level in (5, 4, 3, 2, 1):
         here = order[levels[order] == level]
@@ -440,7 +440,7 @@ def sample_pins(levels, query, pins, count, mix, exclude, rng):
         chosen.extend(here[:want].tolist())
     rest = order[~np.isin(order, chosen)]
     chosen.extend(rest[: max(0, count - len(chosen))].tolist())
-    return rng.permutation(chosen[:count])
+    return rng.permutation(np.array(chosen[:count], int))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import datetime
 
 import make_toy
+import numpy as np
 import pyarrow.parquet as pq
 import toy_images
 from PIL import Image
@@ -19,6 +20,13 @@ def test_every_object_can_be_drawn_and_every_colour_has_one():
     assert concepts >= 89 and all(
         len(make_toy.OBJECTS[o][lang]) >= 1 for o in make_toy.OBJECTS for lang in make_toy.LANGUAGES
     )
+
+
+def test_a_query_that_all_pins_were_drawn_for_gets_none():
+    """A small world with many impressions runs out of pairs."""
+    pins, rng = [{"object": "chair"}, {"object": "table"}], np.random.default_rng(0)
+    drawn = make_toy.sample_pins(np.array([5, 1]), {"object": "chair"}, pins, 3, [0.2] * 5, {0, 1}, rng)
+    assert drawn.tolist() == [] and drawn.dtype == int
 
 
 def test_the_five_levels_by_hand():
