@@ -605,7 +605,7 @@ def test_values_out_of_range_touch_nothing(tmp_path, flag, value, capsys):
     assert end.value.code == 2 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("memory", ["lots", "", "4", "GB", "0GB"])
+@pytest.mark.parametrize("memory", ["lots", "4", "GB", "0GB"])
 def test_a_memory_that_is_no_size(tmp_path, memory):
     data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
     line = stop_line(made, data, tmp_path / "run", "--memory", memory)

@@ -89,6 +89,7 @@ def test_presets_fill_in_and_flags_win():
         (["--epochs", str(10**30)], "must be at least 1 and below 1e+09"),
         (["--run", ""], "--run '': an empty value"),
         (["--run="], "--run '': an empty value"),
+        (["--model", ""], "--model '': an empty value"),
         (["--epochs", "7", ""], "7 '': an empty value"),
     ],
 )
