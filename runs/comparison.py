@@ -324,7 +324,8 @@ def plot_finding(key, entry, path):
         ax.grid(axis="y", color="#DDDDDD", lw=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        if len(ax.get_legend_handles_labels()[0]) > 1:
+            figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -23,16 +23,9 @@ PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
 read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
 findings() { run python -m runs.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags="--preset small" "$@"; }
 
-# The five stages as in runs/msrd.sh, with more impressions: 30 times the human labels
+# The five stages, with 30 times the human labels in impressions
 MOVIES="$PARENT/msrd"
-run python data/from_msrd.py "$MSRD" --out data/msrd_84k --train-share 0.0075 --eval-share 0.025 \
-    --max-impressions 84000
-run python 01_build_features.py --preset small --run "$MOVIES" --data data/msrd_84k --text-encoder "$ENCODER"
-run python 02_train_teacher.py --preset small --run "$MOVIES" --model "$ENCODER" --max-tokens 64
-run python 03_label.py --preset small --run "$MOVIES"
-run python 04_train_student.py --preset small --run "$MOVIES" --labels human
-run python 04_train_student.py --preset small --run "$MOVIES"
-run python 05_evaluate.py --preset small --run "$MOVIES"
+RUN="$MOVIES" IMPRESSIONS=84000 bash runs/msrd.sh "$MSRD" "$ENCODER"
 
 # (a), (b), (d)
 findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-seeds "${SEEDS[@]}" \
@@ -51,9 +44,9 @@ run python 05_evaluate.py --preset small --run "$WITH_LLAMA"
 
 # (c). A teacher reads no embeddings: the toy's text encoder will do
 LANGUAGES="$PARENT/xquad"
-run python data/from_xquad.py "$XQUAD" --out data/xquad --train-questions 500 --eval-questions 150 \
+run python data/from_xquad.py "$XQUAD" --out data/xquad_500 --train-questions 500 --eval-questions 150 \
     --impression-questions 10
-run python 01_build_features.py --run "$LANGUAGES" --data data/xquad
+run python 01_build_features.py --run "$LANGUAGES" --data data/xquad_500
 run python 02_train_teacher.py --preset small --run "$LANGUAGES" --model "$MULTILINGUAL" --max-tokens 128 \
     --fields description
 run python 03_label.py --preset small --run "$LANGUAGES" --only-labelled
