@@ -309,7 +309,7 @@ def main(argv=None):
     print(f"evaluation: {counts['rows']:,} rows of {counts['queries']:,} queries")
 
     # 3. Temperatures
-    temperatures = fit_temperatures(read, train, lambda name, rows: trained_system(run, name, rows)[0])
+    temperatures = fit_temperatures(read, train, run, trained_system)
     scaled = calibrated(systems, temperatures, y, query, settings)
     if settings.temperatures:
         systems |= {name: (p, expected_level(p)) for name, p in scaled.items()}

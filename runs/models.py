@@ -224,9 +224,7 @@ def check_reading(teacher, row, pad_id, device):
     ids = pad_sequence([whole, half], batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(whole), torch.ones_like(half)], batch_first=True)
     teacher.eval()
-    with stop_on_error(
-        "--model: a model of this kind cannot be a teacher"
-    ):  # it wants more than ids and mask
+    with stop_on_error("--model: a model of this kind cannot be a teacher"):  # it wants more than these
         teacher(ids, mask)
         together = teacher.represent(ids, mask)[1]
         alone = teacher.represent(half[None], torch.ones_like(half)[None])[0]

@@ -29,17 +29,18 @@ def fit_temperature(y, p):
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def fit_temperatures(read, train, probabilities):
+def fit_temperatures(read, train, run, system):
     """{trained system: its temperature, and on how many rows of how many queries it was fitted}, of those
     whose stage has held queries out. read: {folder: stage.json}; train: columns of the human training rows;
-    probabilities(name, rows): of a system on some of them [B, C]."""
+    system(run, name, rows): probabilities [B, C] and scores of a system on some of them."""
     found = {}
     for name in [*students_of(read), "teacher"]:
         split = read.get(name, {}).get("held_out")
         held_out = in_hash_split(train["key"], **split) if split else np.zeros(1, bool)
         if held_out.any():
             rows = {column: values[held_out] for column, values in train.items()}
-            temperature = fit_temperature(rows["label"], probabilities(name, rows))
+            p, _ = system(run, name, rows)
+            temperature = fit_temperature(rows["label"], p)
             found[name] = {
                 "temperature": round(temperature, 4),
                 "rows": len(rows["label"]),

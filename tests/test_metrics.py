@@ -298,13 +298,13 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     fitted = []
     monkeypatch.setattr(temperatures, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
     read = {"features": {}, "labels": {}, "teacher": {"held_out": held_out}}
-    found = temperatures.fit_temperatures(read, train, lambda name, rows: rows["teacher"])
+    found = temperatures.fit_temperatures(read, train, None, lambda run, name, rows: (rows["teacher"], None))
     at = in_hash_split(key, **held_out)
     assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
     np.testing.assert_array_equal(fitted[0][0], y[at])
     np.testing.assert_array_equal(fitted[0][1], p[at])
     for nothing in ({}, {"teacher": {}}, {"teacher": {"held_out": {"share": 0.0, "salt": "x"}}}):
-        assert temperatures.fit_temperatures(nothing, train, None) == {}
+        assert temperatures.fit_temperatures(nothing, train, None, None) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------
