@@ -61,12 +61,17 @@ def describe_held_out(rows):
 
 
 def warn_if_useless(rows, scores):
-    """A line if the teacher does not beat one that knows the labels' shares alone. scores: on the held-out
-    rows."""
+    """Two lines if the teacher does not beat one that knows the labels' shares alone, or is right more often
+    than that, but so sure of its errors that its loss is higher. scores: on the held-out rows."""
     if "held_out_loss" not in scores:
         return
     loss, accuracy = prior_scores(rows)
-    if scores["held_out_loss"] >= loss or scores["held_out_accuracy"] <= accuracy:
-        prior = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
-        print(f"warning: the teacher does not beat the labels' own shares ({prior})")
+    right = scores["held_out_accuracy"] > accuracy
+    if right and scores["held_out_loss"] < loss:
+        return
+    wrong = "is too sure of itself: right more often than" if right else "does not beat"
+    print(f"warning: the teacher {wrong} the labels' own shares, loss {loss:.4f}, accuracy {accuracy:.4f}")
+    if right:
+        print("labels of more queries, or fewer epochs? (stage 05 fits it a temperature)")
+    else:
         print("more epochs, other learning rates, or a better --model?")

@@ -2,8 +2,10 @@
 03 read is their identity: moved folders change nothing, only new pairs are labelled; what is not a number or
 too long stops in time."""
 
+import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ from runs import rows as rows_module
 from runs.bm25 import tokenize
 from runs.files import read_json, write_parquet
 from runs.finished import hold, require_finished
-from runs.held_out import prior_scores
+from runs.held_out import prior_scores, warn_if_useless
 from runs.pairs import read_labels
 from runs.ranker import Ranker
 from runs.rows import LabelledRows, hash_rows, unique_rows
@@ -267,6 +269,22 @@ def test_a_teacher_that_learned_nothing_is_named(features, models, tmp_path, cap
     said = capsys.readouterr().out
     assert "the labels' own shares have loss" in said and "does not beat the labels' own shares" in said
     assert "--preset small" in said  # the toy's settings on a model that is none of its stand-ins
+
+
+def test_a_teacher_too_sure_of_itself_is_told_from_one_that_learned_nothing(capsys):
+    """Ten held-out rows, half of level 1 and half of level 5, as in training: the labels' shares are right
+    for five of them, with loss log 2."""
+    levels = torch.tensor([0, 4]).repeat(1_000)
+    rows = SimpleNamespace(levels=levels, train=np.arange(10, 2_000), held_out=np.arange(10))
+    assert prior_scores(rows) == pytest.approx((math.log(2), 0.5), abs=0.01)
+    for accuracy, loss, said in (
+        (0.9, 0.6, ""),
+        (0.9, 0.8, "is too sure of itself: right more often than the labels' own shares"),
+        (0.5, 0.6, "does not beat the labels' own shares"),
+        (0.4, 0.8, "does not beat the labels' own shares"),
+    ):
+        warn_if_useless(rows, {"held_out_loss": loss, "held_out_accuracy": accuracy})
+        assert said in (line := capsys.readouterr().out) and bool(said) == bool(line)
 
 
 def test_which_models_are_stand_ins(models):
