@@ -5,6 +5,9 @@ No method of the paper is in this file: with any batches of the same rows a step
 """
 
 import hashlib
+import multiprocessing
+import os
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -107,11 +110,23 @@ def tokenized(shards, workers):
     """What the shards yield, in their order, made ahead of its use by `workers` processes."""
     workers = min(workers, len(shards.paths))
     context = "spawn" if workers else None
-    options = {"batch_size": None, "collate_fn": as_it_is}
+    options = {"batch_size": None, "collate_fn": as_it_is, "worker_init_fn": end_with_parent}
     for path, rows in DataLoader(shards, num_workers=workers, multiprocessing_context=context, **options):
         if isinstance(rows, Stop):
             raise rows
         yield path, rows
+
+
+def end_with_parent(number):
+    """In a worker process: ends it when its parent is gone, however that ended. By itself it would wait for
+    ever for somebody to take what it has made. number: the worker's, of no use here."""
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def as_it_is(shard):

@@ -1,10 +1,15 @@
 """Stage 03's own functions: LoRA merged, bf16 on every CPU, shards tokenized ahead by workers."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import stage, stop_line
+from helpers import environment, stage, stop_line
 
 from common import PairText, Teacher
 from runs import models as loading
@@ -78,6 +83,36 @@ def test_a_stop_in_a_worker_is_one_line(shards, workers):
     line = stop_line(lambda: list(tokenized(shards, workers)))
     assert "tokens" in line and "Traceback" not in line
     assert issubclass(Stop, Exception)
+
+
+KILLED = {
+    "03": """
+import pickle, sys
+from runs.rows import tokenized
+made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
+""",
+    "01": """
+from runs.bm25 import mapped
+made = mapped(len, ["pin" * 1_000_000] * 50, workers=2)
+""",
+}
+
+
+@pytest.mark.parametrize("which", KILLED)
+def test_workers_end_with_a_stage_that_is_killed(shards, tmp_path, which):
+    """Also one whose next shard nobody takes: more than a pipe holds. The pipe of the stage's output is at
+    its end only when nobody has it any more."""
+    pairs = pa.table({"query_index": np.zeros(20_000, np.int32), "pin_index": np.zeros(20_000, np.int32)})
+    pq.write_table(pairs, tmp_path / "part.parquet")
+    shards.paths = [tmp_path / "part.parquet"] * 9
+    (tmp_path / "shards").write_bytes(pickle.dumps(shards))
+    code = KILLED[which] + "next(made)\nprint('made', flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-c", "import sys\n" + code, str(tmp_path / "shards")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment(1), text=True) as killed:
+        assert killed.stdout.readline() == "made\n"
+        killed.kill()
+        assert killed.communicate(timeout=60)[0] == ""
 
 
 def test_pins_are_read_group_by_group(shards):
