@@ -115,6 +115,28 @@ def test_workers_end_with_a_stage_that_is_killed(shards, tmp_path, which):
         assert killed.communicate(timeout=60)[0] == ""
 
 
+def test_a_worker_that_is_killed_is_one_line(shards, tmp_path):
+    shards.paths = shards.paths * 9
+    (tmp_path / "shards").write_bytes(pickle.dumps(shards))
+    code = """
+import multiprocessing, os, pickle, signal, sys
+from runs.rows import tokenized
+from runs.terminal import run_main
+
+def main():
+    made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
+    next(made)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    list(made)
+
+run_main(main)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "shards")]
+    done = subprocess.run(command, env=environment(1), text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: DataLoader worker") and "--workers" in done.stderr
+
+
 def test_pins_are_read_group_by_group(shards):
     pins = pq.read_table(shards.features / "pins.parquet")
     some = np.array([0, 3, 4, 50, 99])
