@@ -11,7 +11,8 @@
 # PICTURES: a folder with pictures under their Commons names
 # BLIP:     a captioner, such as Salesforce/blip-image-captioning-base
 #
-# Hardware: two CPU cores, 4 GB. Time: about a quarter of an hour without pictures; see README.md.
+# Hardware: two CPU cores, 4 GB. Time: about a quarter of an hour without pictures; see README.md. Environment: RUN,
+# the run (default: outputs/commons); EPOCHS, of stage 02.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/commons.sh SOURCE ENCODER [PICTURES BLIP]"
 SOURCE="$(from_here "${1:?$USAGE}")"; ENCODER="$(from_here "${2:?$USAGE}")"
@@ -26,7 +27,7 @@ SECONDS=0
 run python data/from_commons.py "$SOURCE" --out data/commons ${IMAGES[@]+"${IMAGES[@]}"}
 run python 01_build_features.py --preset small --run "$RUN" --data data/commons --text-encoder "$ENCODER" \
     ${CAPTIONER[@]+"${CAPTIONER[@]}"}
-run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64
+run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64 ${EPOCHS:+--epochs "$EPOCHS"}
 run python 03_label.py --preset small --run "$RUN"
 run python 04_train_student.py --preset small --run "$RUN" --labels human  # human labels alone
 run python 04_train_student.py --preset small --run "$RUN"
