@@ -9,7 +9,7 @@ human labels alone      (c) teacher and student by language, the student also wi
 languages       (d) the teacher's pin text, source by source
 
 A condition is trained with several seeds; RUN itself stands for the first seed of those that equal it. Killed
-or run again, it continues: finished stages do nothing. The toy takes half an hour on two CPU cores.
+or run again, it continues: finished stages do nothing. The toy takes an hour on two CPU cores.
 """
 
 import os

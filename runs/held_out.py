@@ -69,9 +69,10 @@ def warn_if_useless(rows, scores):
     right = scores["held_out_accuracy"] > accuracy
     if right and scores["held_out_loss"] < loss:
         return
-    wrong = "is too sure of itself: right more often than" if right else "does not beat"
-    print(f"warning: the teacher {wrong} the labels' own shares, loss {loss:.4f}, accuracy {accuracy:.4f}")
+    prior = f"the labels' own shares (loss {loss:.4f}, accuracy {accuracy:.4f})"
     if right:
+        print(f"warning: the teacher is too sure of itself: right more often than {prior}, at a higher loss")
         print("labels of more queries, or fewer epochs? (stage 05 fits it a temperature)")
     else:
+        print(f"warning: the teacher does not beat {prior}")
         print("more epochs, other learning rates, or a better --model?")

