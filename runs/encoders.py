@@ -16,8 +16,12 @@ class Captioner:
     def __init__(self, model, tokens, device, dtype):
         from transformers import AutoProcessor, BlipForConditionalGeneration
 
-        captioner_config(model)
-        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        options = {
+            "config": captioner_config(model),
+            "dtype": dtype,
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
         with stop_on_error(f"{model}: cannot be loaded as a BLIP captioner"):
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()

@@ -9,6 +9,7 @@ can be.
 import contextlib
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -56,12 +57,29 @@ def backbone_kind(config):
 
 
 def load_config(model):
-    """The config of a model folder or hub id; Stop with one line when there is none."""
+    """The config of a model folder or hub id; Stop with one line when there is none, or when LoRA weights lie
+    beside it. Which code computes attention or experts is never a folder's choice: the name of a kernel
+    there may be that of a repository."""
     from transformers import AutoConfig
 
     advice = "give a folder written by save_pretrained, or a hub id"
     with stop_on_error(f"{model}: no usable model config here", advice):
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    refuse_adapter(model)
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def refuse_adapter(model):
+    """Stop if a model folder or hub id holds adapter_config.json: transformers would hand all of that file to
+    peft, which imports the module that some of its keys name."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(str(model)) is not None:
+        raise Stop(
+            f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model; "
+            "give the model's folder without them, or merge them into it first"
+        )
 
 
 def model_fingerprint(model):
@@ -182,9 +200,26 @@ def load_lora(backbone, folder):
             ranks = [file.get_slice(name).get_shape()[0] for name in names]
         if min(ranks) != saved["r"]:  # of a mixture of experts, all experts' ranks stand in one matrix
             raise ValueError(f"rank {saved['r']}, weights of rank {min(ranks)}")
-        names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-        lora = LoraConfig(**{name: saved[name] for name in names if saved.get(name)})
+        lora = LoraConfig(r=int(saved["r"]), lora_alpha=float(saved["lora_alpha"]), **plain_layers(saved))
         return PeftModel.from_pretrained(backbone, folder, config=lora)
+
+
+def plain_layers(saved):
+    """The layers that LoRA stands in, from adapter_config.json: lists of names, and {name: number} of those
+    with another rank or alpha. A name is letters, digits and dots, in front of it perhaps `.*\\.`, as peft writes it
+    for experts: it would read anything else as a pattern, too."""
+    layers = {}
+    for kind in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        names = saved.get(kind) or []
+        if any(not re.fullmatch(r"(\.\*\\\.)?[\w.]+", name) for name in names):
+            raise ValueError(f"{kind}: not a list of names")
+        if isinstance(names, dict):
+            layers[kind] = {
+                name: float(number) if "alpha" in kind else int(number) for name, number in names.items()
+            }
+        elif names:
+            layers[kind] = [*names]
+    return layers
 
 
 def load_tokenizer(model, config):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from common import PairText, Teacher
 from runs import models as loading
+from runs.encoders import Captioner, TextEncoder
 from runs.files import read_json, write_json
 from runs.pairs import read_labels
 
@@ -331,6 +332,7 @@ def test_a_moved_base_is_found_by_the_flag(lora):
 
 
 STRANGE = [{"r": 10**9}, {"r": "four"}, {"base_model_name_or_path": "/nowhere"}]
+STRANGE += [{"target_modules": "(a+)+$"}, {"target_modules": ["(a+)+$"]}, {"rank_pattern": {"(a+)+$": 4}}]
 STRANGE += [{"megatron_config": {"a": 1}, "megatron_core": "antigravity"}]
 
 
@@ -342,12 +344,53 @@ def test_a_strangers_adapter(lora, monkeypatch, change):
     path = run / "teacher" / "adapter" / "adapter_config.json"
     write_json(path, read_json(path) | change)
     monkeypatch.setitem(__import__("sys").modules, "antigravity", None)  # an import of it is an error
-    if "r" in change:
+    if not change.keys() & {"base_model_name_or_path", "megatron_core"}:
         assert "adapter" in stop_line(Teacher.load, run / "teacher")
         return
     found, _ = Teacher.load(run / "teacher")
     same = [labeller.soft_labels(teacher, ROWS, 0, 10_000) for teacher in (expected, found)]
     np.testing.assert_array_equal(*same)
+
+
+PAYLOAD = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "megatron_config": {"a": 1}}
+PAYLOAD |= {"megatron_core": "megatron_of_a_stranger.payload", "base_model_name_or_path": "/nowhere"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "blip"])
+@pytest.mark.parametrize("alone", [False, True], ids=["beside a model", "alone"])
+def test_no_module_that_a_model_folder_names_is_imported(models, tmp_path, monkeypatch, kind, alone):
+    """peft imports what `megatron_core` of adapter_config.json names; transformers hands it that file."""
+    folder, package = tmp_path / "model", tmp_path / "code" / "megatron_of_a_stranger"
+    shutil.copytree(models[kind], folder)
+    if alone:
+        (folder / "config.json").unlink()
+    write_json(folder / "adapter_config.json", PAYLOAD)
+    save_file({}, folder / "adapter_model.safetensors")
+    package.mkdir(parents=True)
+    (package / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(package.parent)
+    ways = {
+        "llama": lambda: loading.load_backbone(str(folder), torch.float32),
+        "bert": lambda: TextEncoder(str(folder), 32, 1_000, "cpu", torch.float32),
+        "t5": lambda: loading.load_backbone(str(folder), torch.float32),
+        "blip": lambda: Captioner(str(folder), 5, "cpu", torch.float32),
+    }
+    line = stop_line(ways[kind])
+    assert str(folder) in line and ("config" in line if alone else "adapter_config.json" in line)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_kernel_that_a_config_names_is_loaded(models, tmp_path, monkeypatch):
+    """`attn_implementation` may be a repository of code; a folder's is not used."""
+    shutil.copytree(models["llama"], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    write_json(
+        path, read_json(path) | {"attn_implementation": "stranger/kernel", "experts_implementation": "x/y"}
+    )
+    config = loading.load_config(tmp_path / "model")
+    assert config._attn_implementation is None and config._experts_implementation is None
+    backbone = loading.load_backbone(str(tmp_path / "model"), torch.float32)
+    assert backbone.config._attn_implementation in ("sdpa", "eager")
 
 
 def test_positions_of_xlm_r_with_lora_are_those_of_training(features, tmp_path):
