@@ -205,18 +205,17 @@ def load_lora(backbone, folder):
 
 
 def plain_layers(saved):
-    """The layers that LoRA stands in, from adapter_config.json: lists of names, and {name: number} of those
-    with another rank or alpha. A name is letters, digits and dots, in front of it perhaps `.*\\.`, as peft writes it
-    for experts: it would read anything else as a pattern, too."""
+    r"""The layers that LoRA stands in, from adapter_config.json: lists of names, and {name: number} of those
+    with another rank or alpha. A name is letters, digits and dots, in front of it perhaps `.*\.`, as peft
+    writes it for experts: it would read anything else as a pattern, too."""
     layers = {}
     for kind in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         names = saved.get(kind) or []
         if any(not re.fullmatch(r"(\.\*\\\.)?[\w.]+", name) for name in names):
             raise ValueError(f"{kind}: not a list of names")
         if isinstance(names, dict):
-            layers[kind] = {
-                name: float(number) if "alpha" in kind else int(number) for name, number in names.items()
-            }
+            number = int if kind == "rank_pattern" else float
+            layers[kind] = {name: number(value) for name, value in names.items()}
         elif names:
             layers[kind] = [*names]
     return layers

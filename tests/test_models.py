@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 import transformers
 from conftest import save_tokenizer, toy_words
-from helpers import stage, stop_line
+from helpers import TOY_MODELS, stage, stop_line
 from safetensors.torch import load_file, save_file
 
 from common import PairText, Teacher
@@ -361,7 +361,7 @@ PAYLOAD |= {"megatron_core": "megatron_of_a_stranger.payload", "base_model_name_
 def test_no_module_that_a_model_folder_names_is_imported(models, tmp_path, monkeypatch, kind, alone):
     """peft imports what `megatron_core` of adapter_config.json names; transformers hands it that file."""
     folder, package = tmp_path / "model", tmp_path / "code" / "megatron_of_a_stranger"
-    shutil.copytree(models[kind], folder)
+    shutil.copytree(TOY_MODELS / "blip" if kind == "blip" else models[kind], folder)
     if alone:
         (folder / "config.json").unlink()
     write_json(folder / "adapter_config.json", PAYLOAD)
