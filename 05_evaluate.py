@@ -18,10 +18,10 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score
 
 from common import NUM_LEVELS, Student
+from lib.inputs.regression import fit_regression, match_names, stacked
 from runs import cards, pictures, report
 from runs.files import write_json
 from runs.inherited import require_systems, students_of
@@ -189,8 +189,9 @@ def interval(value, sample):
 
 
 def measure(systems, rows, levels, resamples, seed):
-    """All metrics of all systems, overall and by language: {(system, language, metric): Interval}."""
-    table, shown = {}, report.meaningful(levels)
+    """All metrics of all systems, overall and by language: {(system, language, metric): Interval}; and
+    differences(), overall."""
+    table, overall, shown = {}, {}, report.meaningful(levels)
     groups = {report.ALL: np.full(len(rows["label"]), True)}
     for language in sorted(set(rows["language"])):
         groups[language] = rows["language"] == language
@@ -203,7 +204,28 @@ def measure(systems, rows, levels, resamples, seed):
             for metric in value:
                 if metric in shown:
                     table[system, language, metric] = interval(value[metric], drawn[metric])
-    return table
+            if language == report.ALL:
+                overall[system] = value, drawn
+    auroc = next((name for name in report.AUROCS if name in shown), None)
+    return table, differences(overall, [name for name in (auroc, "ndcg_20") if name])
+
+
+def differences(overall, metrics):
+    """What training brings: every trained system less the best untrained one, the student less the one on
+    human labels, the teacher less the student: {(system, other, metric): Interval}, on the same resamples of
+    the queries for both. overall: {system: (values, values on resamples)}."""
+    found = {}
+    for metric in metrics:
+        value = {system: values[metric] for system, (values, _) in overall.items()}
+        untrained = [name for name in report.UNTRAINED if name in value]
+        best = max(untrained, key=lambda name: np.nan_to_num(value[name]))
+        pairs = [(name, best) for name in value if name not in ("majority", *untrained)]
+        pairs += [("student", "student_human_labels"), ("teacher", "student")]
+        for first, second in pairs:
+            if first in overall and second in overall:
+                drawn = [overall[name][1][metric] for name in (first, second)]
+                found[first, second, metric] = interval(value[first] - value[second], drawn[0] - drawn[1])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,22 +246,28 @@ def majority_system(train_labels, rows):
 
 
 def bm25_system(train, evaluation):
-    """Ranks by BM25. Its probabilities: multinomial logistic regression of the human training labels on the
-    BM25 score and whether it is 0."""
+    """Ranks by BM25. Its probabilities: regression of the human training labels on the BM25 score and whether
+    it is 0."""
 
     def inputs(rows):
-        columns = rows["bm25"] / 10, rows["bm25"] > 0
-        return np.stack(columns, axis=1).astype(np.float64)
+        return np.stack([rows["bm25"], rows["bm25"] > 0], axis=1)
 
-    levels = np.unique(train["label"])
-    p = np.zeros((len(evaluation["label"]), NUM_LEVELS))
-    if len(levels) == 1:
-        p[:, levels[0] - 1] = 1
-    else:
-        model = LogisticRegression(C=100.0, max_iter=1_000)
-        model.fit(inputs(train), train["label"])
-        p[:, model.classes_ - 1] = model.predict_proba(inputs(evaluation))
+    p = fit_regression(inputs(train), train["label"]).probabilities(inputs(evaluation))
     return p, evaluation["bm25"].astype(np.float64)
+
+
+def embedding_system(train, evaluation):
+    """Ranks by the cosine of the text encoder's embeddings of query and pin, as it came. Its probabilities:
+    regression of the human training labels on the cosine. (The paper's baseline is an embedding, too.)"""
+    p, _ = match_system(["text_cosine"], train, evaluation)
+    return p, evaluation["text_cosine"].astype(np.float64)
+
+
+def match_system(names, train, evaluation):
+    """Regression of the human training labels on match features of these names."""
+    regression = fit_regression(stacked(train, names), train["label"])
+    p = regression.probabilities(stacked(evaluation, names))
+    return p, expected_level(p)
 
 
 @torch.inference_mode()
@@ -269,6 +297,9 @@ def all_systems(run, students, train, evaluation):
     """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. students: names of folders."""
     systems = {"majority": majority_system(train["label"], len(evaluation["label"]))}
     systems["bm25"] = bm25_system(train, evaluation)
+    systems["embedding"] = embedding_system(train, evaluation)
+    names = match_names(run / "features" / "labelled.parquet")
+    systems["match"] = match_system(names, train, evaluation)
     for name in [*students, "teacher"]:
         systems[name] = trained_system(run, name, evaluation)
     return systems
@@ -307,6 +338,8 @@ def main(argv=None):
     y, query = evaluation["label"], evaluation["query_index"]
     counts = {"rows": len(y), "queries": len(np.unique(query))}
     print(f"evaluation: {counts['rows']:,} rows of {counts['queries']:,} queries")
+    for line in report.few_queries(counts["queries"]):
+        print(line)
 
     # 3. Temperatures
     temperatures = fit_temperatures(read, train, run, trained_system)
@@ -316,15 +349,16 @@ def main(argv=None):
 
     # 4. Metrics
     levels = np.union1d(train["label"], y)
-    table = measure(systems, evaluation, levels, settings.resamples, settings.seed)
-    write_json(stage.work / "metrics.json", report.nested(table))
+    table, compared = measure(systems, evaluation, levels, settings.resamples, settings.seed)
+    write_json(stage.work / "metrics.json", report.nested(table, compared))
     write_json(stage.work / "temperatures.json", temperatures)
-    print("\n".join(report.summary(table)))
+    print("\n".join(report.summary(table, compared)))
 
     # 5. Plots, pages of search results, report.md
     pictures.plots(table, y, systems, scaled, levels, stage.work)
     pages = pictures.search_pages(run, evaluation, systems, settings.search_pages, stage.work)
-    text = report.report(table, report.facts(run, read, evaluation), temperatures, evaluation, pages)
+    facts = report.facts(run, read, evaluation)
+    text = report.report(table, compared, facts, temperatures, evaluation, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")
     cards.write_cards(run, table, counts, stage.work / "cards")
     stage.finish(rows=counts, temperatures=temperatures)

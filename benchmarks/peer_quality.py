@@ -8,15 +8,12 @@ Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labell
 Writes  a table; with --json FILE also there
 
     cross_encoder   sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base model,
-                    training rows, text fields, greatest length, epochs, batch size, learning rate of an
-                    encoder, warm-up and decay; cross-entropy of the five levels. Its own: one linear layer
-                    for a head, at the same rate; a pair longer than the greatest length loses the end of the
-                    pin text, or of the query where that is longer
-    cosine          of the text encoder's embeddings of query and pin (the feature), nothing trained
-    bm25            the feature, nothing trained
-    teacher, student, student_human_labels, …       of the run
+                    training rows, text fields, greatest length, epochs, batch size, warm-up and decay;
+                    cross-entropy of the five levels. Its own: the learning rate, one linear layer for a head;
+                    a pair longer than the greatest length loses the end of the pin text, or of the query
+                    where that is longer
+    the others      as stage 05 has them
 
-Probabilities of bm25 and cosine, for accuracy: multinomial logistic regression of the human training labels.
 Intervals: 95 %, bootstrap over queries; a difference is taken on the same resample of the queries for both.
 """
 
@@ -30,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,8 +47,12 @@ PEER = "cross_encoder"
 DIFFERENCES = (  # the first less the second
     ("teacher", PEER),
     ("teacher", "bm25"),
-    ("teacher", "cosine"),
+    ("teacher", "embedding"),
+    ("teacher", "match"),
+    ("student", PEER),
     ("student", "bm25"),
+    ("student", "embedding"),
+    ("student", "match"),
     ("student", "student_human_labels"),
     ("student", "teacher"),
     (PEER, "bm25"),
@@ -61,20 +61,6 @@ DIFFERENCES = (  # the first less the second
 
 # ------------------------------------------------------------------------------------------------------------
 # Systems: probabilities [B, C] and ranking score [B] on the evaluation rows
-
-
-def cosine_system(train, evaluation):
-    """Ranks by the cosine of the text embeddings."""
-    score = evaluation["text_cosine"].astype(np.float64)
-    p = np.zeros((len(score), NUM_LEVELS))
-    levels = np.unique(train["label"])
-    if len(levels) == 1:
-        p[:, levels[0] - 1] = 1
-        return p, score
-    inputs = train["text_cosine"].astype(np.float64)[:, None]
-    model = LogisticRegression(C=100.0, max_iter=1_000).fit(inputs, train["label"])
-    p[:, model.classes_ - 1] = model.predict_proba(score[:, None])
-    return p, score
 
 
 def pair_texts(features, fields, rows):
@@ -110,18 +96,20 @@ def train_peer(model, pairs, labels, settings):
         "pin": [text for _, text in pairs],
         "label": [int(label) - 1 for label in labels],
     }
+    rate = settings["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossEncoderTrainingArguments(
             output_dir=folder,
             num_train_epochs=settings["epochs"],
             per_device_train_batch_size=settings["batch_size"],
-            learning_rate=settings["learning_rate"],
+            **({"learning_rate": rate} if rate else {}),
             warmup_steps=settings["warmup"],  # below 1: a share of the steps
             weight_decay=settings["weight_decay"],
             seed=settings["seed"],
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=False,  # it takes minutes
         )
         loss = losses.CrossEntropyLoss(encoder)
         trainer = CrossEncoderTrainer(encoder, arguments, train_dataset=Dataset.from_dict(columns), loss=loss)
@@ -145,7 +133,7 @@ def peer_settings(made, about, args):
         "max_tokens": about["max_tokens"],
         "epochs": made["epochs"],
         "batch_size": made["batch_size"],
-        "learning_rate": args.learning_rate or made["encoder_lr"],
+        "learning_rate": args.learning_rate,
         "warmup": made["warmup"],
         "weight_decay": made["weight_decay"],
         "seed": made["seed"] if args.seed is None else args.seed,
@@ -215,7 +203,7 @@ def parse_args(argv=None):
         metavar="ENCODER",
         help="the peer's base model (default: the teacher's, if it is an encoder)",
     )
-    p.add_argument("--learning-rate", type=float, metavar="X", help="the peer's (default: the teacher's)")
+    p.add_argument("--learning-rate", type=float, metavar="X", help="the peer's (default: its own)")
     p.add_argument("--seed", type=int, metavar="N", help="the peer's (default: the teacher's)")
     p.add_argument("--without-peer", action="store_true", help="train nothing")
     p.add_argument("--resamples", type=int, default=1_000, metavar="N", help="of the queries (1,000)")
@@ -233,7 +221,6 @@ def main(argv=None):
     train, evaluation = read_labelled(run)
     students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
     systems = stage_05.all_systems(run, students, train, evaluation)
-    systems["cosine"] = cosine_system(train, evaluation)
 
     # 2. The peer, on the teacher's rows
     made = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", reads=())["arguments"]

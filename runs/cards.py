@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from runs.files import read_json, whole_file
-from runs.report import METRICS, cell, markdown_table, metrics_of
+from runs.report import ALL, METRICS, UNTRAINED, cell, markdown_table, metrics_of, systems_of
 
 EVALUATION = "## Evaluation"
 UNTIL_THEN = """On queries of the training data that were held out, when training ended: {scores}.
@@ -199,10 +199,14 @@ def with_metrics(card, table, system, counts):
     """A card with a system's metrics on the evaluation queries. table: {(system, language, metric):
     Interval}; counts: {rows, queries}."""
     metrics = metrics_of(table)
-    lines = []
-    for language in dict.fromkeys(language for name, language, _ in table if name == system):
-        cells = [cell(table.get((system, language, name)), METRICS[name].percent) for name in metrics]
-        lines.append([language or "all", *cells])
+
+    def cells(system, language):
+        return [cell(table.get((system, language, name)), METRICS[name].percent) for name in metrics]
+
+    languages = dict.fromkeys(language for name, language, _ in table if name == system)
+    lines = [[language or "all", *cells(system, language)] for language in languages]
+    for other in [name for name in systems_of(table) if name in UNTRAINED]:
+        lines.append([f"all: {other}, untrained", *cells(other, ALL)])
     head = ["language", *(METRICS[name].heading for name in metrics)]
     of = f"On {counts['rows']:,} human-labelled pairs of {counts['queries']:,} evaluation queries"
     text = [EVALUATION, "", f"{of}; in brackets 95 % bootstrap intervals over queries."]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
 from data.splits import hash_split, in_hash_split, query_key
+from lib.inputs.regression import match_names
 from runs.files import read_json, write_parquet
 from runs.finished import is_as_made
 from runs.rows import hash_rows
@@ -132,8 +133,7 @@ class PairFiles:
         wanted = set(languages or known)
         self.is_wanted = np.array([language in wanted for language in known])
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
-        names = pq.read_schema(features / "labelled.parquet").names
-        self.match = [name for name in names if name not in ("query_index", "pin_index", "label", "split")]
+        self.match = match_names(features / "labelled.parquet")
         self.row = np.dtype(
             [
                 ("query", np.int32),  # row of queries.parquet

@@ -26,6 +26,8 @@ from runs.report import ALL, languages_of, systems_of
 COLORS = {
     "majority": "#999999",
     "bm25": "#E69F00",
+    "embedding": "#F0E442",
+    "match": "#CC79A7",
     "student_human_labels": "#56B4E9",
     "student": "#0072B2",
     "teacher": "#D55E00",
@@ -92,7 +94,8 @@ def plots(table, y, systems, scaled, levels, folder):
     trained = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
     p = {name: systems[name][0] for name in trained}
     plot_accuracy(table, folder / "accuracy.png")
-    plot_languages(table, folder / "accuracy_by_language.png")
+    if len(languages_of(table)) > 1:
+        plot_languages(table, folder / "accuracy_by_language.png")
     plot_confusion(y, p, levels, folder / "confusion.png")
     plot_reliability(y, p, scaled, folder / "reliability.png")
 

@@ -16,6 +16,7 @@ import numpy as np
 from runs.files import read_json
 
 ALL = ""  # "language" of a metric over all rows
+UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
 HUMAN = {  # --human-rows of 04
     "none": "not used",
     "teacher": "with the teacher's labels too",
@@ -23,6 +24,12 @@ HUMAN = {  # --human-rows of 04
     "half": "with the mean of human and teacher's labels",
 }
 FEW_QUERIES = 30  # an interval on fewer is marked
+AUROCS = ("auroc_4", "auroc_3", "auroc_5")  # the first that means something is the one to compare by
+WHAT_TO_DO = {  # where a trained system is below another one
+    "student_human_labels": "the teacher's labels cost more than they bring",
+    "student": "the teacher is the weaker one: other settings of stage 02, or more labels",
+    None: "serve that instead, or label more queries",
+}
 
 
 class Metric(NamedTuple):
@@ -88,22 +95,26 @@ def meaningful(levels):
     found, splits = {"accuracy", "ndcg_20", "ece", "kl_to_teacher"}, set()
     if len(levels) > 2 and (np.diff(levels) == 1).any():
         found.add("within_one")
-    for level in (4, 3, 5):
-        above = sum(used >= level for used in levels)
+    for name in AUROCS:
+        above = sum(used >= int(name[-1]) for used in levels)
         if 0 < above < len(levels) and above not in splits:
-            found.add(f"auroc_{level}")
+            found.add(name)
             splits.add(above)
     return found
 
 
-def nested(table):
-    """A table in the shape of metrics.json: systems, overall or by language, metrics."""
+def nested(table, compared):
+    """A table in the shape of metrics.json: systems, overall or by language, metrics; and the differences
+    {(system, other, metric): interval} of stage 05 as flat rows."""
     systems = {}
     for (system, language, metric), found in table.items():
         parts = systems.setdefault(system, {"overall": {}, "by_language": {}})
         part = parts["overall"] if language == ALL else parts["by_language"].setdefault(language, {})
         part[metric] = found._asdict()
-    return {"systems": systems}
+    rows = []
+    for (system, other, metric), found in compared.items():
+        rows.append({"system": system, "minus": other, "metric": metric, **found._asdict()})
+    return {"systems": systems, "differences": rows}
 
 
 def cell(m, percent=True):
@@ -127,26 +138,40 @@ def markdown_table(head, lines):
     return ["", f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def below_bm25(table):
-    """Lines on trained systems that are worse than BM25."""
+def signed(m):
+    """A difference as `+value [low, high]`."""
+    return "–" if m.value is None else f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
+
+
+def below(compared):
+    """Lines on systems that are below what they are compared with, by the whole interval."""
+    worse = {}
+    for (system, other, metric), m in compared.items():
+        if m.high is not None and m.high < 0:
+            by = f"{METRICS[metric].heading} {signed(m)}"
+            worse.setdefault((system, other), []).append(by)
     lines = []
-    for system in systems_of(table):
-        for metric in ("auroc_4", "ndcg_20"):
-            found, bm25 = (table.get((name, ALL, metric)) for name in (system, "bm25"))
-            trained = system == "teacher" or system.startswith("student")
-            if trained and found and None not in (found.value, bm25.value) and found.value < bm25.value:
-                worse = f"{METRICS[metric].heading} {found.value:.3f}, BM25 {bm25.value:.3f}"
-                lines.append(f"{system} is below BM25: {worse}")
+    for (system, other), found in worse.items():
+        advice = WHAT_TO_DO.get(other, WHAT_TO_DO[None])
+        lines.append(f"{system} is below {other}: {', '.join(found)}; {advice}")
     return lines
 
 
-def summary(table):
+def few_queries(n):
+    """A line where so few queries were judged that an interval says little; or none."""
+    line = f"only {n} evaluation queries: an interval of fewer than {FEW_QUERIES} is a rough guess"
+    return [line] if n < FEW_QUERIES else []
+
+
+def summary(table, compared):
     """Lines for the terminal."""
+    shown = [name for name in metrics_of(table) if name in AUROCS][:1] + ["ndcg_20"]
     lines = []
     for system in systems_of(table):
-        accuracy, ndcg = cell(table[system, ALL, "accuracy"]), cell(table[system, ALL, "ndcg_20"], False)
-        lines.append(f"  {system:<24} accuracy {accuracy:<20}  nDCG@20 {ndcg}")
-    return [*lines, *below_bm25(table)]
+        cells = [f"  {system:<22} accuracy {cell(table[system, ALL, 'accuracy']):<18}"]
+        cells += [f"{METRICS[name].heading} {cell(table[system, ALL, name], False)}" for name in shown]
+        lines.append("  ".join(cells))
+    return [*lines, *below(compared)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,38 +208,58 @@ def facts(run, read, evaluation):
     return [(name, str(value)) for name, value in known if value]
 
 
-def report(table, about, temperatures, evaluation, pages):
-    """report.md. about: pairs of facts(); evaluation: columns of its rows; pages: {file: caption}."""
-    systems, metrics = systems_of(table), metrics_of(table)
-    languages = sorted(languages_of(table))
+def report(table, compared, about, temperatures, evaluation, pages):
+    """report.md. compared: differences() of stage 05; about: pairs of facts(); evaluation: columns of its
+    rows; pages: {file: caption}."""
+    metrics, queries = metrics_of(table), len(np.unique(evaluation["query_index"]))
     lines = ["# Evaluation", ""]
     for name, value in about:
         lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
     lines += ["", "In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
     body = []
-    for system in systems:
+    for system in systems_of(table):
         found = [cell(table.get((system, ALL, metric)), METRICS[metric].percent) for metric in metrics]
         body.append([escaped(system), *found])
     lines += markdown_table(["system", *(METRICS[metric].heading for metric in metrics)], body)
     lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics]
-    lines += ["", *(f"**{line}**\n" for line in map(escaped, below_bm25(table)))]
-    lines += [*beside_the_paper(table), "## Accuracy by language, %"]
-    body = []
-    for system in systems:
+    lines += ["", *(f"**{escaped(line)}**\n" for line in few_queries(queries) + below(compared))]
+    lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
+    lines += [*of_temperatures(temperatures), "## Plots", ""]
+    for name, caption in {**CAPTIONS, **pages}.items():
+        if name != "accuracy_by_language.png" or len(languages_of(table)) > 1:
+            lines += [f"![{name}]({name})", "", escaped(caption), ""]
+    return "\n".join(lines)
+
+
+def of_differences(compared):
+    """What training brings, as a table."""
+    metrics = list(dict.fromkeys(metric for _, _, metric in compared))
+    lines = ["## What training brings", "", "Differences on the same resamples of the queries; each trained "
+             "system beside the best of those that need no training, by each metric."]  # fmt: skip
+    cells = {}
+    for (system, other, metric), m in compared.items():
+        cells.setdefault(f"{system} − {other}", {})[metric] = signed(m)
+    body = [[escaped(pair), *(found.get(m, "") for m in metrics)] for pair, found in cells.items()]
+    return lines + markdown_table(["difference", *(METRICS[metric].heading for metric in metrics)], body)
+
+
+def by_language(table, evaluation):
+    """Accuracy by language, where there are several."""
+    languages = sorted(languages_of(table))
+    if len(languages) < 2:
+        return []
+    body, few = [], []
+    for system in systems_of(table):
         found = [cell(table[system, language, "accuracy"]) for language in languages]
         body.append([escaped(system), *found])
-    few = []
     for language in languages:
         queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
         few += [language] * (len(queries) < FEW_QUERIES)
     head = [f"{escaped(language)}{' †' * (language in few)}" for language in languages]
-    lines += markdown_table(["system", *head], body)
+    lines = ["## Accuracy by language, %", *markdown_table(["system", *head], body)]
     if few:
         lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
-    lines += [*of_temperatures(temperatures), "## Plots", ""]
-    for name, caption in {**CAPTIONS, **pages}.items():
-        lines += [f"![{name}]({name})", "", escaped(caption), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def beside_the_paper(table):

@@ -89,7 +89,7 @@ def test_the_command_of_a_card_gives_the_same_settings(tmp_path):
 def test_05_puts_the_metrics_in(run):
     interval = stage("05").Interval
     table = {}
-    for system in ("bm25", "teacher", "student"):
+    for system in ("bm25", "match", "teacher", "student"):
         for language in ("", "de"):
             table[system, language, "accuracy"] = interval(0.7, 0.65, 0.75)
             table[system, language, "ndcg_20"] = interval(0.9, 0.8, 1.0)
@@ -99,6 +99,7 @@ def test_05_puts_the_metrics_in(run):
     before = (run / "student" / "README.md").read_text(encoding="utf-8")
     after = (folder / "student.md").read_text(encoding="utf-8")
     assert "| de | 70.0 [65.0, 75.0] | 0.900 [0.800, 1.000] |" in after and "50 human-labelled" in after
+    assert "| all: match, untrained | 70.0" in after and "bm25, untrained" in after
     assert parts(after)[0] == parts(before)[0]
     start, end = before.index(cards.EVALUATION), before.index("\n## Limits")
     assert after.startswith(before[:start]) and after.endswith(before[end:])

@@ -234,30 +234,55 @@ def test_table_of_two_levels():
     language = np.array(["en", "de"], dtype=object)[query % 2]
     rows = {"label": y, "query_index": query, "language": language, "teacher": p}
     systems = {"bm25": (p, score), "student": (p, score)}
-    table = evaluate.measure(systems, rows, np.array([1, 5]), 10, 0)
+    table, compared = evaluate.measure(systems, rows, np.array([1, 5]), 10, 0)
     shared = ["accuracy", "auroc_4", "ndcg_20", "ece"]
     for tag in ("", "en", "de"):
         for system, names in (("bm25", shared), ("student", [*shared, "kl_to_teacher"])):
             assert [m for s, t, m in table if (s, t) == (system, tag)] == names
     assert table["student", "", "kl_to_teacher"].value == 0
-    nested = report.nested(table)["systems"]
+    nested = report.nested(table, compared)["systems"]
     assert list(nested) == ["bm25", "student"] and list(nested["bm25"]["by_language"]) == ["de", "en"]
     assert nested["bm25"]["overall"]["accuracy"] == table["bm25", "", "accuracy"]._asdict()
 
 
-def test_a_trained_system_below_bm25_is_told():
-    def one(value):
-        return evaluate.Interval(value, value, value)
+def test_differences_are_paired_and_beside_the_best_untrained_system():
+    """The same as resampling the rows of both by hand; noise is not told as a loss."""
+    y, good, score, query = sample()
+    bad = np.random.default_rng(9).dirichlet(np.ones(5), len(y))
+    right = 0.5 * np.eye(5)[y - 1] + 0.5 * good
+    rows = {"label": y, "query_index": query, "teacher": good}
+    rows["language"] = np.array(["en", "de"], dtype=object)[query % 2]
+    probabilities = {"bm25": bad, "embedding": right, "match": bad, "student_human_labels": right,
+                     "student": bad, "teacher": right * 0.9 + 0.02}  # fmt: skip
+    systems = {name: (p, evaluate.expected_level(p)) for name, p in probabilities.items()}
+    table, compared = evaluate.measure(systems, rows, np.arange(1, 6), 50, 4)
+    pairs = {(system, other) for system, other, _ in compared}
+    trained = ("student_human_labels", "student", "teacher")
+    beside = {("student", "student_human_labels"), ("teacher", "student")}
+    assert pairs == beside | {(name, "embedding") for name in trained}
+    assert {metric for _, _, metric in compared} == {"auroc_4", "ndcg_20"}
+    drawn = []
+    for name in ("student", "embedding"):
+        p, score = systems[name]
+        drawn.append(evaluate.Measured(y, p, score, query).bootstrap(50, 4)[1]["auroc_4"])
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    m = compared["student", "embedding", "auroc_4"]
+    assert (m.low, m.high) == pytest.approx((low, high), abs=1e-6)
+    gap = table["student", "", "auroc_4"].value - table["embedding", "", "auroc_4"].value
+    assert m.value == pytest.approx(gap, abs=2e-6)
+    assert compared["student_human_labels", "embedding", "ndcg_20"] == (0, 0, 0)
 
-    table = {}
-    for system, auroc, ndcg in (("majority", 0.5, 0.4), ("bm25", 0.9, 0.8), ("student", 0.95, 0.7),
-                                ("student_x", 0.91, 0.81), ("teacher", 0.8, None)):  # fmt: skip
-        table |= {(system, "", "auroc_4"): one(auroc), (system, "", "ndcg_20"): one(ndcg)}
-        table |= {(system, "en", "auroc_4"): one(0.1), (system, "", "accuracy"): one(0.5)}
-    lines = report.below_bm25(table)
-    assert len(lines) == 2 and "0.700" in lines[0] and "0.800" in lines[0]
-    assert lines[0].startswith("student is below BM25") and lines[1].startswith("teacher is below BM25")
-    assert report.summary(table)[-2:] == lines
+    lines = report.below(compared)
+    assert [line.split(":")[0] for line in lines] == [
+        "student is below embedding", "student is below student_human_labels",
+    ]  # fmt: skip
+    assert "AUROC ≥4 -0." in lines[0] and "nDCG@20 -0." in lines[0] and "more queries" in lines[0]
+    assert report.summary(table, compared)[-2:] == lines
+    assert report.nested(table, compared)["differences"][0]["minus"] == "embedding"
+
+
+def test_few_queries_are_told():
+    assert report.few_queries(30) == [] and "only 29 " in report.few_queries(29)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -324,12 +349,30 @@ def test_bm25_system(levels):
     train = {"label": label, "bm25": np.maximum(0, label * 3 + rng.normal(size=300)).astype(np.float32)}
     p, score = evaluate.bm25_system(train, train)
     np.testing.assert_allclose(p.sum(1), 1)
-    assert (p[:, [k - 1 for k in range(1, 6) if k not in levels]] == 0).all()
+    assert (p[:, [k - 1 for k in range(1, 6) if k not in levels]] < 1e-8).all()
     if len(levels) > 1:
         assert np.corrcoef(evaluate.expected_level(p), label)[0, 1] > 0.9
     else:
-        assert (p[:, 3] == 1).all()
+        assert (p[:, 3] > 1 - 1e-7).all()
     np.testing.assert_array_equal(score, train["bm25"])
+
+
+def test_embedding_system_ranks_by_the_cosine():
+    """Its probabilities follow the training labels."""
+    train = {"text_cosine": np.linspace(-1, 1, 200), "label": np.repeat([1, 5], 100)}
+    p, score = evaluate.embedding_system(train, {"text_cosine": np.array([0.9, -0.9, 0.1])})
+    assert (score == [0.9, -0.9, 0.1]).all() and np.allclose(p.sum(1), 1)
+    assert p[0, 4] > 0.9 and p[1, 0] > 0.9 and p[2, 4] > p[2, 0]
+
+
+def test_match_system_reads_the_features_that_it_is_told():
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 6, 300)
+    train = {"label": label, "a": rng.normal(size=300), "b": label + 0.01 * rng.normal(size=300)}
+    p, score = evaluate.match_system(["a", "b"], train, train)
+    assert (p.argmax(1) + 1 == label).mean() > 0.9
+    np.testing.assert_array_equal(score, evaluate.expected_level(p))
+    assert (evaluate.match_system(["a"], train, train)[0].argmax(1) + 1 == label).mean() < 0.5
 
 
 def test_expected_level():

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, environment, script, stage, stop_line
+from helpers import ROOT, SYSTEMS, environment, script, stage, stop_line
 
 import common
 from data.tables import RawTables
@@ -161,7 +161,7 @@ def test_soft_labels(pipeline):
 def test_metrics(pipeline):
     run, _ = pipeline
     systems = read_json(run / "report" / "metrics.json")["systems"]
-    assert list(systems) == ["majority", "bm25", "student_human_labels", "student", "teacher"]
+    assert list(systems) == SYSTEMS
     names = ["accuracy", "within_one", "auroc_3", "auroc_4", "auroc_5", "ndcg_20", "ece"]
     for system, parts in systems.items():
         assert set(parts["by_language"]) == {"en", "es", "fr", "de"}
