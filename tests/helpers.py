@@ -20,7 +20,7 @@ from runs.terminal import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"
-SYSTEMS = "majority bm25 embedding match student_human_labels student teacher".split()  # of a report
+SYSTEMS = ["majority", "bm25", "embedding", "match", "student_human_labels", "student", "teacher"]
 STAGES = {
     "01": "01_build_features",
     "02": "02_train_teacher",
