@@ -1,15 +1,15 @@
-"""benchmarks/peer_quality.py: the same rows for the peer, and paired intervals."""
+"""experiments/peer_quality.py: the same rows for the peer, and paired intervals."""
 
 import importlib.util
 import json
 
 import numpy as np
-import peer_quality
 import pyarrow.parquet as pq
 import pytest
 from helpers import mark_finished, stop_line, synthetic
 
 from data.splits import hash_split, in_hash_split
+from experiments import peer_quality
 from runs.files import write_json
 from runs.pairs import read_labelled
 
@@ -19,6 +19,7 @@ TRAINED = {
     "encoder_lr": 1e-3,
     "lr": 1e-2,
     "warmup": 0.1,
+    "precision": "fp32",
     "weight_decay": 0.01,
     "rows": None,
     "seed": 3,
@@ -58,6 +59,8 @@ def test_settings_are_the_teachers(labelled_run):
     args = peer_quality.parse_args(["--run", "x"])
     found = peer_quality.peer_settings(TRAINED, about, args)
     assert found["learning_rate"] is None and found["seed"] == 3 and found["max_tokens"] == 32
+    fast = {**TRAINED, "precision": "bf16"}
+    assert not found["bf16"] and peer_quality.peer_settings(fast, about, args)["bf16"]
     args = peer_quality.parse_args(["--run", "x", "--learning-rate", "5e-5", "--seed", "0"])
     found = peer_quality.peer_settings(TRAINED, about, args)
     assert found["learning_rate"] == 5e-5 and found["seed"] == 0
@@ -122,7 +125,7 @@ def test_a_peer_learns(models):
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
     settings = {"max_tokens": 16, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1}
-    settings |= {"weight_decay": 0.01, "seed": 0}
+    settings |= {"weight_decay": 0.01, "bf16": False, "seed": 0}
     encoder = peer_quality.train_peer(str(models["bert"]), pairs, labels, settings)
     p, score = peer_quality.peer_system(encoder, pairs)
     assert np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) + 1 == labels).all()

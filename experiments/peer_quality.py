@@ -1,17 +1,17 @@
 """Quality beside what a user would use instead, on the same rows: paired intervals of the differences.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/peer_quality.py --run outputs/msrd                   minutes: a CrossEncoder is trained
-    python benchmarks/peer_quality.py --run outputs/msrd --without-peer    seconds: what needs no training
+    python experiments/peer_quality.py --run outputs/msrd                   minutes: a CrossEncoder is trained
+    python experiments/peer_quality.py --run outputs/msrd --without-peer    seconds: what needs no training
 
 Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labelled.parquet, RUN/student*/
 Writes  a table; with --json FILE also there
 
     cross_encoder   sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base model,
-                    training rows, text fields, greatest length, epochs, batch size, warm-up and decay;
-                    cross-entropy of the five levels. Its own: the learning rate, one linear layer for a head;
-                    a pair longer than the greatest length loses the end of the pin text, or of the query
-                    where that is longer
+                    training rows, text fields, greatest length, epochs, batch size, warm-up, decay and
+                    precision; cross-entropy of the five levels. Its own: the learning rate, one linear layer
+                    for a head; a pair longer than the greatest length loses the end of the pin text, or of
+                    the query where that is longer
     the others      as stage 05 has them
 
 Intervals: 95 %, bootstrap over queries; a difference is taken on the same resample of the queries for both.
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +35,7 @@ from common import NUM_LEVELS  # noqa: E402
 from data.splits import query_key  # noqa: E402
 from runs.files import read_json, write_json  # noqa: E402
 from runs.finished import require_finished  # noqa: E402
+from runs.hardware import pick_device, pick_dtype  # noqa: E402
 from runs.models import quiet_libraries  # noqa: E402
 from runs.pairs import read_labelled  # noqa: E402
 from runs.rows import split_rows  # noqa: E402
@@ -75,7 +77,7 @@ def pair_texts(features, fields, rows):
 
 def train_peer(model, pairs, labels, settings):
     """A CrossEncoder trained on pairs [(query, pin text)] and their labels [B] in 1..5. settings: max_tokens,
-    epochs, batch_size, learning_rate, warmup, weight_decay, seed."""
+    epochs, batch_size, learning_rate, warmup, weight_decay, bf16, seed."""
     try:
         from datasets import Dataset
         from sentence_transformers.cross_encoder import (
@@ -105,6 +107,7 @@ def train_peer(model, pairs, labels, settings):
             **({"learning_rate": rate} if rate else {}),
             warmup_steps=settings["warmup"],  # below 1: a share of the steps
             weight_decay=settings["weight_decay"],
+            bf16=settings["bf16"],
             seed=settings["seed"],
             save_strategy="no",
             logging_strategy="no",
@@ -136,6 +139,7 @@ def peer_settings(made, about, args):
         "learning_rate": args.learning_rate,
         "warmup": made["warmup"],
         "weight_decay": made["weight_decay"],
+        "bf16": pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16,
         "seed": made["seed"] if args.seed is None else args.seed,
     }
 
