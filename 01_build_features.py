@@ -8,14 +8,12 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
                         labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;
                         bm25.parquet, graph.parquet: what the features of a new text need
 
-Toy     python data/make_toy.py && python 01_build_features.py
+Toy     python data/toy/make_toy.py && python 01_build_features.py
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
 Later   the same with --update, on a dataset that has grown: what is old stays as it is
 """
 
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -26,22 +24,23 @@ import pyarrow.parquet as pq
 import torch
 
 from common import FIELDS, MATCH_FEATURES
-from data.embeddings import own_embeddings, users_embedding
-from data.images import read_pictures, write_skipped
-from data.indexed import index_pairs, number_rows, pair_numbers
-from data.splits import in_hash_split
-from data.tables import RawTables, levels_of
-from runs import models
-from runs.bm25 import PairBM25, tokenize
-from runs.captions import caption_pictures, captions_of, reuse_captions
-from runs.encoders import TextEncoder, embed_texts
-from runs.files import hashed, write_parquet
-from runs.graph import graph_embedding
-from runs.hardware import pick_hardware
-from runs.settings import ROOT, Count, ModelSettings, Size, Width, parse
-from runs.streams import keep_chunks, row_groups, slices, write_stream
-from runs.terminal import Stop, run_main
-from runs.update import inputs_of, models_used, open_features
+from lib import models
+from lib.inputs.bm25 import PairBM25, tokenize
+from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
+from lib.inputs.encoders import TextEncoder, embed_texts
+from lib.inputs.graph import graph_embedding
+from lib.inputs.match import MatchFeatures, pin_texts, query_texts
+from lib.inputs.update import inputs_of, models_used, open_features
+from lib.stages.files import hashed, write_parquet
+from lib.stages.hardware import pick_hardware
+from lib.stages.settings import ROOT, Count, ModelSettings, Size, Width, parse
+from lib.stages.streams import keep_chunks, slices, write_stream
+from lib.stages.terminal import Stop, run_main
+from lib.tables.embeddings import own_embeddings, users_embedding
+from lib.tables.images import read_pictures, write_skipped
+from lib.tables.indexed import index_pairs, number_rows, pair_numbers
+from lib.tables.raw import RawTables, levels_of
+from lib.tables.splits import in_hash_split
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Settings(ModelSettings):
     """The flags of stage 01; these are the toy's values."""
 
     update: bool = False  # take in what is new in a dataset that has grown; old features stay comparable
-    data: Path = ROOT / "data" / "toy"  # dataset folder with the raw tables
+    data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
     levels: str = ""  # what labels other than 1 to 5 mean, such as E=5,S=4,C=3,I=1
-    caption_model: str = str(ROOT / "data/toy_models/blip")  # BLIP; its vision tower also embeds the image
+    caption_model: str = str(ROOT / "data/toy/models/blip")  # BLIP; its vision tower also embeds the image
     caption_tokens: Count = 12  # longest caption, in tokens
     image_batch: Count = 64  # images a captioning batch
-    text_encoder: str = str(ROOT / "data/toy_models/bert")  # mean-pooled encoder of query and pin texts
+    text_encoder: str = str(ROOT / "data/toy/models/bert")  # mean-pooled encoder of query and pin texts
     text_tokens: Count = 64  # longest text the text encoder sees, in tokens
     token_batch: Count = 4_096  # tokens a text-encoder batch, padding included
     as_of: date | None = None  # end of the two-year engagement window (default: the log's newest date)
@@ -98,28 +97,6 @@ WINDOW_YEARS = 2  # paper: engaged queries of the past two years
 MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
 EVAL_SHARE = 0.1  # the paper has 30 thousand evaluation labels beside 280 thousand for training
 CHUNK = 4_096  # images captioned, or texts embedded, between two files of a resumable cache
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Texts
-
-
-def pin_text(columns, row):
-    """All text of a pin, the document that BM25 and the text encoder see."""
-    return " ".join(columns[name][row] for name in FIELDS if columns[name][row])
-
-
-def pin_texts(path, rows=20_000):
-    """The text of every pin of a pins.parquet in index order, in lists of `rows`."""
-    for table in slices(row_groups(path, FIELDS), rows):
-        columns = table.to_pydict()
-        yield [pin_text(columns, row) for row in range(len(table))]
-
-
-def query_texts(path, rows=20_000):
-    """Likewise the text of every query of a queries.parquet."""
-    for table in slices(row_groups(path, ["query"]), rows):
-        yield table["query"].to_pylist()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,36 +188,6 @@ def write_pins(raw, captions, path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Match features of pairs
-
-
-class MatchFeatures:
-    """The four match features of pairs: BM25, share of query tokens matched, cosine of the text embeddings,
-    and log(1 + engagement events of that query on that pin within the window)."""
-
-    def __init__(self, bm25, query_vectors, pin_vectors, chunk=1 << 13):
-        """Vectors [queries, D] and [pins, D]; of different width: the cosine is 0."""
-        self.bm25, self.query_vectors, self.pin_vectors, self.chunk = bm25, query_vectors, pin_vectors, chunk
-        self.threads = ThreadPoolExecutor(os.cpu_count())  # NumPy and PyTorch release the interpreter lock
-
-    def __call__(self, query, pin, engaged):
-        """Query and pin indices [B] and events [B] -> {feature: float32 [B]}."""
-        out = {name: np.zeros(len(query), dtype=np.float32) for name in MATCH_FEATURES}
-        out["engagement"][:] = np.log1p(engaged)
-        fill = functools.partial(self.fill, out, query, pin)
-        starts = range(0, len(query), self.chunk)
-        list((self.threads.map if len(starts) > 1 else map)(fill, starts))
-        return out
-
-    def fill(self, out, query, pin, start):
-        """The first three features of a chunk that fits into a core's cache."""
-        rows = slice(start, start + self.chunk)
-        query, pin = query[rows], pin[rows]
-        out["bm25"][rows], out["terms_matched"][rows] = self.bm25.score(query, pin)
-        if self.query_vectors.shape[1] == self.pin_vectors.shape[1]:
-            q = torch.from_numpy(self.query_vectors[query]).float()
-            p = torch.from_numpy(self.pin_vectors[pin]).float()
-            cosine = (q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)
-            out["text_cosine"][rows] = cosine.numpy()
 
 
 def pair_features(match, names, pairs):

@@ -24,22 +24,23 @@ import torch
 import torch.nn.functional as F
 
 from common import FIELDS, PairText, Teacher, linear_warmup_decay
-from runs import cards, models, summary
-from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
-from runs.files import write_jsonl
-from runs.finished import require_finished
-from runs.held_out import LOWER, held_out_scores, warn_if_useless
-from runs.processes import start_processes, start_stage
-from runs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
-from runs.settings import ROOT, Count, ModelSettings, NonNegative, Positive, Share, Size, Width, parse
-from runs.terminal import Stop, progress_bar, run_main, stop_on_error
+from lib import models
+from lib.inputs.held_out import LOWER, held_out_scores, warn_if_useless
+from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
+from lib.results import cards, summary
+from lib.stages.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
+from lib.stages.files import write_jsonl
+from lib.stages.finished import require_finished
+from lib.stages.processes import start_processes, start_stage
+from lib.stages.settings import ROOT, Count, ModelSettings, NonNegative, Positive, Share, Size, Width, parse
+from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
     """What stage 02 is told."""
 
-    model: str = str(ROOT / "data/toy_models/llama")  # folder written by save_pretrained, or hub id
+    model: str = str(ROOT / "data/toy/models/llama")  # folder written by save_pretrained, or hub id
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
     long_queries: Literal["stop", "cut"] = "stop"  # of a query that does not fit: stop, or cut it in half

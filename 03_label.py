@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 import torch
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
-from runs import models, summary
-from runs.inherited import require_teacher, require_trained_on, teacher_identity
-from runs.pairs import KeptLabels, count_rows, write_labels
-from runs.processes import start_processes, start_stage
-from runs.rows import PairShards, hash_rows, tokenized, unique_rows
-from runs.settings import Count, ModelSettings, Size, parse
-from runs.terminal import progress_bar, run_main, stop_on_error
+from lib import models
+from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
+from lib.inputs.pairs import KeptLabels, count_rows, write_labels
+from lib.inputs.rows import PairShards, hash_rows, tokenized, unique_rows
+from lib.results import summary
+from lib.stages.processes import start_processes, start_stage
+from lib.stages.settings import Count, ModelSettings, Size, parse
+from lib.stages.terminal import progress_bar, run_main, stop_on_error
 
 
 @dataclass(frozen=True)

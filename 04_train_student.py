@@ -25,17 +25,27 @@ import numpy as np
 import torch
 
 from common import NUM_LEVELS, Student, linear_warmup_decay
-from runs import cards, summary
-from runs.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
-from runs.export import CHECKED_ROWS, save_for_serving
-from runs.files import write_jsonl
-from runs.hardware import pick_device
-from runs.inherited import require_languages, require_pairs
-from runs.pairs import PairFiles, TrainingRows, ahead, read_labels
-from runs.settings import Count, DeviceSettings, NonNegative, Positive, Share, Size, Temperature, Width, parse
-from runs.stage import Stage
-from runs.student_inputs import StudentInputs
-from runs.terminal import Stop, progress_bar, run_main
+from lib.inputs.inherited import require_languages, require_pairs
+from lib.inputs.pairs import PairFiles, TrainingRows, ahead, read_labels
+from lib.inputs.student_inputs import StudentInputs
+from lib.results import cards, summary
+from lib.results.export import CHECKED_ROWS, save_for_serving
+from lib.stages.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
+from lib.stages.files import write_jsonl
+from lib.stages.hardware import pick_device
+from lib.stages.settings import (
+    Count,
+    DeviceSettings,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Temperature,
+    Width,
+    parse,
+)
+from lib.stages.stage import Stage
+from lib.stages.terminal import Stop, progress_bar, run_main
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ import torch
 from sklearn.metrics import ndcg_score
 
 from common import NUM_LEVELS, Student
+from lib.inputs.inherited import require_systems, students_of
+from lib.inputs.pairs import read_labelled
 from lib.inputs.regression import fit_regression, match_names, stacked
-from runs import cards, pictures, report
-from runs.files import write_json
-from runs.inherited import require_systems, students_of
-from runs.pairs import read_labelled
-from runs.settings import Range, Size, StageSettings, parse
-from runs.stage import Stage
-from runs.student_inputs import StudentInputs
-from runs.temperatures import at_temperature, fit_temperatures
-from runs.terminal import run_main
+from lib.inputs.student_inputs import StudentInputs
+from lib.results import cards, pictures, report
+from lib.results.temperatures import at_temperature, fit_temperatures
+from lib.stages.files import write_json
+from lib.stages.settings import Range, Size, StageSettings, parse
+from lib.stages.stage import Stage
+from lib.stages.terminal import run_main
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from runs.files import read_json, write_json
-from runs.models import load_backbone, load_lora, output_width
-from runs.terminal import Stop
+from lib.models import load_backbone, load_lora, output_width
+from lib.stages.files import read_json, write_json
+from lib.stages.terminal import Stop
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  The text of a pair and its tokens  (paper: "Pin Text Representations")

@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 from common import NUM_LEVELS, PairText, Teacher  # noqa: E402
-from runs import models  # noqa: E402
-from runs.files import write_json  # noqa: E402
-from runs.hardware import pick_dtype  # noqa: E402
-from runs.terminal import Stop, run_main  # noqa: E402
+from lib import models  # noqa: E402
+from lib.stages.files import write_json  # noqa: E402
+from lib.stages.hardware import pick_dtype  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
 
 soft_labels = importlib.import_module("03_label").soft_labels
 

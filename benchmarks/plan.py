@@ -23,11 +23,11 @@ from transformers import AutoConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import Teacher  # noqa: E402
-from data.tables import RawTables  # noqa: E402
-from runs import models  # noqa: E402
-from runs.finished import require_finished  # noqa: E402
-from runs.settings import NonNegative, Positive  # noqa: E402
-from runs.terminal import run_main  # noqa: E402
+from lib import models  # noqa: E402
+from lib.stages.finished import require_finished  # noqa: E402
+from lib.stages.settings import NonNegative, Positive  # noqa: E402
+from lib.stages.terminal import run_main  # noqa: E402
+from lib.tables.raw import RawTables  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())  # as published with the weights

@@ -39,8 +39,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from runs.files import hashed, list_files, read_json, write_json  # noqa: E402
-from runs.student_inputs import StudentInputs  # noqa: E402
+from lib.inputs.student_inputs import StudentInputs  # noqa: E402
+from lib.stages.files import hashed, list_files, read_json, write_json  # noqa: E402
 
 
 def words_of(row, count, salt):
@@ -184,7 +184,7 @@ def tiny_encoder(folder):
 LOGS = """
 import importlib, sys
 from pathlib import Path
-from data.tables import RawTables
+from lib.tables.raw import RawTables
 data, memory = Path(sys.argv[1]), sys.argv[2]
 raw = RawTables(data, memory, spill=data / "spill")
 importlib.import_module("01_build_features").text_from_logs(raw, None, 6)
@@ -223,7 +223,7 @@ def rank_bm25_rate(run, rng, pins_a_query=20, seconds=10):
     import pyarrow.parquet as pq
     from rank_bm25 import BM25Okapi
 
-    from runs.bm25 import tokenize
+    from lib.inputs.bm25 import tokenize
 
     stage = importlib.import_module("01_build_features")
     queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
@@ -325,7 +325,7 @@ def random_labels(run):
     """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
     import pyarrow.parquet as pq
 
-    from runs.files import write_parquet
+    from lib.stages.files import write_parquet
 
     rng, features, labels = np.random.default_rng(0), run / "features", run / "labels"
     for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:

@@ -30,11 +30,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import FIELDS, PairText, Student, Teacher, side_of  # noqa: E402
-from runs import models  # noqa: E402
-from runs.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
-from runs.files import write_json  # noqa: E402
-from runs.ranker import Query, Ranker  # noqa: E402
-from runs.terminal import run_main  # noqa: E402
+from lib import models  # noqa: E402
+from lib.results.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
+from lib.stages.files import write_json  # noqa: E402
+from lib.stages.terminal import run_main  # noqa: E402
+from serving.ranker import Query, Ranker  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
 

@@ -35,11 +35,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, Teacher, pad_rows  # noqa: E402
-from runs import models  # noqa: E402
-from runs.files import write_json  # noqa: E402
-from runs.hardware import pick_device  # noqa: E402
-from runs.rows import epoch_batches, micro_batches  # noqa: E402
-from runs.terminal import run_main  # noqa: E402
+from lib import models  # noqa: E402
+from lib.inputs.rows import epoch_batches, micro_batches  # noqa: E402
+from lib.stages.files import write_json  # noqa: E402
+from lib.stages.hardware import pick_device  # noqa: E402
+from lib.stages.terminal import run_main  # noqa: E402
 
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())

@@ -39,10 +39,10 @@ import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.splits import in_hash_split, query_key  # noqa: E402
-from runs.files import link_or_copy, whole_file, write_parquet  # noqa: E402
-from runs.settings import ROOT  # noqa: E402
-from runs.terminal import Stop, run_main  # noqa: E402
+from lib.stages.files import link_or_copy, whole_file, write_parquet  # noqa: E402
+from lib.stages.settings import ROOT  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.tables.splits import in_hash_split, query_key  # noqa: E402
 
 HOME = "github.com/cormacparle/media-search-signal-test, sql/ratedSearchResult_20211207.sql"
 LAST_TYPED = 10_690  # id of the last search that somebody typed

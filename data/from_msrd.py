@@ -25,11 +25,11 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.files import plain_cell  # noqa: E402
-from data.splits import in_hash_split  # noqa: E402
-from runs.files import whole_file, write_parquet  # noqa: E402
-from runs.settings import ROOT  # noqa: E402
-from runs.terminal import Stop, run_main  # noqa: E402
+from lib.stages.files import whole_file, write_parquet  # noqa: E402
+from lib.stages.settings import ROOT  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.tables.files import plain_cell  # noqa: E402
+from lib.tables.splits import in_hash_split  # noqa: E402
 
 LEVEL = {"0": 1, "1": 5}  # grade -> level
 SOURCE = "github.com/elastic/elasticsearch-labs, notebooks/search/sample_data/learning-to-rank/"

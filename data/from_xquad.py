@@ -39,9 +39,9 @@ from pathlib import Path
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runs.files import whole_file, write_parquet  # noqa: E402
-from runs.settings import ROOT  # noqa: E402
-from runs.terminal import Stop, run_main  # noqa: E402
+from lib.stages.files import whole_file, write_parquet  # noqa: E402
+from lib.stages.settings import ROOT  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")

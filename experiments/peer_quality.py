@@ -32,14 +32,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS  # noqa: E402
-from data.splits import query_key  # noqa: E402
-from runs.files import read_json, write_json  # noqa: E402
-from runs.finished import require_finished  # noqa: E402
-from runs.hardware import pick_device, pick_dtype  # noqa: E402
-from runs.models import quiet_libraries  # noqa: E402
-from runs.pairs import read_labelled  # noqa: E402
-from runs.rows import split_rows  # noqa: E402
-from runs.terminal import Stop, run_main  # noqa: E402
+from lib.inputs.pairs import read_labelled  # noqa: E402
+from lib.inputs.rows import split_rows  # noqa: E402
+from lib.models import quiet_libraries  # noqa: E402
+from lib.stages.files import read_json, write_json  # noqa: E402
+from lib.stages.finished import require_finished  # noqa: E402
+from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.tables.splits import query_key  # noqa: E402
 
 stage_02 = importlib.import_module("02_train_teacher")
 stage_05 = importlib.import_module("05_evaluate")

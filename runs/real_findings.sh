@@ -21,7 +21,7 @@ MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER
 LLAMA="$(from_here "${4:?$USAGE}")"; MULTILINGUAL="$(from_here "${5:?$USAGE}")"
 PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
 read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
-findings() { run python -m runs.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags="--preset small" "$@"; }
+findings() { run python -m experiments.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags="--preset small" "$@"; }
 
 # The five stages, with 30 times the human labels in impressions
 MOVIES="$PARENT/msrd"

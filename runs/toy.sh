@@ -6,7 +6,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 RUN="${RUN:-outputs/toy}"
 
-run python data/make_toy.py
+run python data/toy/make_toy.py
 SECONDS=0
 run python 01_build_features.py --run "$RUN"                # captions, text from logs, embeddings, match features
 run python 02_train_teacher.py --run "$RUN"                 # QLoRA on 6,000 English human labels

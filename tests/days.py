@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from helpers import TOY_MODELS, stage
 
-from data.tables import RawTables
-from runs.files import write_parquet
+from lib.stages.files import write_parquet
+from lib.tables.raw import RawTables
 
 NEW = {"query_id": ["q0016", "q0022"], "pin_id": ["p00008", "p00011", "p00018", "p00031", "p00044"]}
 

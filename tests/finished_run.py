@@ -7,7 +7,7 @@ import shutil
 import pyarrow.parquet as pq
 from helpers import stage
 
-from data.splits import in_hash_split
+from lib.tables.splits import in_hash_split
 
 
 def student_seed(features):

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 import common
 from common import MATCH_FEATURES
-from data.splits import in_hash_split
-from runs.files import list_files, write_json, write_parquet
-from runs.finished import sealed
-from runs.terminal import Stop
+from lib.stages.files import list_files, write_json, write_parquet
+from lib.stages.finished import sealed
+from lib.stages.terminal import Stop
+from lib.tables.splits import in_hash_split
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODELS = ROOT / "data" / "toy_models"

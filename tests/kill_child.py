@@ -15,8 +15,8 @@ from peft import PeftModel  # noqa: F401
 from transformers import AutoProcessor, BertModel, BlipForConditionalGeneration, LlamaModel  # noqa: F401
 
 from common import Teacher
-from runs import checkpoint
-from runs.terminal import run_main
+from lib.stages import checkpoint
+from lib.stages.terminal import run_main
 
 for number in STAGES:
     stage(number)

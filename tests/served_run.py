@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from helpers import mark_finished, stage
 
 from common import FIELDS, Teacher
-from runs.files import read_json, write_parquet
-from runs.models import load_backbone, load_config, load_tokenizer
+from lib.models import load_backbone, load_config, load_tokenizer
+from lib.stages.files import read_json, write_parquet
 
 
 def soft_labels(pairs, rng):

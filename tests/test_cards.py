@@ -8,7 +8,7 @@ import yaml
 from helpers import stage
 from served_run import served_run
 
-from runs import cards
+from lib.results import cards
 
 
 @pytest.fixture(scope="module")

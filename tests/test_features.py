@@ -29,10 +29,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoTokenizer, BertModel
 
 import common
-from data.tables import RawTables
-from runs import streams
-from runs.files import read_json
-from runs.terminal import Stop
+from lib.stages import streams
+from lib.stages.files import read_json
+from lib.stages.terminal import Stop
+from lib.tables.raw import RawTables
 
 build = stage("01")
 
@@ -650,7 +650,7 @@ def test_the_cache_of_captions_is_of_one_way_of_captioning(tmp_path, flags):
 def test_the_cache_of_captions_survives_overwrite(tmp_path, monkeypatch):
     data = with_pictures(tmp_path)
     first = captioned(data, tmp_path / "run")
-    monkeypatch.setattr("runs.captions.Captioner", None)
+    monkeypatch.setattr("lib.inputs.captions.Captioner", None)
     again = captioned(data, tmp_path / "run", "--top-tokens", "3", "--overwrite")
     assert again.keys() == first.keys() and again["pins.parquet"] == first["pins.parquet"]
 

@@ -1,4 +1,4 @@
-"""runs/comparison.py, runs/findings.py and 03_label.py --only-labelled, on a tiny finished run."""
+"""experiments/comparison.py and findings.py, and 03_label.py --only-labelled, on a tiny finished run."""
 
 import shutil
 
@@ -9,8 +9,8 @@ import pytest
 from finished_run import finished_run
 from helpers import mark_finished, stage, stop_line
 
-from runs import comparison, findings
-from runs.files import read_json, write_parquet
+from experiments import comparison, findings
+from lib.stages.files import read_json, write_parquet
 
 
 @pytest.fixture

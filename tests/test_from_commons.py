@@ -137,7 +137,7 @@ def test_impressions(out, tmp_path):
 
 
 def test_stage_01_takes_it(out, tmp_path):
-    from data.tables import RawTables
+    from lib.tables.raw import RawTables
 
     RawTables(out, spill=tmp_path / "spill").check()
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import stop_line
 
-from data.tables import RawTables
+from lib.tables.raw import RawTables
 
 MOVIES = [
     {

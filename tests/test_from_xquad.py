@@ -134,7 +134,7 @@ def test_titles_zipped_and_again(out, tmp_path):
 
 
 def test_stage_01_takes_it(out, tmp_path):
-    from data.tables import RawTables
+    from lib.tables.raw import RawTables
 
     RawTables(out, spill=tmp_path / "spill").check()
 

@@ -13,9 +13,9 @@ import pytest
 from helpers import ROOT, small_dataset, write_dataset, write_table
 from PIL import Image
 
-from data.images import load_image, read_pictures, write_skipped
-from data.tables import RawTables
-from runs.pictures import picture
+from lib.results.pictures import picture
+from lib.tables.images import load_image, read_pictures, write_skipped
+from lib.tables.raw import RawTables
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -359,7 +359,7 @@ def test_many_huge_pictures_take_the_memory_of_one(tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data.images import load_images
+from lib.tables.images import load_images
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 images = load_images({str(tmp_path)!r}, ["a.png"] * 6)
 assert all(max(image.size) < 1024 for image in images), images

@@ -12,9 +12,9 @@ import torch
 from helpers import environment, stage, stop_line
 
 from common import PairText, Teacher
-from runs import models as loading
-from runs.rows import PairShards, tokenized
-from runs.terminal import Stop
+from lib import models as loading
+from lib.inputs.rows import PairShards, tokenized
+from lib.stages.terminal import Stop
 
 labeller = stage("03")
 
@@ -88,11 +88,11 @@ def test_a_stop_in_a_worker_is_one_line(shards, workers):
 KILLED = {
     "03": """
 import pickle
-from runs.rows import tokenized
+from lib.inputs.rows import tokenized
 made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
 """,
     "01": """
-from runs.bm25 import mapped
+from lib.inputs.bm25 import mapped
 made = mapped(len, ["pin" * 1_000_000] * 50, workers=2)
 """,
 }
@@ -120,8 +120,8 @@ def test_a_worker_that_is_killed_is_one_line(shards, tmp_path):
     (tmp_path / "shards").write_bytes(pickle.dumps(shards))
     code = """
 import multiprocessing, os, pickle, signal, sys
-from runs.rows import tokenized
-from runs.terminal import run_main
+from lib.inputs.rows import tokenized
+from lib.stages.terminal import run_main
 
 def main():
     made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)

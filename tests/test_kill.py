@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import TOY_MODELS, synthetic
 
-from runs.files import read_json
+from lib.stages.files import read_json
 
 KILLS, ENDS = 10, 1  # kills before an end, ends a stage
 if "KILL_ENDS" in os.environ:

@@ -12,8 +12,8 @@ from scipy.special import rel_entr
 from sklearn.metrics import accuracy_score, roc_auc_score
 from torch.nn.functional import kl_div
 
-from data.splits import in_hash_split
-from runs import report, temperatures
+from lib.results import report, temperatures
+from lib.tables.splits import in_hash_split
 
 evaluate = stage("05")
 

@@ -13,10 +13,10 @@ from helpers import TOY_MODELS, stage, stop_line
 from safetensors.torch import load_file, save_file
 
 from common import PairText, Teacher
-from runs import models as loading
-from runs.encoders import Captioner, TextEncoder
-from runs.files import read_json, write_json
-from runs.pairs import read_labels
+from lib import models as loading
+from lib.inputs.encoders import Captioner, TextEncoder
+from lib.inputs.pairs import read_labels
+from lib.stages.files import read_json, write_json
 
 trainer, labeller = stage("02"), stage("03")
 

@@ -19,16 +19,16 @@ from helpers import TOY_MODELS, mark_finished, own_embeddings, small_dataset, st
 from rank_bm25 import BM25Okapi
 from test_kill import content, start, warm  # noqa: F401
 
-from runs import hardware
-from runs import rows as rows_module
-from runs.bm25 import tokenize
-from runs.files import read_json, write_parquet
-from runs.finished import hold, require_finished
-from runs.held_out import prior_scores, warn_if_useless
-from runs.pairs import read_labels
-from runs.ranker import Ranker
-from runs.rows import LabelledRows, hash_rows, unique_rows
-from runs.summary import is_stand_in
+from lib.inputs import rows as rows_module
+from lib.inputs.bm25 import tokenize
+from lib.inputs.held_out import prior_scores, warn_if_useless
+from lib.inputs.pairs import read_labels
+from lib.inputs.rows import LabelledRows, hash_rows, unique_rows
+from lib.results.summary import is_stand_in
+from lib.stages import hardware
+from lib.stages.files import read_json, write_parquet
+from lib.stages.finished import hold, require_finished
+from serving.ranker import Ranker
 
 trainer, labeller = stage("02"), stage("03")
 QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
@@ -439,7 +439,7 @@ def test_what_is_known_is_not_made_again(days, first, monkeypatch, capsys):
         return encoder(self, some)
 
     monkeypatch.setattr(stage("01").TextEncoder, "__call__", counted)
-    monkeypatch.setattr("runs.captions.Captioner", None)
+    monkeypatch.setattr("lib.inputs.captions.Captioner", None)
     inodes = {path.name: path.stat().st_ino for path in first.glob("features/impressions/*")}
     folder = build(data, first, "--update", *encoder_of(days))
     assert len(texts) == 1 and texts[0].startswith("A new title of it")

@@ -9,7 +9,7 @@ from finished_run import finished_run
 from helpers import ROOT
 from nbclient import NotebookClient
 
-from runs.comparison import compare
+from experiments.comparison import compare
 
 NOTEBOOKS = ROOT / "notebooks"
 

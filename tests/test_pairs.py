@@ -10,10 +10,10 @@ import pytest
 from helpers import stage, stop_line, synthetic
 
 from common import MATCH_FEATURES
-from data.database import Database
-from data.splits import hash_split, in_hash_split, query_key
-from runs import pairs
-from runs.files import write_parquet
+from lib.inputs import pairs
+from lib.stages.files import write_parquet
+from lib.tables.database import Database
+from lib.tables.splits import hash_split, in_hash_split, query_key
 
 distil = stage("04")
 

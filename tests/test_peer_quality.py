@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import mark_finished, stop_line, synthetic
 
-from data.splits import hash_split, in_hash_split
 from experiments import peer_quality
-from runs.files import write_json
-from runs.pairs import read_labelled
+from lib.inputs.pairs import read_labelled
+from lib.stages.files import write_json
+from lib.tables.splits import hash_split, in_hash_split
 
 TRAINED = {
     "epochs": 1,

@@ -14,11 +14,11 @@ import torch
 from helpers import ROOT, SYSTEMS, environment, script, stage, stop_line
 
 import common
-from data.tables import RawTables
-from runs.files import read_json, write_json
-from runs.finished import hold
-from runs.models import load_config, load_tokenizer
-from runs.terminal import run_main
+from lib.models import load_config, load_tokenizer
+from lib.stages.files import read_json, write_json
+from lib.stages.finished import hold
+from lib.stages.terminal import run_main
+from lib.tables.raw import RawTables
 
 STEPS = (  # stage, its settings: the toy's with little training
     ("01", "--shard-rows", "700"),
@@ -266,7 +266,9 @@ def test_changed_data_is_noticed_and_overwrite_makes_it_anew(copied, toy, tmp_pa
     (data / "labels.csv").write_text("\n".join(lines[:-1]) + "\n")
     line = stop_line(stage("01").main, argv)
     assert "table labels" in line and "--overwrite" in line
-    monkeypatch.setattr("runs.captions.Captioner", None)  # the captions are kept: no image is captioned again
+    monkeypatch.setattr(
+        "lib.inputs.captions.Captioner", None
+    )  # the captions are kept: no image is captioned again
     stage("01").main([*argv, "--overwrite"])
     # What was made from the earlier features is not mixed with the new ones.
     assert "03_label.py" in stop_line(stage("04").main, ["--run", str(copied), "--device", "cpu"])

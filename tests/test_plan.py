@@ -5,7 +5,7 @@ import plan
 import pytest
 from helpers import stage
 
-from runs.files import write_json
+from lib.stages.files import write_json
 
 # Millions of parameters without language-model head and pooler, head of ours included where noted.
 SIZES = {

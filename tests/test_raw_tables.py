@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import FIELDS, MATCH_FEATURES
-from data.tables import RawTables
-from runs.files import read_json
-from runs.terminal import Stop
+from lib.stages.files import read_json
+from lib.stages.terminal import Stop
+from lib.tables.raw import RawTables
 
 build = stage("01")
 

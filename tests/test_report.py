@@ -13,8 +13,8 @@ import torch
 from helpers import SYSTEMS, mark_finished, stage, stop_line, synthetic
 
 from common import Student
-from runs import pictures, report
-from runs.files import read_json, write_json, write_parquet
+from lib.results import pictures, report
+from lib.stages.files import read_json, write_json, write_parquet
 
 distil, evaluate = stage("04"), stage("05")
 TEXTS = ["$10 50% off $20", "椅子 🪑", "<img src=x onerror=alert(1)> | # **b**", "a\tb\nc"]

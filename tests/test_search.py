@@ -19,14 +19,15 @@ from rank_bm25 import BM25Okapi
 from served_run import served_run
 
 from common import FIELDS, MATCH_FEATURES, Student
-from data.tables import RawTables
-from runs import export, search
-from runs import ranker as ranker_module
-from runs.bm25 import tokenize
-from runs.files import read_json, write_json
-from runs.ranker import Pin, Query, Ranker
-from runs.student_inputs import StudentInputs
-from runs.terminal import Stop
+from lib.inputs.bm25 import tokenize
+from lib.inputs.student_inputs import StudentInputs
+from lib.results import export
+from lib.stages.files import read_json, write_json
+from lib.stages.terminal import Stop
+from lib.tables.raw import RawTables
+from serving import ranker as ranker_module
+from serving import search
+from serving.ranker import Pin, Query, Ranker
 
 LANGUAGES = ("en", "es", "fr", "de")
 
@@ -436,9 +437,9 @@ def post(port, question):
 
 @pytest.fixture(scope="module")
 def port(run):
-    """The service of runs/service.py, by uvicorn, in a process of its own."""
+    """The service of serving/service.py, by uvicorn, in a process of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "runs.service:app", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "serving.service:app", "--port", str(port)]
     env = {**environment(1), "RUN": str(run)}
     service = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     while True:  # no limit of time: a busy machine takes minutes to import PyTorch
@@ -474,7 +475,7 @@ def test_the_service(port, ranker):
 
 
 def test_readme_shows_the_service_that_is_tested():
-    """Where README quotes runs/service.py, it quotes it as it is."""
+    """Where README quotes serving/service.py, it quotes it as it is."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = (ROOT / "runs" / "service.py").read_text(encoding="utf-8").split('"""\n\n', 1)[1]
-    assert "runs.service:app" in readme and code.strip() in readme
+    assert "serving.service:app" in readme and code.strip() in readme

@@ -5,8 +5,8 @@ import pytest
 import serve
 from served_run import served_run
 
-from runs.files import read_json
-from runs.ranker import Query
+from lib.stages.files import read_json
+from serving.ranker import Query
 
 
 @pytest.fixture(scope="module")

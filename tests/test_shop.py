@@ -7,7 +7,7 @@ import duckdb
 import pytest
 from helpers import ROOT
 
-from data.tables import RawTables, levels_of
+from lib.tables.raw import RawTables, levels_of
 
 LEVELS = "0=1,1=2,2=4,3=5"
 EXPORT = {

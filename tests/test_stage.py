@@ -1,4 +1,4 @@
-"""runs/stage.py: settings, whole files, a stage's folder through kills and refusals, one-line errors."""
+"""lib/stages: settings, whole files, a stage's folder through kills and refusals, one-line errors."""
 
 import errno
 import functools
@@ -15,15 +15,15 @@ import torch
 from helpers import ROOT, stop_line
 from torch import nn
 
-from runs.captions import reuse_captions
-from runs.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
-from runs.files import fingerprint, read_json, whole_file, write_json
-from runs.finished import require_finished, sealed
-from runs.hardware import pick_device
-from runs.processes import start_stage
-from runs.settings import Count, Share, Size, StageSettings, parse
-from runs.stage import Stage
-from runs.terminal import Stop, run_main
+from lib.inputs.captions import reuse_captions
+from lib.stages.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from lib.stages.files import fingerprint, read_json, whole_file, write_json
+from lib.stages.finished import require_finished, sealed
+from lib.stages.hardware import pick_device
+from lib.stages.processes import start_stage
+from lib.stages.settings import Count, Share, Size, StageSettings, parse
+from lib.stages.stage import Stage
+from lib.stages.terminal import Stop, run_main
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ def test_a_damaged_lock_is_named(tmp_path):
 def test_another_process_is_seen(tmp_path):
     folder = make(tmp_path)
     code = (
-        "import sys, time; from pathlib import Path; from runs.finished import hold; "
+        "import sys, time; from pathlib import Path; from lib.stages.finished import hold; "
         "lock = hold(Path(sys.argv[1]), 'write'); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
@@ -491,7 +491,7 @@ def test_too_little_memory_is_one_line(error):
 
 def test_a_pipe_that_is_closed_is_quiet(tmp_path):
     code = (
-        "from runs.terminal import run_main\n"
+        "from lib.stages.terminal import run_main\n"
         "def main():\n    for i in range(100_000): print('a line', i, flush=True)\n"
         "run_main(main)"
     )
@@ -532,7 +532,7 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
 
 def test_progress_in_a_file_is_lines(tmp_path):
     code = (
-        "from runs.terminal import progress_bar\n"
+        "from lib.stages.terminal import progress_bar\n"
         "bar = progress_bar(total=200_000, desc='rows', unit=' rows')\n"
         "for i in range(200_000): bar.update()\n"
         "bar.close()"

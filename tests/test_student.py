@@ -14,8 +14,8 @@ from helpers import environment, mark_finished, stage, stop_line, synthetic
 from test_pairs import rows_of
 
 from common import MATCH_FEATURES, Student
-from runs.files import read_json, write_json, write_parquet
-from runs.student_inputs import StudentInputs
+from lib.inputs.student_inputs import StudentInputs
+from lib.stages.files import read_json, write_json, write_parquet
 
 distil = stage("04")
 
@@ -314,7 +314,7 @@ def test_the_best_epoch_is_kept_where_it_is_asked_for_and_can_be_told(tmp_path, 
     about, log = train(tmp_path, *worse)  # 10 queries are held out
     assert about["kept"] == log[-1] and "the last epoch is kept" in capsys.readouterr().out
     last = (tmp_path / "student" / "model.safetensors").read_bytes()
-    monkeypatch.setattr("runs.checkpoint.ENOUGH_QUERIES", 5)
+    monkeypatch.setattr("lib.stages.checkpoint.ENOUGH_QUERIES", 5)
     about, log = train(tmp_path, *worse, "--seed", "1")
     best = max(log, key=lambda line: line["held_out_agreement"])  # the first of equal ones
     assert about["kept"] == best

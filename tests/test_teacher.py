@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common import PairText, Teacher, linear_warmup_decay, pad_rows, pooling
-from runs import models as loading
-from runs.checkpoint import Checkpoints, chosen_by
-from runs.files import read_json, write_parquet
-from runs.rows import LabelledRows, epoch_batches, micro_batches, split_rows
-from runs.terminal import first_line
+from lib import models as loading
+from lib.inputs.rows import LabelledRows, epoch_batches, micro_batches, split_rows
+from lib.stages.checkpoint import Checkpoints, chosen_by
+from lib.stages.files import read_json, write_parquet
+from lib.stages.terminal import first_line
 
 trainer, labeller = stage("02"), stage("03")
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import FIELDS, PairText, pad_rows, share_budget, token_batches
-from runs.models import backbone_kind, load_config, load_tokenizer
-from runs.rows import tokenize_pairs
+from lib.inputs.rows import tokenize_pairs
+from lib.models import backbone_kind, load_config, load_tokenizer
 
 KINDS = ["bert", "deberta", "t5", "llama"]
 lengths = st.lists(st.integers(0, 400), max_size=8)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import toy_images
 from PIL import Image
 
-from data.tables import RawTables
+from lib.tables.raw import RawTables
 
 
 def test_every_object_can_be_drawn_and_every_colour_has_one():

@@ -1,0 +1,1 @@
+"""The paper's findings, peers, comparisons of runs. May import everything: nothing stands above it."""

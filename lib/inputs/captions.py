@@ -1,0 +1,85 @@
+"""Captions and visual embeddings of pictures, from one pass of the captioner's vision tower: each picture
+once, kept by its content.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.inputs.encoders import Captioner
+from lib.stages.files import link_or_copy
+from lib.stages.finished import is_as_made, read_about
+from lib.stages.streams import (
+    keep_chunks,
+    kept_rows,
+    matrix_of,
+    new_matrix,
+    slices,
+    vector_column,
+    without_kept,
+)
+from lib.tables.images import load_images
+
+
+def caption_chunk(chunk, captioner, root, image_batch):
+    """Pictures of the dataset (table: digest, image) -> columns digest, caption, visual [B, D], and reason
+    (why a picture cannot be captioned; null: it is)."""
+    captions, visual, reasons = [], [], []
+    for start in range(0, len(chunk), image_batch):
+        images = load_images(root, chunk["image"][start : start + image_batch].to_pylist())
+        readable = [image for image in images if not isinstance(image, str)]
+        made = iter(zip(*captioner(readable))) if readable else None
+        for image in images:
+            broken = isinstance(image, str)
+            caption, vector = ("", np.zeros(captioner.dim, np.float16)) if broken else next(made)
+            captions.append(caption)
+            visual.append(vector)
+            reasons.append(image if broken else None)
+    columns = {"digest": chunk["digest"], "caption": captions, "visual": vector_column(np.stack(visual))}
+    return {**columns, "reason": pa.array(reasons, pa.string())}
+
+
+def caption_pictures(pictures, cache, settings, device, dtype, chunk):
+    """Captions each distinct picture that `cache`, a folder of caption_chunk's columns, does not have;
+    `chunk` pictures between two of its files."""
+    todo = without_kept(pictures, cache, "digest")
+    if len(todo):
+        captioner = Captioner(settings.caption_model, settings.caption_tokens, device, dtype)
+        options = {"captioner": captioner, "root": settings.data, "image_batch": settings.image_batch}
+        make = functools.partial(caption_chunk, **options)
+        kept = [int(path.stem.removeprefix("part-")) for path in cache.glob("part-*")]
+        first = 1 + max(kept, default=-1)
+        list(keep_chunks(cache, slices([todo], chunk), make, len(todo), "captions", first))
+
+
+def captions_of(pictures, cache, out):
+    """The cache's rows in pin order. Writes pin_visual_embedding.npy; returns captions ("": none) and reasons
+    (null: captioned, or no picture), Arrow columns."""
+    captions = np.full(len(pictures), "", dtype=object)
+    reasons = np.array(pictures["reason"].to_pylist(), dtype=object)
+    dim = pq.read_schema(next(cache.glob("part-*"))).field("visual").type.list_size
+    with new_matrix(out / "pin_visual_embedding.npy", len(pictures), dim) as visual:
+        for pins, rows in kept_rows(pictures["digest"], cache, "digest"):
+            visual[pins] = matrix_of(rows["visual"])
+            captions[pins] = np.array(rows["caption"].to_pylist(), dtype=object)
+            reasons[pins] = np.array(rows["reason"].to_pylist(), dtype=object)
+    return pa.array(captions, pa.string()), pa.array(reasons, pa.string())
+
+
+def reuse_captions(old, out):
+    """Brings the captions of the features `old`, if there are any, into the folder `out`, by hard links if
+    possible; without files that are not what stage 01 wrote."""
+    if old is None or (out / "captions").exists():
+        return
+    temporary = out / ".captions.tmp"
+    for name, made in read_about(old, damaged_is_fine=True).get("outputs", {}).items():
+        if name.startswith("captions/") and is_as_made(old / name, made):
+            target = temporary / Path(name).relative_to("captions")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(old / name, target)
+    if temporary.exists():
+        os.replace(temporary, out / "captions")

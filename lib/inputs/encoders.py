@@ -1,0 +1,113 @@
+"""Off-the-shelf models behind the features: BLIP's captions and vision tower, a text encoder."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from common import pad_rows, token_batches
+from lib import models
+from lib.stages.streams import chosen, keep_chunks, matrix_of, new_matrix, vector_column
+from lib.stages.terminal import Stop, stop_on_error
+
+
+class Captioner:
+    """BLIP (Li et al., 2022), called directly."""
+
+    def __init__(self, model, tokens, device, dtype):
+        from transformers import AutoProcessor, BlipForConditionalGeneration
+
+        options = {
+            "config": captioner_config(model),
+            "dtype": dtype,
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
+        with stop_on_error(f"{model}: cannot be loaded as a BLIP captioner"):
+            self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
+            self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()
+        self.tokens, self.device = tokens, device
+        self.dim = self.model.config.vision_config.hidden_size
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """RGB images -> captions (list) and the vision tower's pooled output [B, D] float16, seen by a hook
+        on the one pass."""
+        pooled = []
+
+        def hook(module, inputs, output):
+            pooled.append(output.pooler_output)
+
+        seen = self.model.vision_model.register_forward_hook(hook)
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.model.dtype)
+        ids = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
+        seen.remove()
+        captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [c.strip() for c in captions], pooled[0].float().cpu().numpy().astype(np.float16)
+
+
+def captioner_config(model):
+    """The config of a captioner, or Stop."""
+    config = models.load_config(model)
+    if config.model_type != "blip":
+        raise Stop(f"{model}: --caption-model must be a BLIP captioning model")
+    return config
+
+
+def encoder_config(model, max_tokens):
+    """The config of a text encoder that reads `max_tokens` tokens, or Stop."""
+    config = models.load_config(model)
+    if models.backbone_kind(config) == "decoder":
+        raise Stop(f"{model}: --text-encoder must be an encoder")
+    try:
+        models.fit_length(max_tokens, config)
+    except Stop as error:
+        raise Stop(str(error).replace("--max-tokens", "--text-tokens")) from None
+    return config
+
+
+class TextEncoder:
+    """Mean-pooled, L2-normalized sentence embeddings of an off-the-shelf encoder."""
+
+    def __init__(self, model, max_tokens, token_batch, device, dtype):
+        config = encoder_config(model, max_tokens)
+        self.tokenizer = models.load_tokenizer(model, config)
+        self.model = models.load_backbone(model, dtype, device=device).eval()
+        self.max_tokens, self.token_batch, self.device = max_tokens, token_batch, device
+        self.dim = config.hidden_size
+
+    @torch.inference_mode()
+    def __call__(self, texts):
+        """B texts -> float16 [B, D]. Batches hold `token_batch` tokens, from rows sorted by length."""
+        options = {"truncation": True, "max_length": self.max_tokens, "return_attention_mask": False}
+        rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
+        lengths = np.array([len(row) for row in rows])
+        order = np.argsort(lengths, kind="stable")
+        out = np.empty((len(texts), self.dim), dtype=np.float16)
+        for batch in token_batches(lengths[order], self.token_batch):
+            batch = order[batch]
+            ids, mask = pad_rows([rows[row] for row in batch], self.tokenizer.pad_token_id)
+            mask = mask.to(self.device)
+            hidden = self.model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state.float()
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            out[batch] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+        return out
+
+    def columns(self, texts):
+        """Columns of a chunk's file."""
+        return {"vector": vector_column(self(texts))}
+
+
+def embed_texts(encoder, texts, chunk, parts, path, total, old):
+    """Texts, a stream of lists -> `path` [total, D]. old: (vectors of the first rows [N, D], which rows have
+    another text now [total]), or None. A file of `chunk` texts in the folder `parts` survives a kill."""
+    vectors, changed = old or (None, np.ones(total, bool))
+    rows, start = np.flatnonzero(changed), 0
+    with new_matrix(path, total, encoder.dim) as out:
+        if old:
+            out[: len(vectors)] = vectors
+        chunks = chosen(texts, changed, chunk)
+        for part in keep_chunks(parts, chunks, encoder.columns, len(rows), path.stem):
+            made = matrix_of(pq.read_table(part)["vector"])
+            out[rows[start : start + len(made)]] = made
+            start += len(made)

@@ -1,0 +1,68 @@
+"""The graph embedding of pins, from the boards that they were saved on: our open counterpart of PinSage."""
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import csr_matrix
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfTransformer
+
+from lib.stages.files import write_parquet
+from lib.stages.streams import matrix_of, new_matrix, vector_column
+
+
+def board_titles(raw, most=200_000):
+    """The titles under which our pins were saved most often (Arrow column), from the table `saves`."""
+    return raw.table(f"""
+        SELECT text FROM saves SEMI JOIN pin_rows USING (pin_id)
+        GROUP BY text ORDER BY sum(n) DESC, text LIMIT {most}""")["text"]
+
+
+def board_counts(raw, titles, pins):
+    """How often each pin was saved under each of the titles: sparse float32 [pins, titles]."""
+    boards = pa.table({"text": titles, "board": np.arange(len(titles), dtype=np.int32)})
+    cells = """
+        SELECT pin_index, board, n::FLOAT AS n FROM saves JOIN boards USING (text)
+        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id) ORDER BY pin_index, board"""
+    cells = raw.table(cells, boards=boards)
+    pin, board, n = (cells[name].to_numpy() for name in ("pin_index", "board", "n"))
+    return csr_matrix((n, (pin, board)), shape=(pins, len(titles)))
+
+
+def svd_axes(weights, dim, seed, fit_rows=200_000):
+    """Axes [D, boards] of the truncated SVD of at most `fit_rows` rows of a matrix [pins, boards]."""
+    with_boards = np.flatnonzero(np.diff(weights.indptr))
+    sample = np.sort(np.random.default_rng(seed).permutation(with_boards)[:fit_rows])
+    dim = max(1, min(dim, weights.shape[1] - 1, len(sample) - 1))
+    if min(weights.shape[1], len(sample)) < 2:
+        return np.zeros((dim, weights.shape[1]), dtype=np.float32)
+    return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
+
+
+def graph_embedding(raw, pins, dim, seed, out, old):
+    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with --update
+    on the axes that are there. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board
+    title its idf and its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
+    titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
+    counts = board_counts(raw, old.graph["board_title"] if old else titles, pins)
+    if old:
+        tfidf.idf_, axes = old.graph["idf"].to_numpy(), matrix_of(old.graph["axes"]).T
+    elif counts.nnz:
+        tfidf.fit(counts)
+        axes = svd_axes(tfidf.transform(counts), dim, seed)
+    else:
+        print("no boards: no graph embedding")
+        return
+    weights, explained = tfidf.transform(counts), 0.0
+    with new_matrix(out / "pin_graph_embedding.npy", pins, len(axes)) as matrix:
+        for start in range(0, pins, 65_536):
+            block = weights[start : start + 65_536] @ axes.T
+            matrix[start : start + 65_536] = block
+            explained += np.square(block).sum(dtype=np.float64)
+    explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
+    if old:
+        old.note_boards(raw, titles, explained)
+        old.bring("graph.parquet", out)
+    else:
+        columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
+        table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
+        write_parquet(out / "graph.parquet", table)

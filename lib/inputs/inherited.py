@@ -1,0 +1,102 @@
+"""What a stage inherits from earlier ones, checked.
+
+A folder that is read stays locked as long as its entry of `read`, {folder: its stage.json}, lives.
+"""
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lib import models
+from lib.inputs.rows import hash_rows
+from lib.stages.files import hashed, read_json
+from lib.stages.finished import require_finished
+from lib.stages.terminal import Stop
+
+
+def require_teacher(run, model=None):
+    """What stage 03 reads, {"features", "teacher": stage.json}; teacher.json; and where the teacher's model
+    is (`model`, if it was moved), which must be the one that 02 trained on."""
+    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}")}
+    read["teacher"] = require_finished(run / "teacher", f"02_train_teacher.py --run {run}")
+    about = read_json(run / "teacher" / "teacher.json")
+    if about["finetuning"] == "full":
+        return read, about, run / "teacher" / "backbone"
+    model = model or about["model"]  # LoRA stands beside a model that somebody may have changed or moved
+    if not models.is_model(model, read["teacher"]["inputs"]["model"]):
+        raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
+    return read, about, model
+
+
+def teacher_identity(trained):
+    """Hash of what decides a teacher's labels. trained: stage.json of 02."""
+    weights = {name: file["hash"] for name, file in trained["outputs"].items() if "safetensors" in name}
+    return hashed([trained["inputs"], trained["arguments"], weights])
+
+
+def require_trained_on(run, trained, rows):
+    """Stop if the teacher was trained on other human labels, or other text, than the features hold now.
+    trained: stage.json of 02; rows: token ids of the human-labelled pairs."""
+    table = pq.read_table(run / "features" / "labelled.parquet", columns=["label", "split"])
+    train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
+    levels = table["label"].to_numpy().astype(np.int64)[train] - 1
+    if hash_rows([rows[row] for row in train], levels) != trained["inputs"]["rows"]:
+        what = f"trained on other labelled rows than {run / 'features'} holds now"
+        raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
+
+
+def require_pairs(run, reads, labels=True, impressions=False):
+    """What stages 04 and 05 read: {"features", "labels": stage.json}. reads: patterns of file names.
+    impressions: the labels must be those of impressions too."""
+    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", reads)}
+    if labels:
+        command = f"03_label.py --run {run}"
+        read["labels"] = require_finished(run / "labels", command, reads)
+        if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
+            raise Stop(f"{run / 'labels'}: of other features than those here; python {command} --overwrite")
+        if impressions and read["labels"]["arguments"].get("only_labelled"):
+            raise Stop(f"{run / 'labels'}: made with --only-labelled; python {command} --overwrite")
+    return read
+
+
+def require_languages(run, languages):
+    """Stop if no query is in one of these languages."""
+    column = pq.read_table(run / "features" / "queries.parquet", columns=["language"])["language"]
+    known = sorted(column.unique().to_pylist())
+    for language in languages:
+        if language not in known:
+            raise Stop(f"--languages {language}: no query is in this language; there are {' '.join(known)}")
+
+
+def require_systems(run, reads):
+    """What stage 05 reads: {"features", "labels", every student, "teacher" where it is here: stage.json}. A
+    student beside the main one that does not fit is named and left out."""
+    read = require_pairs(run, reads)
+    unfinished = [path.name[1:].partition(".unfinished-")[0] for path in run.glob(".student*.unfinished-*")]
+    finished = [path.name for path in run.glob("student*") if path.is_dir()]
+    for name in sorted({"student", *finished, *unfinished}):
+        try:
+            read[name] = require_student(run, name, read)
+        except Stop as why:
+            if name == "student":
+                raise
+            print(f"left out: {why}")
+    if (run / "teacher").exists():
+        command, told = f"02_train_teacher.py --run {run}", ("teacher.json", "README.md")
+        read["teacher"] = require_finished(run / "teacher", command, told)
+    return read
+
+
+def require_student(run, name, read):
+    """stage.json of a student, whose features and labels must be those that were read."""
+    command = f"04_train_student.py --run {run}" + f" --name {name}" * (name != "student")
+    student = require_finished(run / name, command)
+    for folder, identity in student["inputs"].items():
+        if identity != read[folder]["identity"]:
+            raise Stop(f"{run / name}: trained on other {folder}; python {command} --overwrite")
+    return student
+
+
+def students_of(read):
+    """Names of the students that were read, the main one last."""
+    names = [name for name in read if name.startswith("student")]
+    return sorted(names, key=lambda name: (name == "student", name))

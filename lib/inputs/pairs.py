@@ -1,0 +1,300 @@
+"""Files of (query, pin) pairs and their labels: 03 writes labels, 04 and 05 read them, 04 streams both.
+
+In 04 a row is a NumPy record with the fields query, pin (row numbers
+of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C] (probability of each level).
+"""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common import NUM_LEVELS
+from lib.inputs.regression import match_names
+from lib.inputs.rows import hash_rows
+from lib.stages.files import read_json, write_parquet
+from lib.stages.finished import is_as_made
+from lib.stages.terminal import Stop, progress_bar
+from lib.tables.splits import hash_split, in_hash_split, query_key
+
+COLUMNS = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]  # of a file of labels
+HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
+HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of labels
+
+
+def write_labels(path, labels, key):
+    """Soft labels [N, C] -> columns p1 … p5. key: teacher and rows that they are of. Stop where a label is no
+    probability: nothing is written."""
+    is_finite = np.isfinite(labels).all(axis=1)
+    bad = np.flatnonzero(~is_finite)
+    if len(bad):
+        advice = "--precision fp32, or another teacher"
+        raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
+    table = pa.table(dict(zip(COLUMNS, labels.T)))
+    write_parquet(path, table.replace_schema_metadata(key))
+
+
+def read_labels(path, rows=None):
+    """Soft labels [N, C] of a file. Stop if it has not so many rows, or some are no finite numbers."""
+    table = pq.read_table(path)
+    if rows is not None and len(table) != rows:
+        raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; run 03_label.py --overwrite")
+    p = np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
+    is_finite = np.isfinite(p).all(axis=1)
+    bad = np.count_nonzero(~is_finite)
+    if bad:
+        raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
+    return p
+
+
+class KeptLabels:
+    """Labels of an earlier run of stage 03, by teacher and token ids: a pair is labelled once. folder: whole
+    or absent; a file that is not what its stage wrote is not used."""
+
+    def __init__(self, folder, teacher, use=True):
+        self.teacher, self.found = teacher, {}  # {(number of rows, hash of their token ids): file}
+        if not use or not folder.exists():
+            return
+        for name, made in read_json(folder / "stage.json")["outputs"].items():
+            path = folder / name
+            if path.suffix == ".parquet" and is_as_made(path, made):
+                file = pq.read_metadata(path)
+                key = file.metadata or {}
+                if key.get(b"teacher") == teacher.encode():
+                    self.found[file.num_rows, key[b"rows"].decode()] = path
+
+    def of_first(self, rows):
+        """Labels [n, C] of the first n rows of token ids, n as large as was kept."""
+        sizes = {size for size, _ in self.found if size <= len(rows)}
+        for size in sorted(sizes, reverse=True):
+            key = size, hash_rows(rows[:size])
+            if key in self.found:
+                return read_labels(self.found[key])
+        return np.empty((0, NUM_LEVELS), np.float32)
+
+
+def mean_label(paths):
+    """Mean [C] of the label shards' rows."""
+    total, rows = np.zeros(NUM_LEVELS), 0
+    for path in paths:
+        labels = read_labels(path)
+        total += labels.sum(0, dtype=np.float64)
+        rows += len(labels)
+    return total / rows
+
+
+def count_rows(paths):
+    """Rows of some shards."""
+    return sum(pq.read_metadata(path).num_rows for path in paths)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of pairs
+
+
+def read_queries(features):
+    """Keys (query_key) and languages of all queries, two lists."""
+    queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
+    keys = [query_key(text) for text in queries["query"].to_pylist()]
+    return keys, queries["language"].to_pylist()
+
+
+def read_labelled(run, teacher=True):
+    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`,
+    and the teacher's p1 … p5 as `teacher` [B, C]."""
+    table = pq.read_table(run / "features" / "labelled.parquet")
+    rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    rows["label"] = rows["label"].astype(np.int64)
+    if teacher:
+        rows["teacher"] = read_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
+    for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
+        rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
+    splits = []
+    for split in ("train", "eval"):
+        chosen = rows["split"] == split
+        splits.append({name: column[chosen] for name, column in rows.items()})
+    return splits
+
+
+class PairFiles:
+    """The pairs of a run as rows, of queries in some languages (none named: all). keys: of all queries
+    (query_key); match: names of the match features and the user's own numbers of a pair."""
+
+    def __init__(self, run, languages=()):
+        self.run, features = run, run / "features"
+        self.keys, known = read_queries(features)
+        wanted = set(languages or known)
+        self.is_wanted = np.array([language in wanted for language in known])
+        self.shards = sorted((features / "impressions").glob("part-*.parquet"))
+        self.match = match_names(features / "labelled.parquet")
+        self.row = np.dtype(
+            [
+                ("query", np.int32),  # row of queries.parquet
+                ("pin", np.int32),  # row of pins.parquet
+                ("match", np.float32, len(self.match)),
+                ("target", np.float32, NUM_LEVELS),  # probability of each level
+            ]
+        )
+
+    def read(self, path):
+        """All rows of a file, targets not set."""
+        table = pq.read_table(path)
+        rows = np.empty(len(table), self.row)
+        rows["query"] = table["query_index"].to_numpy()
+        rows["pin"] = table["pin_index"].to_numpy()
+        for column, name in enumerate(self.match):
+            rows["match"][:, column] = table[name].to_numpy()
+        return rows
+
+    def impressions(self, path):
+        """The wanted rows of a shard; their targets are the teacher's labels."""
+        rows = self.read(path)
+        labels = self.run / "labels" / "impressions" / path.name
+        rows["target"] = read_labels(labels, len(rows))
+        return rows[self.is_wanted[rows["query"]]]
+
+    def labelled(self):
+        """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""
+        path = self.run / "features" / "labelled.parquet"
+        rows = self.read(path)
+        table = pq.read_table(path, columns=["label", "split"])
+        is_train = table["split"].to_numpy() == "train"
+        is_train &= self.is_wanted[rows["query"]]
+        return rows, table["label"].to_numpy(), is_train
+
+    def count(self, path):
+        """Wanted rows of each query [Q] in a shard."""
+        query = pq.read_table(path, columns=["query_index"])["query_index"]
+        counts = np.bincount(query.to_numpy(), minlength=len(self.keys))
+        return counts * self.is_wanted
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The student's training rows
+
+
+class TrainingRows:
+    """Streams training rows. A shard of impressions is read whole, `shuffle_window` shards at a time: memory
+    does not grow with their number. The human-labelled rows are few and stay in memory.
+
+    Shards come in random order, human-labelled rows are dealt to the windows, rows are shuffled inside a
+    window. Two rows of different windows never meet in a batch; with impressions in log order that costs
+    little as long as a window spans many queries."""
+
+    def __init__(self, files, human, settings):
+        """files: PairFiles; human: the human-labelled rows to train on. settings.labels == "human": these
+        alone."""
+        self.files, self.human, self.settings = files, human, settings
+        self.shards = files.shards if settings.labels == "teacher" else []
+        counts = np.bincount(human["query"], minlength=len(files.keys))
+        for path in self.shards:
+            counts += files.count(path)
+        share, salt = HELD_OUT[settings.labels], f"student:{settings.seed}"
+        self.held_out = hash_split(files.keys, counts, share, salt)
+        self.is_held_out = in_hash_split(files.keys, **self.held_out)  # [Q]: no row of these is trained on
+        self.counts = []  # training rows of each shard; survey() fills it
+
+    def survey(self):
+        """One pass: counts the training rows and deals --rows to them. Returns mean and standard deviation
+        [F] of the match features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for
+        logs change over time."""
+        held_out, counts = [], []
+        is_held_out = self.is_held_out[self.human["query"]]
+        if not self.shards:  # else the student is compared with the teacher, on impressions
+            held_out.append(self.human[is_held_out])
+        self.human = self.human[~is_held_out]
+        moments = moments_of(self.human["match"])
+        for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
+            rows = self.files.impressions(path)
+            is_held_out = self.is_held_out[rows["query"]]
+            held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
+            counts.append(np.count_nonzero(~is_held_out))
+            moments += moments_of(rows["match"][~is_held_out])
+        if not sum(counts) + len(self.human):
+            languages = " ".join(self.settings.languages)
+            asked = f" for --languages {languages}" if languages else ""
+            raise Stop(f"no rows to train on in {self.files.run}{asked}")
+        self.deal(counts)
+        known, total, squares = moments
+        n = np.maximum(known, 1)
+        mean = total / n
+        std = np.sqrt(np.maximum(squares / n - mean**2, 0))
+        return mean, np.where(std > 1e-6, std, 1.0), np.concatenate(held_out)
+
+    def deal(self, counts):
+        """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
+        rng, n = np.random.default_rng([self.settings.seed, 1]), self.settings.rows
+        if n and self.settings.labels == "human":
+            self.human = rng.permutation(self.human)[:n]
+        elif n and n < sum(counts):
+            counts = rng.multivariate_hypergeometric(counts, n, method="marginals")
+        self.counts = [int(count) for count in counts]
+
+    @property
+    def total(self):
+        """Training rows of an epoch."""
+        return sum(self.counts) + len(self.human)
+
+    def training_rows(self, shard):
+        """The training rows of a shard, --rows applied: the same in every epoch."""
+        rows = self.files.impressions(self.shards[shard])
+        rows = rows[~self.is_held_out[rows["query"]]]
+        if self.counts[shard] < len(rows):
+            chooser = np.random.default_rng([self.settings.seed, 2, shard])
+            chosen = chooser.permutation(len(rows))[: self.counts[shard]]
+            rows = rows[np.sort(chosen)]
+        return rows
+
+    def read_window(self, shards, human):
+        """The training rows of some shards and some of the human-labelled rows, one after another."""
+        window = np.empty(sum(self.counts[shard] for shard in shards) + len(human), self.files.row)
+        window[: len(human)] = self.human[human]
+        start = len(human)
+        for shard in shards:
+            window[start : start + self.counts[shard]] = self.training_rows(shard)
+            start += self.counts[shard]
+        return window
+
+    def batches(self, epoch, skip=0):
+        """One epoch's batches of rows, without the first `skip`."""
+        size, step = self.settings.batch_size, self.settings.shuffle_window
+        rng = np.random.default_rng([self.settings.seed, 3, epoch])
+        order = rng.permutation(len(self.shards))
+        windows = [order[start : start + step] for start in range(0, len(order), step)] or [order]
+        human = np.array_split(rng.permutation(len(self.human)), len(windows))
+        for shards, few in zip(windows, human):
+            shuffled = rng.permutation(sum(self.counts[shard] for shard in shards) + len(few))
+            in_window = math.ceil(len(shuffled) / size)
+            if skip >= in_window:
+                skip -= in_window
+                continue
+            window = None  # the one before is not held while this one is read
+            window = self.read_window(shards, few)
+            for start in range(skip * size, len(shuffled), size):
+                yield window[shuffled[start : start + size]]
+            skip = 0
+
+
+def moments_of(match):
+    """Match features [N, F] -> [3, F]: how many are known, their sum, their sum of squares."""
+    known = np.isfinite(match)
+    values = np.where(known, match, 0).astype(np.float64)
+    squares = values**2
+    return np.stack([known.sum(0), values.sum(0), squares.sum(0)])
+
+
+def ahead(batches, depth=4):
+    """What a generator yields, made by a thread up to `depth` items before its use (while NumPy gathers,
+    other threads run)."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, batches, None))
+            yield batch

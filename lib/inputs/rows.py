@@ -1,0 +1,184 @@
+"""Rows of token ids for the teacher: read and tokenized ahead of it, compared, dealt out to steps, processes
+and forward passes. Stages 02 and 03.
+
+With any batches of the same rows a step has the same gradients.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from common import pad_rows
+from lib.models import quiet_libraries
+from lib.stages.terminal import Stop
+from lib.tables.splits import hash_split, in_hash_split, query_key
+
+
+class LabelledRows:
+    """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
+    [N], 0 for level 1; `train` and `held_out`: row numbers; held_out_queries: how many they are of."""
+
+    def __init__(self, features, text, settings):
+        table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
+        queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
+        pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
+        query_index, pin_index = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
+
+        def read_pins(numbers):
+            return pins.take(numbers).to_pydict()
+
+        self.queries = queries.to_pylist()  # of all rows and impressions
+        self.ids = tokenize_pairs(text, queries, read_pins, query_index, pin_index)
+        self.lengths = np.array([len(row) for row in self.ids])
+        self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
+        self.pad_id = text.tokenizer.pad_token_id
+        keys = [query_key(self.queries[query]) for query in query_index]
+        self.train, self.held_out, self.split = split_rows(keys, settings)
+        self.held_out_queries = len({keys[row] for row in self.held_out})
+
+    def batch(self, rows, device):
+        """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
+        ids, mask = pad_rows([self.ids[row] for row in rows], self.pad_id)
+        return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
+
+
+def split_rows(keys, settings):
+    """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
+    in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
+    split = hash_split(keys, np.ones(len(keys)), 0.1, f"teacher:{settings.seed}")
+    is_held_out = in_hash_split(keys, **split)
+    train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if settings.rows:
+        shuffled = np.random.default_rng(settings.seed).permutation(train)
+        train = np.sort(shuffled[: settings.rows])
+    return train, held_out, split
+
+
+def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
+    """Token ids of pairs [B], a list of int32 arrays; each query and each pin is tokenized once.
+
+    query_texts: Arrow column of all queries; read_pins(pin numbers, sorted) -> {field: list of texts}."""
+    queries, which_query = np.unique(query_index, return_inverse=True)
+    pins, which_pin = np.unique(pin_index, return_inverse=True)
+    query_ids = text.queries(query_texts.take(queries).to_pylist())
+    pin_ids = text.pins(read_pins(pins))
+    return [text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin)]
+
+
+class PairShards(IterableDataset):
+    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs. Of several workers each one
+    takes its share of the shards."""
+
+    def __init__(self, features, text, paths):
+        self.features, self.text, self.paths = features, text, paths
+
+    def __iter__(self):
+        worker = get_worker_info()
+        if worker is not None:
+            quiet_libraries()
+        queries = pq.read_table(self.features / "queries.parquet", columns=["query"])["query"]
+        for path in self.paths if worker is None else self.paths[worker.id :: worker.num_workers]:
+            pairs = pq.read_table(path, columns=["query_index", "pin_index"])
+            query_index, pin_index = pairs["query_index"].to_numpy(), pairs["pin_index"].to_numpy()
+            try:
+                yield path, tokenize_pairs(self.text, queries, self.read_pins, query_index, pin_index)
+            except Stop as error:  # a worker's exception would come with its traceback
+                yield path, error
+
+    def read_pins(self, pins):
+        """Text columns of pins (sorted row numbers), one row group in memory at a time."""
+        columns = {name: [] for name in self.text.fields}
+        file, start = pq.ParquetFile(self.features / "pins.parquet", memory_map=True), 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            inside = pins[(pins >= start) & (pins < end)] - start
+            if len(inside):
+                table = file.read_row_group(group, columns=list(columns)).take(inside)
+                for name, values in columns.items():
+                    values += table[name].to_pylist()
+            start = end
+        return columns
+
+
+def tokenized(shards, workers):
+    """What the shards yield, in their order, made ahead of its use by `workers` processes."""
+    workers = min(workers, len(shards.paths))
+    context = "spawn" if workers else None
+    options = {"batch_size": None, "collate_fn": as_it_is, "worker_init_fn": end_with_parent}
+    for path, rows in DataLoader(shards, num_workers=workers, multiprocessing_context=context, **options):
+        if isinstance(rows, Stop):
+            raise rows
+        yield path, rows
+
+
+def end_with_parent(number):
+    """In a worker process: ends it when its parent is gone, however that ended. By itself it would wait for
+    ever for somebody to take what it has made. number: the worker's, of no use here."""
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def as_it_is(shard):
+    """Keeps DataLoader from turning arrays into tensors."""
+    return shard
+
+
+def hash_rows(rows, *columns):
+    """Hash of rows of token ids (N arrays [T]) in their order, and of further columns [N]."""
+    digest = hashlib.blake2b(np.array([len(row) for row in rows], np.int64).tobytes(), digest_size=16)
+    for row in rows:
+        digest.update(row.tobytes())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def unique_rows(rows):
+    """The different rows of token ids in the order of their first appearance, and for each row its number
+    among them [N]."""
+    numbers, different = {}, []
+    which = np.empty(len(rows), np.int64)
+    for row, ids in enumerate(rows):
+        which[row] = numbers.setdefault(ids.tobytes(), len(numbers))
+        if which[row] == len(different):
+            different.append(ids)
+    return different, which
+
+
+def epoch_batches(lengths, batch_size, seed, epoch, pool=16):
+    """One epoch's batches of row numbers: shuffled, then sorted by length inside pools of `pool` batches, so
+    that a batch has little padding, then the batches shuffled. Depends on seed and epoch alone: a resumed run
+    sees the same batches."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), pool * batch_size):
+        block = order[start : start + pool * batch_size]
+        block = block[np.argsort(lengths[block], kind="stable")]
+        batches += [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def micro_batches(batch, lengths, token_budget, rank, world):
+    """This process's part of a batch, cut into forward passes of at most `token_budget` padded tokens; as
+    many passes on every process, so that gradients are exchanged in step. A pass may be empty."""
+    parts = [batch[r::world] for r in range(world)]
+
+    def fits(rows):
+        return len(rows) <= 1 or len(rows) * lengths[rows].max() <= token_budget
+
+    passes = 1
+    while not all(fits(rows) for part in parts for rows in np.array_split(part, passes)):
+        passes += 1
+    return np.array_split(parts[rank], passes)

@@ -1,0 +1,122 @@
+"""What the student is given for a pair: its query's and its pin's row of the features, gathered by index.
+
+common.py has the student, stage 01 computes the features.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from common import FIELDS, side_of
+from lib.stages.terminal import Stop
+
+OUR_COLUMNS = {"query": ("query_id", "query", "language"), "pin": ("pin_id", "image", *FIELDS)}
+TABLES = {"query": "queries.parquet", "pin": "pins.parquet"}
+
+
+class StudentInputs:
+    """Gathers the student's inputs by query and pin index. Embeddings stay memory-mapped, stored once a
+    query and once a pin: pairs are never widened on disk."""
+
+    def __init__(self, features, spec=None, max_values=1000):
+        """spec: a trained student's, whose categories are used; without it, the most frequent values of the
+        columns."""
+        features = Path(features)
+        self.embeddings, self.resident = {}, None
+        self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
+        self.numbers, self.values = {}, {}  # column -> [mean, std], each row's value
+        for path in sorted(features.glob("*_embedding.npy")):
+            name = path.name.removesuffix("_embedding.npy")
+            self.embeddings[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        for side, table in TABLES.items():
+            for field in pq.read_schema(features / table):
+                if field.name not in OUR_COLUMNS[side]:
+                    column = pq.read_table(features / table, columns=[field.name])[field.name]
+                    self.add(f"{side}_{field.name}", column, spec, max_values)
+        self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
+        if spec is not None:
+            self.compare(spec, features)
+
+    def add(self, name, column, spec, max_values):
+        """A numeric column becomes numbers, another one a category."""
+        if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+            self.values[name] = column.cast(pa.float32()).to_numpy()  # NaN where it is null
+            self.numbers[name] = mean_and_std(self.values[name])
+        else:
+            column = column.cast(pa.string())
+            known = spec["categories"].get(name, []) if spec else frequent_values(column, max_values)
+            self.categories[name] = known
+            codes = pc.index_in(column, pa.array(known, pa.string()))
+            self.codes[name] = (codes.fill_null(-1).to_numpy() + 1).astype(np.int64)
+
+    def compare(self, spec, features):
+        """Stop unless the features have what the student was trained on."""
+        for what, trained, found in (
+            ("embeddings", sorted(spec["embeddings"]), sorted(self.embeddings)),
+            ("categories", list(spec["categories"]), list(self.categories)),
+            ("numbers", list(spec["numbers"]), list(self.numbers)),
+        ):
+            if trained != found:
+                raise Stop(
+                    f"the student was trained on the {what} {trained}, {features} has {found}: "
+                    "run 04 again with --overwrite"
+                )
+
+    def to(self, device, share=0.5):
+        """On a GPU: moves the embeddings there if they take at most `share` of its free memory."""
+        size = sum(array.nbytes for array in self.embeddings.values())
+        if device.type == "cuda" and size < share * torch.cuda.mem_get_info(device)[0]:
+            self.resident = {}
+            for name, array in self.embeddings.items():
+                self.resident[name] = torch.from_numpy(np.array(array)).to(device)
+        return self
+
+    def gather(self, query_index, pin_index):
+        """Row numbers [B] of queries and pins -> embeddings [B, sum of D], categories [B, K] int64, numbers
+        [B, N]."""
+        index = {"query": query_index, "pin": pin_index}
+        codes = side_by_side(self.codes, index, np.int64)
+        values = side_by_side(self.values, index, np.float32)
+        if self.resident is not None:
+            found = []
+            for name, table in self.resident.items():
+                rows = torch.from_numpy(index[side_of(name)]).to(table.device)
+                found.append(table[rows].float())
+            device = found[0].device
+            return torch.cat(found, dim=1), codes.to(device), values.to(device)
+        embeddings = np.empty((len(query_index), sum(self.dims.values())), dtype=np.float32)
+        start = 0
+        for name, array in self.embeddings.items():
+            end = start + self.dims[name]
+            embeddings[:, start:end] = array[index[side_of(name)]]
+            start = end
+        return torch.from_numpy(embeddings), codes, values
+
+
+def mean_and_std(values):
+    """[mean, standard deviation] of the values that are known, to normalize by; a deviation of 0 is 1."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    if not len(known):
+        return [0.0, 1.0]
+    std = float(known.std())
+    return [float(known.mean()), std if std > 1e-6 else 1.0]
+
+
+def side_by_side(columns, index, dtype):
+    """{column of queries or pins: its values [N]} and {"query", "pin": row numbers [B]} -> [B, columns]."""
+    out = np.empty((len(index["query"]), len(columns)), dtype)
+    for place, (name, values) in enumerate(columns.items()):
+        out[:, place] = values[index[side_of(name)]]
+    return torch.from_numpy(out)
+
+
+def frequent_values(column, n):
+    """The n most frequent values of an Arrow text column, ties by value."""
+    counts = column.drop_null().value_counts()
+    pairs = zip(counts.field("counts").to_pylist(), counts.field("values").to_pylist())
+    ranked = sorted((-count, value) for count, value in pairs)
+    return [value for _, value in ranked[:n]]

@@ -1,0 +1,267 @@
+"""Opens pre-trained models: config, tokenizer, backbone, LoRA; from a folder or a hub, by safetensors,
+without remote code.
+
+transformers, peft, safetensors and bitsandbytes raise errors of many
+kinds for a folder that will not do: here each becomes one line. What a config promises is checked where it
+can be.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+
+from lib.stages.files import fingerprint, read_json
+from lib.stages.terminal import Stop, stop_on_error
+
+# On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
+# about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch
+# share a few. Read at the first product; both limits are needed.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
+def quiet_libraries():
+    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes|peft|torch.utils.checkpoint")
+
+
+def backbone_kind(config):
+    """'encoder' (BERT, DeBERTa, XLM-R), 'encoder-decoder' (T5: its encoder is used) or 'decoder' (Llama)."""
+    from transformers.models.auto import modeling_auto as auto
+
+    name = config.model_type
+    # A T5 encoder saved alone says that it is no encoder-decoder.
+    if config.is_encoder_decoder or name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    raise Stop(
+        f"a model of type {name!r} is no text encoder, encoder-decoder or decoder: "
+        "give --model a BERT-, DeBERTa-, T5- or Llama-like model"
+    )
+
+
+def load_config(model):
+    """The config of a model folder or hub id; Stop with one line when there is none, or when LoRA weights lie
+    beside it. Which code computes attention or experts is never a folder's choice: the name of a kernel
+    there may be that of a repository."""
+    from transformers import AutoConfig
+
+    advice = "give a folder written by save_pretrained, or a hub id"
+    with stop_on_error(f"{model}: no usable model config here", advice):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    refuse_adapter(model)
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def refuse_adapter(model):
+    """Stop if a model folder or hub id holds adapter_config.json: transformers would hand all of that file to
+    peft, which imports the module that some of its keys name."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(str(model)) is not None:
+        raise Stop(
+            f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model; "
+            "give the model's folder without them, or merge them into it first"
+        )
+
+
+def model_fingerprint(model):
+    """Of a model folder: its files. Of a hub id: the name and the commit the hub cache resolved it to."""
+    if Path(model).is_dir():
+        return fingerprint(model)
+    return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
+
+
+def full_name(model):
+    """A model folder by its full path, a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def is_model(model, trained_fingerprint):
+    """Is the model with this fingerprint here?"""
+    try:
+        return model_fingerprint(model) == trained_fingerprint
+    except Stop:
+        return False
+
+
+def empty_backbone(config, dtype=torch.float32):
+    """The backbone on the device "meta": its shapes alone."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
+    with torch.device("meta"):
+        return without_pooler(auto_class.from_config(config, dtype=dtype))
+
+
+def position_limit(config):
+    """Tokens that the model has positions for; None if it sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if limit <= 0:
+        return None
+    if backbone_kind(config) == "encoder":
+        with contextlib.suppress(Exception):  # what does not come into being is refused when it is loaded
+            for name, module in empty_backbone(config).named_modules():
+                counts_from_pad = getattr(module, "padding_idx", None) is not None
+                if name.endswith("position_embeddings") and counts_from_pad:  # RoBERTa, MPNet and their kin
+                    return module.num_embeddings - module.padding_idx - 1
+    return limit
+
+
+def fit_length(max_tokens, config):
+    """max_tokens if the model has as many positions, else Stop."""
+    limit = position_limit(config)
+    if limit is not None and max_tokens > limit:
+        raise Stop(f"--max-tokens {max_tokens}: this model reads at most {limit}")
+    return max_tokens
+
+
+def output_width(config):
+    """Size of the vectors that come out of the backbone."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
+    """A pre-trained model without its language-model head. Safetensors only, no remote code.
+
+    quantize: NF4 with double quantization and `dtype` as compute type (QLoRA, Dettmers et al., 2023), loaded
+    straight into 4 bit."""
+    from transformers import AutoModel, AutoModelForTextEncoding, BitsAndBytesConfig
+
+    config = config or load_config(model)
+    auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
+    options = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    what = f"{model}: cannot be loaded"
+    advice = "it must hold safetensors weights (pickled ones are refused)"
+    if quantize:
+        what = f"{model} cannot be loaded in 4 bit here"
+        advice = "--finetuning lora trains LoRA without quantization"
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": str(device)}
+    with stop_on_error(what, advice):
+        backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:  # transformers would begin with random ones
+        raise Stop(
+            f"{model}: {len(missing)} weights of a {config.model_type} model are missing, "
+            f"the first: {missing[0]}; are these the weights of another model?"
+        )
+    without_pooler(backbone)
+    if not quantize:
+        return backbone.to(device)
+    for module in backbone.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights at the first evaluation on such a CPU: training after it
+            # has no gradients, merging no weights
+            module.support_avx512bf16_for_cpu = False
+    return backbone
+
+
+def without_pooler(backbone):
+    """Drops an extra layer that some encoders carry: not read here, and unused weights stall data-parallel
+    training."""
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
+    return backbone
+
+
+def load_lora(backbone, folder):
+    """A backbone with the LoRA weights of a folder beside it. Of the folder's config, which may be a
+    stranger's, sizes and the names of layers are used, nothing else; no memory is taken on its word."""
+    from peft import LoraConfig, PeftModel
+
+    with stop_on_error(f"{folder}: LoRA weights that do not fit", "run 02 again"):
+        saved = read_json(folder / "adapter_config.json")
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = [name for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+            ranks = [file.get_slice(name).get_shape()[0] for name in names]
+        if min(ranks) != saved["r"]:  # of a mixture of experts, all experts' ranks stand in one matrix
+            raise ValueError(f"rank {saved['r']}, weights of rank {min(ranks)}")
+        lora = LoraConfig(r=int(saved["r"]), lora_alpha=float(saved["lora_alpha"]), **plain_layers(saved))
+        return PeftModel.from_pretrained(backbone, folder, config=lora)
+
+
+def plain_layers(saved):
+    r"""The layers that LoRA stands in, from adapter_config.json: lists of names, and {name: number} of those
+    with another rank or alpha. A name is letters, digits and dots, in front of it perhaps `.*\.`, as peft
+    writes it for experts: it would read anything else as a pattern, too."""
+    layers = {}
+    for kind in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        names = saved.get(kind) or []
+        if any(not re.fullmatch(r"(\.\*\\\.)?[\w.]+", name) for name in names):
+            raise ValueError(f"{kind}: not a list of names")
+        if isinstance(names, dict):
+            number = int if kind == "rank_pattern" else float
+            layers[kind] = {name: number(value) for name, value in names.items()}
+        elif names:
+            layers[kind] = [*names]
+    return layers
+
+
+def load_tokenizer(model, config):
+    """The tokenizer, with a pad token: its own, else the config's, else end-of-text (pooling goes by the
+    mask)."""
+    from transformers import AutoTokenizer
+
+    with stop_on_error(f"{model}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    rows = config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        known = getattr(config, "pad_token_id", None)
+        usable = known is not None and 0 <= known < min(rows, len(tokenizer))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known) if usable else tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise Stop(f"{model}: its tokenizer has neither a pad nor an end-of-text token")
+    largest = largest_id(tokenizer)
+    if largest >= rows:
+        raise Stop(f"{model}: its tokenizer makes ids up to {largest:,}, its embedding has {rows:,} rows")
+    return tokenizer
+
+
+def largest_id(tokenizer):
+    """The largest token id that a pair's text can have: special tokens never come from text, but those that
+    open, separate and close a pair count."""
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    return max([tokenizer.vocab_size - 1, *added, *(number for number in special if number is not None)])
+
+
+@torch.inference_mode()
+def check_reading(teacher, row, pad_id, device):
+    """Stop unless the teacher reads half of a row of token ids [T] beside the whole of it as it reads it
+    alone: then a batch changes nothing, and padding is not read."""
+    whole = torch.from_numpy(row).long().to(device)
+    half = whole[: max(1, len(whole) // 2)]
+    ids = pad_sequence([whole, half], batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(whole), torch.ones_like(half)], batch_first=True)
+    teacher.eval()
+    with stop_on_error("--model: a model of this kind cannot be a teacher"):  # it wants more than these
+        teacher(ids, mask)
+        together = teacher.represent(ids, mask)[1]
+        alone = teacher.represent(half[None], torch.ones_like(half)[None])[0]
+    moved = ((together - alone).norm() / alone.norm()).item()
+    if not moved < (0.1 if teacher.dtype == torch.bfloat16 else 1e-4):
+        raise Stop(f"--model: a model of this kind reads padding (in a batch a row moves by {moved:.1%})")

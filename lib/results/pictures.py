@@ -1,0 +1,233 @@
+"""Results as pictures: plots, pages of search results.
+
+A table here is {(system, language, metric): interval with value, low, high}; the language of all rows is "".
+"""
+
+import contextlib
+import functools
+import itertools
+import textwrap
+
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from PIL import ImageOps
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from common import LEVELS
+from lib.results.report import ALL, languages_of, systems_of
+from lib.stages.files import read_json
+from lib.tables.images import load_image
+
+# Okabe and Ito's colors, told apart by the color-blind and in grey by their lightness.
+COLORS = {
+    "majority": "#999999",
+    "bm25": "#E69F00",
+    "embedding": "#F0E442",
+    "match": "#CC79A7",
+    "student_human_labels": "#56B4E9",
+    "student": "#0072B2",
+    "teacher": "#D55E00",
+}
+OTHER_COLOR = "#009E73"  # of further students
+LEVEL_COLORS = {1: "#B2182B", 2: "#EF8A62", 3: "#CCCCCC", 4: "#67A9CF", 5: "#2166AC"}
+
+
+@functools.cache
+def glyphs(path):
+    """The characters that a font file draws."""
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+@functools.cache
+def fonts_for(characters):
+    """Font families to draw these characters with, and which no font of this machine has."""
+    families, missing = ["DejaVu Sans"], set(map(ord, characters))
+    missing -= glyphs(font_manager.findfont("DejaVu Sans"))
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.fname):
+        if missing and "Color" not in font.name:  # Matplotlib draws no colored glyphs
+            with contextlib.suppress(Exception):  # a broken font file
+                if missing & glyphs(font.fname):
+                    families.append(font.name)
+                    missing -= glyphs(font.fname)
+    missing = "".join(sorted(map(chr, missing)))
+    if missing:
+        print(f"no font here draws {len(missing)} characters of pictures' texts ({missing[:20]}): shown as □")
+    return families, missing
+
+
+def drawable(text):
+    """Anybody's text on one line, with □ for what no font draws."""
+    text = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    _, missing = fonts_for("".join(sorted(set(text))))
+    return "".join("□" if c in missing else c for c in text)
+
+
+@contextlib.contextmanager
+def picture_file(path, figsize, texts=()):
+    """Yields a figure that is written to `path`. Texts are drawn as they are, never read as formulas.
+    texts: what is not ASCII and stands in it."""
+    families, _ = fonts_for("".join(sorted(set("".join(map(drawable, texts))))))
+    with matplotlib.rc_context({"text.parse_math": False, "font.family": families}):
+        figure = Figure(figsize=figsize, layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=150, format="png")
+
+
+def shown(system):
+    """A system's name in a plot."""
+    return system.replace("_", " ")
+
+
+def in_percent(found):
+    """Metrics with value, low, high [N] -> values [N] in % and their error bars [2, N]."""
+    value, low, high = (100 * np.array([[m.value, m.low, m.high] for m in found], dtype=float)).T
+    return value, np.maximum([value - low, high - value], 0)
+
+
+def plots(table, y, systems, scaled, levels, folder):
+    """All plots of the report. y: labels [B]; systems: {name: (probabilities [B, C], score [B])}; scaled:
+    {name: probabilities at the fitted temperature}; levels: those in use."""
+    trained = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
+    p = {name: systems[name][0] for name in trained}
+    plot_accuracy(table, folder / "accuracy.png")
+    if len(languages_of(table)) > 1:
+        plot_languages(table, folder / "accuracy_by_language.png")
+    plot_confusion(y, p, levels, folder / "confusion.png")
+    plot_reliability(y, p, scaled, folder / "reliability.png")
+
+
+def plot_accuracy(table, path):
+    """Accuracy by system."""
+    systems = systems_of(table)[::-1]
+    with picture_file(path, (7, 0.55 * len(systems) + 1.1)) as figure:
+        ax = figure.subplots()
+        for place, system in enumerate(systems):
+            m = table[system, ALL, "accuracy"]
+            value, error = in_percent([m])
+            ax.barh([place], value, 0.62, xerr=error, capsize=3, color=COLORS.get(system, OTHER_COLOR))
+            ax.text(100 * m.high + 1, place, f"{100 * m.value:.1f}", va="center")
+        ax.set_yticks(range(len(systems)), [shown(system) for system in systems])
+        ax.set(xlabel="accuracy on human evaluation labels, % (95 % interval over queries)", xlim=(0, 105))
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def plot_languages(table, path):
+    """Accuracy by language and system."""
+    systems, languages = systems_of(table), languages_of(table)
+    size, width = (max(6, 1.2 * len(languages) + 3), 3.6), 0.8 / len(systems)
+    with picture_file(path, size, languages) as figure:
+        ax = figure.subplots()
+        for number, system in enumerate(systems):
+            value, error = in_percent([table[system, language, "accuracy"] for language in languages])
+            places = np.arange(len(languages)) + (number - (len(systems) - 1) / 2) * width
+            style = {"color": COLORS.get(system, OTHER_COLOR), "label": shown(system)}
+            ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, **style)
+        ax.set_xticks(range(len(languages)), [drawable(language) for language in languages])
+        ax.set(xlabel="language of the query", ylabel="accuracy, %\n(95 % interval over queries)")
+        ax.set_ylim(0, 105)
+        ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+
+
+def plot_confusion(y, p, levels, path):
+    """Confusion matrices, rows normalized: human level against most probable level. p: {system: [B, C]}."""
+    with picture_file(path, (3.6 * len(p), 3.5)) as figure:
+        for ax, (name, probabilities) in zip(figure.subplots(1, len(p), squeeze=False)[0], p.items()):
+            guess = probabilities.argmax(1) + 1
+            style = {"cmap": "Blues", "values_format": ".2f", "colorbar": False, "ax": ax}
+            labels = np.union1d(levels, guess)
+            ConfusionMatrixDisplay.from_predictions(y, guess, labels=labels, normalize="true", **style)
+            ax.set(title=shown(name), xlabel="most probable level", ylabel="human level")
+        figure.suptitle("share of the human level's rows", fontsize=10)
+
+
+def plot_reliability(y, p, scaled, path):
+    """Reliability diagram: how often the most probable level is right, by its probability. p, scaled:
+    {system: [B, C]}, as they are and at the fitted temperature."""
+    with picture_file(path, (4.6, 4.2)) as figure:
+        ax = figure.subplots()
+        for curves, line in ((p, "-"), (scaled, "--")):
+            for name, probabilities in curves.items():
+                right, confidence = probabilities.argmax(1) + 1 == y, probabilities.max(1)
+                label = shown(name) + " at its temperature" * (curves is scaled)
+                style = {"color": COLORS.get(name, OTHER_COLOR), "ls": line, "ms": 4, "name": label, "ax": ax}
+                CalibrationDisplay.from_predictions(
+                    right, confidence, n_bins=10, strategy="quantile", **style
+                )
+        ax.set(
+            xlabel="probability given to the most probable level", ylabel="share of rows where it is right"
+        )
+        ax.legend(fontsize=7)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pages of search results
+
+
+def picture(dataset, path, size=160):
+    """A pin's image as RGB, or None; never from outside the dataset."""
+    if not path:
+        return None
+    try:
+        return ImageOps.fit(load_image(dataset, path), (size, size))
+    except ValueError:  # a broken image; stage 01 has listed it
+        return None
+
+
+def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
+    """One query's results as pictures: the `top` pins by BM25, student and teacher, the human level as a
+    colored frame. pins: {pin_index: row of pins.parquet}."""
+    at = np.flatnonzero(rows["query_index"] == query["index"])
+    names = [name for name in ("bm25", "student", "teacher") if name in systems]
+    texts = [pin["title"] or pin["caption"] or "no text" for pin in pins.values()] + [query["query"]]
+    with picture_file(path, (1.25 * top + 1, 1.75 * len(names) + 0.6), texts) as figure:
+        for line, name in zip(figure.subplots(len(names), top, squeeze=False), names):
+            line[0].set_ylabel(name, fontsize=9)
+            best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]
+            for ax in line[len(best) :]:
+                ax.axis("off")
+            for ax, row in zip(line, best):
+                show_pin(ax, pins[int(rows["pin_index"][row])], rows["label"][row], dataset)
+        title = f"“{drawable(query['query'])}” ({drawable(query['language'])})"
+        figure.suptitle(f"{title}: best first; frame and text: human level", fontsize=9)
+
+
+def show_pin(ax, pin, level, dataset):
+    """A pin in a frame of its level's color."""
+    image = picture(dataset, pin["image"])
+    if image is not None:
+        ax.imshow(image, aspect="auto")
+    else:
+        words = textwrap.fill(drawable(pin["title"] or pin["caption"] or "no text")[:42], 14)
+        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=7)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(color=LEVEL_COLORS[level], linewidth=4, visible=True)
+    ax.set_xlabel(f"{level} {LEVELS[level]}", fontsize=7)
+
+
+def search_pages(run, rows, systems, n, folder):
+    """Search result pages for `n` evaluation queries with many labelled pins, one language after another.
+    Returns {file name: caption}."""
+    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
+    dataset = read_json(run / "features" / "stage.json")["dataset"]
+    index, count = np.unique(rows["query_index"], return_counts=True)
+    by_language = {}
+    for number in index[np.lexsort((index, -count))].tolist():
+        by_language.setdefault(queries["language"][number].as_py(), []).append(number)
+    turns = []
+    for turn in itertools.zip_longest(*by_language.values()):
+        turns += [number for number in turn if number is not None]
+    table = pq.read_table(run / "features" / "pins.parquet", columns=["title", "caption", "image"])
+    pages = {}
+    for number in turns[:n]:
+        at = np.unique(rows["pin_index"][rows["query_index"] == number])
+        pins = dict(zip(at.tolist(), table.take(at).to_pylist()))
+        query = {"index": number, **queries.slice(number, 1).to_pylist()[0]}
+        name = f"search_{len(pages) + 1}.png"
+        plot_search_page(rows, systems, query, pins, dataset, folder / name)
+        pages[name] = f"“{query['query']}”, its judged pins only, ranked by each system."
+    return pages

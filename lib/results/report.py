@@ -1,0 +1,292 @@
+"""Results as text: tables, report.md.
+
+A table here is {(system, language, metric): interval with value, low, high}; the language of all rows is "".
+"""
+
+import html
+import re
+import shlex
+import sys
+import time
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.stages.files import read_json
+
+ALL = ""  # "language" of a metric over all rows
+UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
+HUMAN = {  # --human-rows of 04
+    "none": "not used",
+    "teacher": "with the teacher's labels too",
+    "human": "with the human labels",
+    "half": "with the mean of human and teacher's labels",
+}
+FEW_QUERIES = 30  # an interval on fewer is marked
+AUROCS = ("auroc_4", "auroc_3", "auroc_5")  # the first that means something is the one to compare by
+WHAT_TO_DO = {  # where a trained system is below another one
+    "student_human_labels": "the teacher's labels cost more than they bring",
+    "student": "the teacher is the weaker one: other settings of stage 02, or more labels",
+    None: "serve that instead, or label more queries",
+}
+
+
+class Metric(NamedTuple):
+    """How a metric stands in a table."""
+
+    heading: str
+    percent: bool
+    meaning: str
+
+
+METRICS = {
+    "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one"),
+    "within_one": Metric("within one %", True, "rows whose most probable level is at most one off"),
+    "auroc_3": Metric(
+        "AUROC ≥3", False, "chance that P(level ≥ 3) of a row of level 3 to 5 is the higher one"
+    ),
+    "auroc_4": Metric("AUROC ≥4", False, "likewise for levels 4 and 5 against 1 to 3"),
+    "auroc_5": Metric("AUROC ≥5", False, "likewise for level 5 against 1 to 4"),
+    "ndcg_20": Metric("nDCG@20", False, "gain 2^(level − 1) − 1, mean over queries that have a gain"),
+    "ece": Metric("ECE", False, "expected calibration error of the most probable level, 15 bins"),
+    "kl_to_teacher": Metric("KL to teacher", False, "mean KL(teacher ‖ student), nats"),
+}
+
+# Accuracy on the paper's human evaluation set: of which system here, of what there, in the paper.
+PAPER = (
+    ("teacher", "Llama-3-8B, QLoRA", 0.602),
+    ("student", "given by one summary of the paper", 0.548),
+    ("(embedding baseline)", "SearchSage, derived from a stated relative gain of 19.7 %", 0.503),
+)
+
+CAPTIONS = {
+    "accuracy.png": "Accuracy by system, with intervals.",
+    "accuracy_by_language.png": "Accuracy by language of the query and system, with intervals.",
+    "confusion.png": "For each human level (row), how often each level is the most probable one (columns).",
+    "reliability.png": "How often the most probable level is right, by its probability: on the dotted "
+    "line the probability can be taken at its word. Dashed: at the temperature of the table above.",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def systems_of(table):
+    """The systems of a table, in its order."""
+    return list(dict.fromkeys(system for system, _, _ in table))
+
+
+def languages_of(table):
+    """The languages of a table."""
+    return list(dict.fromkeys(language for _, language, _ in table if language != ALL))
+
+
+def metrics_of(table):
+    """The metrics of a table, in the order of METRICS."""
+    found = {metric for _, _, metric in table}
+    return [metric for metric in METRICS if metric in found]
+
+
+def meaningful(levels):
+    """Metrics that mean something where only these levels are in use; one of AUROCs that would tell the same
+    levels apart."""
+    found, splits = {"accuracy", "ndcg_20", "ece", "kl_to_teacher"}, set()
+    if len(levels) > 2 and (np.diff(levels) == 1).any():
+        found.add("within_one")
+    for name in AUROCS:
+        above = sum(used >= int(name[-1]) for used in levels)
+        if 0 < above < len(levels) and above not in splits:
+            found.add(name)
+            splits.add(above)
+    return found
+
+
+def nested(table, compared):
+    """A table in the shape of metrics.json: systems, overall or by language, metrics; and the differences
+    {(system, other, metric): interval} of stage 05 as flat rows."""
+    systems = {}
+    for (system, language, metric), found in table.items():
+        parts = systems.setdefault(system, {"overall": {}, "by_language": {}})
+        part = parts["overall"] if language == ALL else parts["by_language"].setdefault(language, {})
+        part[metric] = found._asdict()
+    rows = []
+    for (system, other, metric), found in compared.items():
+        rows.append({"system": system, "minus": other, "metric": metric, **found._asdict()})
+    return {"systems": systems, "differences": rows}
+
+
+def cell(m, percent=True):
+    """A metric's value, low and high as `value [low, high]`."""
+    if m is None or m.value is None:
+        return "–"
+    if percent:
+        return f"{100 * m.value:.1f} [{100 * m.low:.1f}, {100 * m.high:.1f}]"
+    return f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]"
+
+
+def escaped(text):
+    """Anybody's text as plain text on one line of Markdown: no table, heading, link or HTML comes of it."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
+
+
+def markdown_table(head, lines):
+    """A Markdown table between empty lines."""
+    rule = "|---" * len(head) + "|"
+    return ["", f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def signed(m):
+    """A difference as `+value [low, high]`."""
+    return "–" if m.value is None else f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
+
+
+def below(compared):
+    """Lines on systems that are below what they are compared with, by the whole interval."""
+    worse = {}
+    for (system, other, metric), m in compared.items():
+        if m.high is not None and m.high < 0:
+            by = f"{METRICS[metric].heading} {signed(m)}"
+            worse.setdefault((system, other), []).append(by)
+    lines = []
+    for (system, other), found in worse.items():
+        advice = WHAT_TO_DO.get(other, WHAT_TO_DO[None])
+        lines.append(f"{system} is below {other}: {', '.join(found)}; {advice}")
+    return lines
+
+
+def few_queries(n):
+    """A line where so few queries were judged that an interval says little; or none."""
+    line = f"only {n} evaluation queries: an interval of fewer than {FEW_QUERIES} is a rough guess"
+    return [line] if n < FEW_QUERIES else []
+
+
+def summary(table, compared):
+    """Lines for the terminal."""
+    shown = [name for name in metrics_of(table) if name in AUROCS][:1] + ["ndcg_20"]
+    lines = []
+    for system in systems_of(table):
+        cells = [f"  {system:<22} accuracy {cell(table[system, ALL, 'accuracy']):<18}"]
+        cells += [f"{METRICS[name].heading} {cell(table[system, ALL, name], False)}" for name in shown]
+        lines.append("  ".join(cells))
+    return [*lines, *below(compared)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# report.md
+
+
+def facts(run, read, evaluation):
+    """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
+    features, command = read["features"], [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
+    teacher_file = run / "teacher" / "teacher.json"
+    index, query = np.unique(evaluation["query_index"], return_inverse=True)
+    best = np.zeros(len(index), int)
+    np.maximum.at(best, query, evaluation["label"])
+    known = [
+        ("dataset", features.get("dataset")),
+        ("evaluation", f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on; "
+                       f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
+        ("text encoder", features["arguments"].get("text_encoder")),
+        ("captions by", features["arguments"].get("caption_model")),
+        ("teacher", read_json(teacher_file)["model"] if teacher_file.exists() else None),
+    ]  # fmt: skip
+    for name, about in read.items():
+        told, rows = about["arguments"], about.get("rows", {})
+        if name == "teacher":
+            known.append(("the teacher learnt from", f"{rows.get('train', 0):,} human-labelled rows"))
+        elif name.startswith("student"):
+            learnt = f"{rows.get('train', 0):,} rows, the {told['labels']} labels"
+            if told["labels"] == "teacher":
+                learnt += (
+                    f"; {rows.get('human', 0):,} of them human-labelled rows, {HUMAN[told['human_rows']]}"
+                )
+            known.append((f"{name} learnt from", learnt))
+    known += [("made", f"{time.strftime('%Y-%m-%d')} by `{shlex.join(command)}`")]
+    return [(name, str(value)) for name, value in known if value]
+
+
+def report(table, compared, about, temperatures, evaluation, pages):
+    """report.md. compared: differences() of stage 05; about: pairs of facts(); evaluation: columns of its
+    rows; pages: {file: caption}."""
+    metrics, queries = metrics_of(table), len(np.unique(evaluation["query_index"]))
+    lines = ["# Evaluation", ""]
+    for name, value in about:
+        lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
+    lines += ["", "In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
+    body = []
+    for system in systems_of(table):
+        found = [cell(table.get((system, ALL, metric)), METRICS[metric].percent) for metric in metrics]
+        body.append([escaped(system), *found])
+    lines += markdown_table(["system", *(METRICS[metric].heading for metric in metrics)], body)
+    lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics]
+    lines += ["", *(f"**{escaped(line)}**\n" for line in few_queries(queries) + below(compared))]
+    lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
+    lines += [*of_temperatures(temperatures), "## Plots", ""]
+    for name, caption in {**CAPTIONS, **pages}.items():
+        if name != "accuracy_by_language.png" or len(languages_of(table)) > 1:
+            lines += [f"![{name}]({name})", "", escaped(caption), ""]
+    return "\n".join(lines)
+
+
+def of_differences(compared):
+    """What training brings, as a table."""
+    metrics = list(dict.fromkeys(metric for _, _, metric in compared))
+    lines = ["## What training brings", "", "Differences on the same resamples of the queries; each trained "
+             "system beside the best of those that need no training, by each metric."]  # fmt: skip
+    cells = {}
+    for (system, other, metric), m in compared.items():
+        cells.setdefault(f"{system} − {other}", {})[metric] = signed(m)
+    body = [[escaped(pair), *(found.get(m, "") for m in metrics)] for pair, found in cells.items()]
+    return lines + markdown_table(["difference", *(METRICS[metric].heading for metric in metrics)], body)
+
+
+def by_language(table, evaluation):
+    """Accuracy by language, where there are several."""
+    languages = sorted(languages_of(table))
+    if len(languages) < 2:
+        return []
+    body, few = [], []
+    for system in systems_of(table):
+        found = [cell(table[system, language, "accuracy"]) for language in languages]
+        body.append([escaped(system), *found])
+    for language in languages:
+        queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
+        few += [language] * (len(queries) < FEW_QUERIES)
+    head = [f"{escaped(language)}{' †' * (language in few)}" for language in languages]
+    lines = ["## Accuracy by language, %", *markdown_table(["system", *head], body)]
+    if few:
+        lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
+    return lines
+
+
+def beside_the_paper(table):
+    """The paper's figures, where five levels make them comparable at all."""
+    if {"auroc_3", "auroc_4", "auroc_5"} - set(metrics_of(table)):
+        return []
+    lines = ["## Beside the paper", "", "The paper's rows are its own data and models; they are here for "
+             "orientation, not for comparison of the numbers."]  # fmt: skip
+    body = []
+    for system, what, value in PAPER:
+        body.append([system, cell(table.get((system, ALL, "accuracy"))), f"{100 * value:.1f}", what])
+    head = ["", "accuracy here %", "accuracy in the paper %", "the paper's system"]
+    return lines + markdown_table(head, body)
+
+
+def of_temperatures(temperatures):
+    """What one temperature a system does for its probabilities (Guo et al., 2017)."""
+    lines = ["## Can the probabilities be taken at their word?", ""]
+    if not temperatures:
+        return [*lines, "No training query was held out to tell, or there were too few.", ""]
+    lines += [
+        "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
+        "on. It is in temperatures.json; `05_evaluate.py --temperatures` measures with it."
+    ]
+    body = []
+    for system, found in temperatures.items():
+        errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
+        fitted = f"{found['rows']:,} rows of {found['queries']:,} queries"
+        body.append([escaped(system), f"{found['temperature']:.2f}", fitted, *errors])
+    return lines + markdown_table(["system", "temperature", "fitted on", "ECE before", "ECE after"], body)

@@ -1,0 +1,84 @@
+"""What stages 02, 03 and 04 print before and after their work."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import LEVELS, NUM_LEVELS
+from lib.inputs.held_out import describe_held_out
+from lib.inputs.pairs import mean_label
+from lib.results.export import input_names
+from lib.stages.checkpoint import ENOUGH_QUERIES
+from lib.stages.hardware import dtype_name
+
+FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
+
+
+def is_stand_in(model):
+    """Is this one of the toy's models, data/toy/models/NAME?"""
+    return (Path(model).parent / "figures.json").exists()
+
+
+def count_weights(model, trained=False):
+    """The number of a model's weights, or of those that are trained."""
+    weights = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(p.numel() for p in weights)
+
+
+def describe_teacher(teacher, finetuning, rows, settings):
+    """What is going to be trained, on what. rows: LabelledRows."""
+    model, queries = settings.model, rows.held_out_queries
+    weights = count_weights(teacher, trained=True)
+    how, dtype = FINETUNING[finetuning], dtype_name(teacher.dtype)
+    print(f"{model}: {teacher.kind}, read out at the {teacher.pooling} token")
+    print(f"{how}: {weights:,} weights; {dtype}")
+    if settings.preset == "toy" and not is_stand_in(model):
+        rate = settings.encoder_lr if finetuning == "full" else settings.lr
+        print(f"--preset toy, learning rate {rate:g}, is for the toy's stand-in models: try --preset small")
+    describe_rows(rows, settings.max_tokens)
+    describe_held_out(rows)
+    if settings.keep == "best" and queries < ENOUGH_QUERIES:
+        print(f"--keep best: {queries} held-out queries are too few: the last")
+
+
+def describe_rows(rows, max_tokens):
+    """How many rows a teacher learns, how long they are, and how their labels are spread."""
+    n, longest = len(rows.train), rows.lengths.max()
+    mean = rows.lengths.mean()
+    print(f"rows: {n:,} train; tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
+    levels = rows.levels[rows.train]
+    counts = torch.bincount(levels, minlength=NUM_LEVELS)
+    shares = []
+    for level, share in enumerate(100 * counts / n, 1):
+        name = LEVELS[level]
+        shares.append(f"{level} {name} {share:.0f} %")
+    print("labels:", ", ".join(shares))
+
+
+def describe_student(student, rows, held_out, settings, device):
+    """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
+    human, n = len(rows.human), len(held_out)
+    queries = len(np.unique(held_out["query"]))
+    few = "" if queries else ": too few queries"
+    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human:,} human-labelled; {device}")
+    print(f"held out: {n:,} rows of {queries:,} queries{few}")
+    if settings.keep == "best" and queries < ENOUGH_QUERIES:
+        print(f"the last epoch is kept: under {ENOUGH_QUERIES} queries tell no best one")
+    names = input_names(student.spec)
+    sizes = student.spec["embeddings"].values()
+    for place, size in enumerate(sizes):
+        names[place] += f" {size}"
+    print("inputs:", ", ".join(names))
+    weights = count_weights(student)
+    print(f"parameters: {weights:,}")
+
+
+def describe_labels(counts, paths):
+    """What stage 03 has made. counts: rows, those labelled before, passes of the teacher, of this process;
+    paths: files of labels."""
+    rows, before, passes = counts
+    print(f"this process: {rows:,} rows, {before:,} of them labelled before, {passes:,} passes")
+    percent = 100 * mean_label(paths)
+    shares = [f"{level}: {share:.0f} %" for level, share in enumerate(percent, 1)]
+    print("mean soft label:", ", ".join(shares))

@@ -1,0 +1,49 @@
+"""Probabilities to be trusted: one temperature a trained system (Guo et al., 2017), fitted on training
+queries that the system was not trained on.
+
+Ours: the paper ranks by scores, and needs no calibrated ones.
+"""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from lib.inputs.inherited import students_of
+from lib.tables.splits import in_hash_split
+
+
+def at_temperature(p, temperature):
+    """Probabilities [B, C] -> p^(1/T), normalized: the softmax of the logits divided by T."""
+    log_p = np.log(np.maximum(p, 1e-12)) / temperature
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def fit_temperature(y, p):
+    """The temperature that makes labels [B] most probable (Guo et al., 2017, section 4.2)."""
+    rows = np.arange(len(y))
+
+    def loss(log_temperature):
+        scaled = at_temperature(p, np.exp(log_temperature))
+        return -np.log(scaled[rows, y - 1]).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def fit_temperatures(read, train, run, system):
+    """{trained system: its temperature, and on how many rows of how many queries it was fitted}, of those
+    whose stage has held queries out. read: {folder: stage.json}; train: columns of the human training rows;
+    system(run, name, rows): probabilities [B, C] and scores of a system on some of them."""
+    found = {}
+    for name in [*students_of(read), "teacher"]:
+        split = read.get(name, {}).get("held_out")
+        held_out = in_hash_split(train["key"], **split) if split else np.zeros(1, bool)
+        if held_out.any():
+            rows = {column: values[held_out] for column, values in train.items()}
+            p, _ = system(run, name, rows)
+            temperature = fit_temperature(rows["label"], p)
+            found[name] = {
+                "temperature": round(temperature, 4),
+                "rows": len(rows["label"]),
+                "queries": len(np.unique(rows["query_index"])),
+            }
+    return found

@@ -1,0 +1,2 @@
+"""How a script takes settings, resumes, locks and streams. Knows nothing of relevance, imports no other
+room."""

@@ -1,0 +1,99 @@
+"""Folders that stages have finished: found, checked against what was written, and locked while they are read.
+
+stage.json of a finished folder holds the hash of every file in it,
+and one of its own.
+"""
+
+import contextlib
+import fnmatch
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import filelock
+
+from lib.stages.files import fingerprint, hashed, read_json
+from lib.stages.terminal import Stop, first_line
+
+
+class Finished(dict):
+    """stage.json of a finished stage; holds a lock on its folder as long as it lives."""
+
+
+def require_finished(folder, command, reads=("*",)):
+    """stage.json of an earlier stage. Stop, naming `command`, if it is missing or unfinished, or if one of
+    its files whose name fits a pattern of `reads` is not what the stage wrote."""
+    folder = Path(folder)
+    if not (folder / "stage.json").exists():
+        raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
+    about = Finished(read_about(folder))
+    about.lock = hold(folder, "read")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one checks
+        check_files(folder, about, reads, command)
+    return about
+
+
+def check_files(folder, about, reads, command=None):
+    """Stop, naming `command`, if a file of a finished folder (`about`: its stage.json) whose name fits a
+    pattern of `reads` is not what the stage wrote. Without a command: the stage itself was asked again."""
+    again = f"make it again with: python {command} --overwrite"
+    if command is None:
+        again = "--overwrite makes all of it anew"
+    for name, made in about["outputs"].items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
+            path = folder / name
+            if not path.is_file():
+                raise Stop(f"{path}: missing; {again}")
+            if not is_as_made(path, made):
+                raise Stop(f"{path}: not what its stage wrote; {again}")
+
+
+def is_as_made(path, made):
+    """Is a file what its stage wrote? made: {"bytes", "hash"}."""
+    return path.is_file() and path.stat().st_size == made["bytes"] and fingerprint(path) == made["hash"]
+
+
+def read_about(folder, damaged_is_fine=False):
+    """stage.json of a finished folder, checked. damaged_is_fine: it is going to be replaced."""
+    path = Path(folder) / "stage.json"
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        about = dict(read_json(path))
+        kinds = {"finished": bool, "identity": str, "arguments": dict, "inputs": dict, "outputs": dict}
+        whole = about.get("digest") in (None, sealed(about)["digest"])  # earlier versions wrote none
+        for name, made in about["outputs"].items():
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            whole &= inside and {"bytes", "hash"} <= dict(made).keys()
+        if whole and about["finished"] and all(isinstance(about[key], kinds[key]) for key in kinds):
+            return about
+    if damaged_is_fine:
+        return {}
+    raise Stop(f"{path}: not what its stage wrote; make {folder} again with --overwrite")
+
+
+def sealed(about):
+    """A finished stage.json with the hash of everything that stands in it."""
+    about = {key: value for key, value in about.items() if key != "digest"}
+    return {**about, "digest": hashed(json.loads(json.dumps(about)))}
+
+
+def hold(folder, mode):
+    """A lock on a stage's folder: 'write' for the one that makes it, 'read' for those that read it. Released
+    when the returned object goes. None where no lock can be written: such a folder is read only."""
+    try:
+        folder = Path(folder).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise Stop(f"--run {folder.parent}: no folder can be made there ({first_line(error)})") from None
+    path = folder.with_name(f".{folder.name}.lock")
+    if mode == "read" and not os.access(folder.parent, os.W_OK):
+        return None
+    lock = filelock.ReadWriteLock(path, timeout=0, blocking=False, is_singleton=False)
+    try:
+        (lock.acquire_write if mode == "write" else lock.acquire_read)()
+    except filelock.Timeout:
+        other = "is at work here or reads it" if mode == "write" else "is making it anew"
+        raise Stop(f"{folder}: another process {other}; wait for it, or use another --run") from None
+    except (sqlite3.DatabaseError, ValueError) as error:  # filelock's file is a database, nothing is in it
+        raise Stop(f"{path}: no lock of ours ({first_line(error)}); remove this file") from None
+    return lock

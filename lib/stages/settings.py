@@ -1,0 +1,122 @@
+"""Settings of a script: one frozen dataclass, its comments the help, its instances the presets."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lib.stages.terminal import first_line
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a setting, as metadata of its type."""
+
+    low: float
+    high: float = math.inf
+    low_included: bool = True
+
+    def __contains__(self, value):
+        above = value >= self.low if self.low_included else value > self.low
+        return above and value < self.high
+
+    def __str__(self):
+        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and below {self.high:g}"
+
+
+Count = Annotated[int, Range(1, 10**9)]
+Size = Annotated[int, Range(0, 10**9)]
+Width = Annotated[int, Range(1, 10**6)]
+Positive = Annotated[float, Range(0, 1e31, low_included=False)]  # far within fp32
+NonNegative = Annotated[float, Range(0, 1e31)]
+Share = Annotated[float, Range(0, 1)]
+Temperature = Annotated[float, Range(0.01, 100)]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings:
+    """What every stage is told."""
+
+    preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
+    run: Path = ROOT / "outputs" / "toy"  # run directory
+    overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSettings(StageSettings):
+    """What a stage is told besides that runs a model."""
+
+    device: Device = "auto"  # where models run
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(DeviceSettings):
+    """What a stage is told besides that runs pre-trained models."""
+
+    precision: Precision = "fp32"  # of computation and frozen weights; auto: bf16 where the hardware has it
+
+
+def parse(presets, argv=None, description=""):
+    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
+    An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="toy")
+    name = first.parse_known_args(argv)[0].preset
+    default = presets.get(name, presets["toy"])
+    refuse_empty(sys.argv[1:] if argv is None else argv, default)
+    settings = flags_read(type(default), default, argv, description.split("\n")[0])
+    for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
+        value = getattr(settings, field)
+        for bounds in ranges_of(hint):
+            for each in value if isinstance(value, tuple) else [value]:
+                if each is not None and each not in bounds:
+                    flag = f"--{field.replace('_', '-')} {each}"
+                    print(f"error: {flag}: must be {bounds}", file=sys.stderr)
+                    raise SystemExit(2)
+    return settings
+
+
+def refuse_empty(argv, default):
+    """Ends with a message and exit status 2 where a flag's value is empty, as a shell variable that is not
+    set: as a path it would be the folder in which one happens to stand."""
+    words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
+    for flag, value in zip(["", *words], words):
+        if not value and getattr(default, flag.strip("-").replace("-", "_"), None) != "":
+            print(f"error: {flag or 'an argument'} '': an empty value", file=sys.stderr)
+            raise SystemExit(2)
+
+
+def flags_read(kind, default, argv, description):
+    """Settings by tyro. What it finds wrong, and tells on a page, becomes one line."""
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(kind, default=default, args=argv, description=description)
+    except SystemExit as end:
+        if end.code:
+            text = re.sub("[│╭╮╰╯]", " ", page.getvalue())  # a frame around a title, what is wrong, and help
+            title, *parts = re.split("[─-]{8,}", text)
+            said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
+            print(f"error: {first_line(said).rstrip(' .')}; --help shows all flags", file=sys.stderr)
+        raise
+
+
+def ranges_of(hint):
+    """The Range objects anywhere inside a type: tuple[Count, ...] | None -> [Range(1)]."""
+    found = [data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range)]
+    for inner in typing.get_args(hint):
+        found += ranges_of(inner)
+    return found

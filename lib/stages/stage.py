@@ -1,0 +1,186 @@
+"""What makes a stage resumable: its folder and what identifies it.
+
+A stage writes into a hidden folder, RUN/.NAME.unfinished-ID, which takes the place of RUN/NAME once it is
+complete. ID is the hash of the stage's settings and of the content of what it reads. So a killed stage
+continues its own work and no other's, and RUN/NAME is always whole: what --overwrite replaces stays until
+then. lib/stages/finished.py reads what is finished, lib/stages/checkpoint.py keeps a training that is not.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import time
+from pathlib import Path
+
+from lib.stages.files import hashed, list_files, read_json, remove, write_json
+from lib.stages.finished import check_files, hold, read_about, sealed
+from lib.stages.terminal import Stop
+
+# Neither can change a result: these are not part of a folder's identity …
+WITHOUT_EFFECT = {"preset", "run", "overwrite", "update"}
+WITHOUT_EFFECT |= {"device", "workers", "memory", "batch_tokens", "checkpoint_steps", "long_queries"}
+# … and of these it is the content that counts, which stands among the inputs.
+PLACES = {"data", "model", "caption_model", "text_encoder", "precision"}
+PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are noted
+
+
+class Stage:
+    """A stage's folder while it is made. Attributes: `done`: finished before, nothing to do; `work`: where to
+    write; `old`: the finished folder that is going to be replaced, or None.
+
+    stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
+    Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
+    identity is refused, naming what changed, unless --overwrite. `grows`: inputs and flags that may
+    change (where there is a flag --update: with it): the folder is then made anew, and the stage takes from
+    `old` what still holds."""
+
+    def __init__(self, folder, settings, inputs, grows=()):
+        self.folder, self.grows, self.start = Path(folder), grows, time.time()
+        self.done, self.old = False, None
+        self.about = describe(self.folder.name, settings, inputs)
+        unfinished = f".{self.folder.name}.unfinished-{self.about['identity'][:8]}"
+        self.work = self.folder.with_name(unfinished)
+        refuse_strangers(self.folder, settings.overwrite)
+        self.lock = hold(self.folder, "write")
+        try:
+            self.begin(settings)
+        except BaseException:
+            self.lock = None
+            raise
+
+    def begin(self, settings):
+        """Finds out whether anything is left to do, and makes the work folder ready for it."""
+        self.recover()
+        if self.folder.exists():
+            if settings.overwrite:
+                self.old = self.folder
+            else:
+                self.compare(read_about(self.folder), getattr(settings, "update", None))
+            if self.done:
+                return
+        for temporary in list(self.work.rglob(".*")):  # half-written by a killed process
+            remove(temporary)
+        write_json(self.work / "stage.json", self.about)
+
+    def recover(self):
+        """Completes what a process left that was killed while it put a finished folder into its place."""
+        if (self.work / "stage.json").exists():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if read_json(self.work / "stage.json")["finished"]:
+                    self.move_into_place()
+        bring_back(self.folder)
+        remove(aside_of(self.folder))
+
+    def compare(self, before, update):
+        """Is the folder that is there what is asked for? before: its stage.json; update: was --update given?
+        None: the stage has no such flag."""
+        if before["identity"] == self.about["identity"]:
+            check_files(self.folder, before, ["*"])
+            self.done = True
+            same = "finished before with the same arguments and inputs, nothing to do"
+            print(f"{self.folder}: {same} (--overwrite makes it anew)")
+            return
+        changes = changes_between(before, self.about)
+        grown = [name for name in self.grows if name in changes]
+        others = changes.keys() - grown - {flag(name) for name in PLACES}
+        if others or not grown or update is False:
+            named = [words for name, words in changes.items() if not (update and name in grown)]
+            offer = "" if others or not grown else "--update takes in what is new, "
+            raise Stop(
+                f"{self.folder} was made with other settings or inputs ({'; '.join(named)}); "
+                f"{offer}--overwrite makes it anew, another --run keeps both"
+            )
+        print(f"{self.folder}: the {', '.join(grown)} have changed; what still holds is kept")
+        self.old = self.folder
+
+    def finish(self, without=(), **facts):
+        """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
+        place. without: files and folders of intermediate results, which go."""
+        outputs = list_files(self.work, without)
+        seconds = round(time.time() - self.start, 1)
+        finished = {**self.about, **facts, "finished": True, "seconds": seconds, "outputs": outputs}
+        write_json(self.work / "stage.json", sealed(finished))
+        self.move_into_place()
+        self.lock = None
+        print(f"wrote {self.folder}  ({seconds:.0f} s)")
+
+    def move_into_place(self):
+        """The finished work folder, less its intermediate results, takes the place of what was there."""
+        listed = {"stage.json", *read_json(self.work / "stage.json")["outputs"]}
+        for path in sorted(self.work.rglob("*"), reverse=True):  # a folder comes after what is in it
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and str(path.relative_to(self.work)) not in listed:
+                path.unlink()
+        aside = aside_of(self.folder)
+        if self.folder.exists():
+            remove(aside)
+            os.replace(self.folder, aside)
+        os.replace(self.work, self.folder)
+        remove(aside)
+        for other in self.folder.parent.glob(f".{self.folder.name}.unfinished-*"):
+            remove(other)
+
+
+def refuse_strangers(folder, overwrite):
+    """Stop if a folder is a link to another run's, or somebody's own."""
+    if folder.is_symlink() and overwrite:
+        owner = folder.resolve()
+        raise Stop(f"{folder} is a link to {owner}: make it anew there (--run {owner.parent})")
+    if folder.exists() and not (folder / "stage.json").exists() and any(folder.iterdir()):
+        raise Stop(f"{folder} is there and no stage made it: move it away, or use another --run")
+
+
+def aside_of(folder):
+    """Where a finished folder is put while another one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def bring_back(folder):
+    """Puts a folder back that was put aside by a process that was killed before the new one was in place."""
+    if aside_of(folder).exists() and not folder.exists():
+        os.replace(aside_of(folder), folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Identity
+
+
+def describe(stage, settings, inputs):
+    """The first part of stage.json: what is known before the work begins. stage: its folder's name."""
+    told = sorted(dataclasses.asdict(settings).items())
+    told = {name: value for name, value in told if name not in WITHOUT_EFFECT}
+    arguments = json.loads(json.dumps(told, default=str))
+    return {
+        "stage": stage,
+        "finished": False,
+        "arguments": arguments,
+        "inputs": inputs,
+        "identity": identity(arguments, inputs),
+        "seed": arguments.get("seed"),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def identity(arguments, inputs):
+    """Hash of what decides a stage's result. A switch that is off counts as one that there is not."""
+    return hashed([{k: v for k, v in arguments.items() if k not in PLACES and v is not False}, inputs])
+
+
+def changes_between(before, now):
+    """{flag of an argument, or input: "it was …, is …"} of all that differs between two stage.json."""
+    changes = {}
+    for group, absent in (("arguments", False), ("inputs", None)):
+        for name in sorted({*before[group], *now[group]}):
+            was, is_now = (about[group].get(name, absent) for about in (before, now))
+            if was != is_now:
+                told = flag(name) if group == "arguments" else name
+                changes[told] = f"{told} was {was!r}, is {is_now!r}"
+    return changes
+
+
+def flag(name):
+    """Of an argument: as_of -> --as-of."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,65 @@
+"""What a script says at the terminal, and how it ends: one line on what is wrong, progress bars."""
+
+import contextlib
+import errno
+import os
+import sys
+import warnings
+
+import torch
+from tqdm import tqdm
+
+
+class Stop(Exception):
+    """Ends a stage with one line: what is wrong, where, and what to do."""
+
+
+def run_main(main):
+    """Runs a script's main(). What went wrong: one line on stderr and exit status 1 (interrupted: 130)."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except Stop as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            sys.exit("error: the disk is full; what was finished is whole, the same command continues")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
+        if str(error).startswith("DataLoader worker"):  # the system kills one where memory runs out
+            sys.exit(f"error: {first_line(error)} Too little memory? Fewer --workers need less")
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
+        if number in (errno.ENAMETOOLONG, errno.ELOOP):
+            sys.exit(f"error: {error.filename}: no usable path ({error.strerror})")
+        raise
+
+
+@contextlib.contextmanager
+def stop_on_error(what, advice=""):
+    """An exception inside the block, of whatever kind, becomes a Stop: `what` went wrong, its first line, and
+    what to do. Around calls of libraries that raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise Stop(f"{what} ({first_line(error)})" + f"; {advice}" * bool(advice)) from error
+
+
+def first_line(error):
+    """The first line of an exception's text, without control characters."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return "".join(c for c in text if c.isprintable())[:300]
+
+
+def progress_bar(**options):
+    """tqdm; where nobody watches (output into a file), a line every half minute."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed}, {rate_fmt}{postfix}\n"
+        options = {"mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
+    return tqdm(**options)

@@ -1,0 +1,86 @@
+"""Users' own embeddings: embeddings/NAME.npy and NAME.ids of a dataset, aligned to our rows."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib.stages.files import fingerprint, hashed
+from lib.stages.streams import new_matrix
+from lib.stages.terminal import Stop, first_line
+from lib.tables.files import regular_file
+
+
+def own_embeddings(folder):
+    """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one cannot be used."""
+    names = sorted(path.stem for path in (folder / "embeddings").glob("*.npy"))
+    for name in names:
+        source = folder / "embeddings" / f"{name}.npy"
+        if not name.startswith(("query_", "pin_")):
+            raise Stop(f"{source}: the name must begin with query_ or pin_")
+        for path in (source, source.with_suffix(".ids")):
+            try:
+                regular_file(folder, path.relative_to(folder))
+            except ValueError as error:
+                what = "NAME.ids holds the id of every row of NAME.npy, one a line"
+                raise Stop(f"{path}: {error}; {what}") from None
+        rows, size = len(open_vectors(source)), path.stat().st_size
+        if size > 1_000 * (rows + 1):
+            raise Stop(f"{path}: {size:,} bytes are too many for {rows:,} ids")
+    return names
+
+
+def own_fingerprint(folder, name):
+    """Hash of an embedding's two files."""
+    source = folder / "embeddings" / f"{name}.npy"
+    return hashed([fingerprint(source), fingerprint(source.with_suffix(".ids"))])
+
+
+def open_vectors(path):
+    """A user's vectors [rows, D], memory-mapped: no more is taken on a header's word than the file holds."""
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as error:
+        raise Stop(f"{path}: no NumPy array ({first_line(error)})") from error
+    shape = list(vectors.shape)
+    is_matrix = len(shape) == 2 and shape[1] > 0
+    if not is_matrix or vectors.dtype not in (np.float16, np.float32):
+        raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {vectors.dtype} {shape}")
+    return vectors
+
+
+def read_ids(path, rows):
+    """The ids of a user's vectors, one a line, as an Arrow column. Stop if they do not fit, or repeat."""
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
+    except UnicodeDecodeError as error:
+        raise Stop(f"{path}: not UTF-8 ({error})") from error
+    if len(ids) != rows:
+        raise Stop(f"{path}: {len(ids):,} ids for {rows:,} rows of {path.stem}.npy")
+    counts = ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        more = len(ids) - len(counts)
+        first = repeated.field("values")[0].as_py()
+        raise Stop(f"{path}: {more:,} ids stand more than once, the first: {first!r}")
+    return ids
+
+
+def users_embedding(source, ids, target):
+    """Aligns the vectors of NAME.npy (`source`) by NAME.ids to `ids`, an Arrow column of our rows: a row
+    without a vector gets zeros. Writes `target`; returns how many have none."""
+    vectors = open_vectors(source)
+    known = read_ids(source.with_suffix(".ids"), len(vectors))
+    row = pc.index_in(ids, known).fill_null(-1).to_numpy().astype(np.int64)
+    with new_matrix(target, len(ids), vectors.shape[1], vectors.dtype) as out:
+        for start in range(0, len(ids), 65_536):
+            wanted = row[start : start + 65_536]
+            block = vectors[np.maximum(wanted, 0)]
+            block[wanted < 0] = 0
+            bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+            if len(bad):
+                first = ids[start + int(bad[0])].as_py()
+                rows = f"{len(bad):,} rows (of those up to {start + len(wanted):,})"
+                raise Stop(f"{source}: {rows} with NaN or infinity, the first: {first!r}")
+            out[start : start + 65_536] = block
+    return int((row < 0).sum())

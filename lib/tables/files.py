@@ -1,0 +1,257 @@
+"""Files of a dataset, however they are written: as SQL for DuckDB, or one line on what is wrong with them."""
+
+import codecs
+import contextlib
+import csv
+import io
+import os
+import re
+import stat
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from lib.stages.terminal import Stop, first_line
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
+NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
+FILE = "name of the file"  # a column of ours that no table has
+CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
+    max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
+
+
+def inside(folder, path):
+    """Full path of a file of the dataset, links followed. ValueError if it leads out of the folder, or
+    nowhere."""
+    try:
+        full = (Path(folder) / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"no usable path ({first_line(error)})") from None
+    if not full.is_relative_to(Path(folder).resolve()):
+        raise ValueError("path leaves the dataset folder")
+    return full
+
+
+def regular_file(folder, path):
+    """Full path of a regular file of the dataset: no pipe or device, which may have no end. Or ValueError."""
+    full = inside(folder, path)
+    try:
+        mode = os.stat(full).st_mode
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(first_line(error)) from None
+    if not stat.S_ISREG(mode):
+        raise ValueError("no regular file")
+    return full
+
+
+def find_table(folder, name):
+    """Files of the table NAME, the file or folder that it is, and what lies there and is not read."""
+    found, others = [], []
+    for path in sorted(folder.iterdir()):
+        if table_name(path) == name:
+            parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+            parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
+            files = [part for part in parts if format_of(part)]
+            others += [str(part.relative_to(folder)) for part in parts if part not in files]
+            if files:
+                found.append((files, path))
+    if len(found) > 1:
+        names = ", ".join(path.name + "/" * path.is_dir() for _, path in found)
+        raise Stop(f"{folder}: the table {name} is there more than once ({names}): keep one")
+    files, base = found[0] if found else ([], None)
+    for path in files:
+        try:
+            regular_file(folder, path.relative_to(folder))
+        except ValueError as error:
+            raise Stop(f"{path}: cannot be read ({error})") from None
+    if len({format_of(path) for path in files}) > 1:
+        raise Stop(f"{base}: files of different kinds; a table is of one kind")
+    return files, base, others
+
+
+def other_files(folder, names):
+    """What lies in a dataset folder and looks like a table, but has the name of none."""
+    files = [path for path in sorted(folder.iterdir()) if format_of(path) and not is_hidden(path.name)]
+    return [path.name for path in files if table_name(path) not in names]
+
+
+def is_hidden(path):
+    """Of another program's own, such as _SUCCESS and .ipynb_checkpoints/."""
+    return any(part[0] in "._" for part in Path(path).parts)
+
+
+def table_name(path):
+    """Of a file or folder: boards, Boards.parquet, boards.csv.gz -> boards."""
+    return path.name.split(".")[0].lower()
+
+
+def format_of(path):
+    """'parquet', 'csv' or 'json' by a file's name, else None. CSV and JSON may be packed (.gz, .zst)."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
+    found = FORMATS.get(suffixes[-1 - packed]) if len(suffixes) > packed else None
+    return None if packed and found == "parquet" else found
+
+
+def reader(db, files, base, contract, sample):
+    """SQL that reads the files of a table, which is the file or folder `base`, and {column: type as stored}.
+    Everything in CSV, and what is text in JSON, stays text: DuckDB's own guesses would rewrite a title that
+    looks like a date. contract: {column: kind}; sample: JSON rows by which types are told (-1: all)."""
+    sql, types = plain_reader(db, files, contract, sample)
+    return with_folder_columns(sql, types, files, base)
+
+
+def plain_reader(db, files, contract, sample):
+    """Likewise of files of one kind, without what the names of their folders say."""
+    kind = format_of(files[0])
+    if kind == "csv":
+        return csv_reader(files)
+    options = f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+    if kind == "json":
+        return json_reader(db, files, options, contract, sample)
+    options += ", binary_as_string = true"
+    described = db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
+    return f"FROM read_parquet({options}, filename = '{FILE}')", {row[0]: row[1] for row in described}
+
+
+def json_reader(db, files, options, contract, sample):
+    """Likewise of lines of JSON; options: of read_json."""
+    if not any(path.stat().st_size for path in files):
+        raise Stop(f"{files[0]}: the table is empty")
+    options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
+    guess = f"maximum_depth = 2, sample_size = {sample}, map_inference_threshold = -1"
+    described = db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
+    types = {row[0]: row[1] for row in described}
+    begun = {column.strip().lower() for column in types}
+    wanted = [*types, *(column for column in contract if column not in begun)]
+    columns = {}
+    for column in wanted:
+        numeric = column.lower() not in contract and NUMERIC.fullmatch(types[column])
+        columns[column] = "DOUBLE" if numeric else "VARCHAR"
+    keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
+    types = {column: types.get(column, "VARCHAR") for column in columns}
+    return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
+
+
+def csv_reader(files):
+    """SQL that reads CSV files, each way in which they are written by its own read_csv."""
+    ways = {}
+    for path in files:
+        header = csv_header(path)
+        if header:
+            ways.setdefault(header, []).append(path)
+    if not ways:
+        raise Stop(f"{files[0]}: the table is empty")
+    readers, names = [], {}
+    for (delimiter, blank_lines, *columns), paths in ways.items():
+        keys = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in columns)
+        known = {name.strip().lower() for name in names}  # in other files' letters, as UNION BY NAME has it
+        names |= {name: "CSV" for name in columns if not names or name.strip().lower() not in known}
+        way = f"columns = {{{keys}}}, delim = '{delimiter}', skip = {blank_lines}"
+        readers.append(f"FROM read_csv({listed(paths)}, {way}, {CSV_OPTIONS})")
+    return f"FROM ({' UNION ALL BY NAME '.join(readers)})", names
+
+
+def csv_header(path):
+    """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    with pa.input_stream(str(path), compression=packing) as stream:
+        start = stream.read(1 << 20)
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:
+        raise Stop(f"{path}: cannot be read as csv (it is UTF-16: save it as UTF-8)")
+    text = start.decode("utf-8-sig", errors="replace")
+    header = text.lstrip("\r\n")
+    blank_lines = len(text[: len(text) - len(header)].splitlines())
+    first = header.splitlines()[0] if header else ""
+    delimiter = max(",\t;|", key=first.count)
+    names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), None)
+    return names and (delimiter, blank_lines, *(name or f"column{i}" for i, name in enumerate(names)))
+
+
+def plain_names(columns, contract):
+    """{name as stored: name}: without spaces around it, columns of the contract in lower case. Stop if two
+    differ in nothing else: DuckDB does not tell them apart, and names the second NAME_1."""
+    names, taken = {}, {}
+    for column in columns:
+        plain = column.strip()
+        renamed = re.fullmatch(r"(.+)_\d+", plain)
+        same = taken.get(plain.lower())
+        if same is None and renamed and renamed[1] not in columns:
+            same = taken.get(renamed[1].lower())
+        if same is not None:
+            raise Stop(f"the columns {same!r} and {column!r} cannot be told apart: rename or remove one")
+        taken[plain.lower()] = column
+        names[column] = plain.lower() if plain.lower() in contract else plain
+    return names
+
+
+def with_folder_columns(sql, types, files, base):
+    """Adds the columns that Hive-style folders below a table's folder stand for: boards/date=2024-01-01/.
+    Only those: DuckDB's own reading would take a folder label=3/ above the dataset for a column."""
+    keys = {}
+    for path in files if base.is_dir() else ():
+        for part in path.relative_to(base).parts[:-1]:
+            key, equals, _ = part.partition("=")
+            if equals and key.lower() not in {column.lower() for column in types}:
+                keys[key] = f"/{re.escape(part.partition('=')[0])}=([^/]*)/"
+    columns = []
+    for key, pattern in keys.items():
+        below = f'substr("{FILE}", {len(str(base)) + 1})'
+        value = f"nullif(regexp_extract({below}, {text_literal(pattern)}, 1), '__HIVE_DEFAULT_PARTITION__')"
+        columns.append(f", nullif(url_decode({value}), '') AS {quoted(key)}")
+    sql = f'FROM (SELECT * EXCLUDE ("{FILE}"){"".join(columns)} {sql})'
+    return sql, {**types, **dict.fromkeys(keys, "CSV")}
+
+
+@contextlib.contextmanager
+def one_line(where):
+    """What goes wrong with a file or in DuckDB inside the block becomes one line."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise Stop(f"{where}: more memory is needed than --memory allows ({first_line(error)})") from error
+    except RuntimeError as error:
+        if "interrupted" in str(error):  # as DuckDB hands on Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    except Stop as error:
+        raise Stop(str(error) if str(where) in str(error) else f"{where}: {error}") from None
+    except (duckdb.Error, pa.ArrowException, csv.Error, OSError) as error:
+        raise Stop(f"{where}: cannot be read ({reason(error)})") from error
+
+
+def reason(error):
+    """What an error of DuckDB says in one line: its first line, or of a CSV file the line's number and what
+    is wrong with it."""
+    text = str(error)
+    line, file = (re.search(pattern, text) for pattern in (r"CSV Error on Line: (\d+)", r"\n  file = (.*)"))
+    if "reached an invalid state" in text:
+        return f"{file[1]}: its lines end in different ways (LF, CRLF, CR), or a quote is not closed"
+    if not line:
+        return first_line(error)
+    said = re.split(r"\n+Possible ", text)[0].strip().split("\n")[-1]
+    return f"{file[1]}, line {line[1]}: {first_line(said)}"
+
+
+def quoted(name):
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text_literal(text):
+    """A text in SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def listed(files):
+    """Paths in SQL, as a list; signs by which DuckDB would look for several files stand for themselves."""
+    paths = [re.sub(r"[*?\[]", r"[\g<0>]", str(path)) for path in files]
+    return "[" + ", ".join(text_literal(path) for path in paths) + "]"
+
+
+def plain_cell(text):
+    """A text for a CSV file that people open in a spreadsheet: never a formula."""
+    return f"'{text}" if re.match(r"[=+\-@\t\r]", text) and not re.fullmatch(r"[+-]?[\d.]+", text) else text

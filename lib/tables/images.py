@@ -1,0 +1,154 @@
+"""Pictures of a dataset: read without trust in what a file says of itself."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from lib.stages.files import whole_file
+from lib.stages.terminal import first_line, progress_bar
+from lib.tables.files import plain_cell, regular_file
+
+# What Pillow decodes by itself: for others (EPS) it starts other programs.
+Image.init()
+KNOWN = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "AVIF", "JPEG2000")
+PICTURES = [name for name in KNOWN if name in Image.OPEN]
+MAX_BYTES = 100_000_000  # of a picture's file
+SIDES = 512, 2048  # a larger picture is reduced, its shorter side not below the first
+# Large pictures are decoded one at a time, in one thread: every thread keeps memory that it has used.
+LARGE = ThreadPoolExecutor(1)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # decode_image checks the size
+
+
+def image_bytes(folder, path):
+    """Content of a picture's file. ValueError with the reason if it cannot be had."""
+    full = regular_file(folder, path)
+    try:
+        size = full.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_BYTES:,}")
+        return full.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+
+
+def decode_image(content):
+    """Content of a picture's file -> the picture, upright, as RGB; a large one reduced. ValueError with the
+    reason if it is none: broken, or too large."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=PICTURES)
+        pixels = image.width * image.height
+        if pixels > Image.MAX_IMAGE_PIXELS:  # Pillow only warns up to twice that
+            raise OverflowError(f"{pixels} pixels, at most {Image.MAX_IMAGE_PIXELS}")
+        return LARGE.submit(upright_rgb, image).result() if pixels > 4_000_000 else upright_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for broken data
+        said = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", first_line(error))  # an address differs every time
+        raise ValueError(f"{type(error).__name__}: {said}") from None
+
+
+def upright_rgb(image):
+    """An opened picture -> RGB, without its transparency, turned as its EXIF data say."""
+    factor = reduction(image)
+    image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG: decoded smaller
+    image.load()
+    with contextlib.suppress(Exception):  # broken EXIF data: the pixels are there
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;"):
+        image = image.convert("I")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("I", "F", "L", "RGB"):
+        image = image.convert("RGB")
+    if reduction(image) > 1:
+        image = image.reduce(reduction(image))
+    if image.mode in ("I", "F"):
+        image = eight_bit(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def reduction(image):
+    """The whole number by which a picture's sides are divided."""
+    return max(min(image.size) // SIDES[0], max(image.size) // SIDES[1], 1)
+
+
+def eight_bit(image):
+    """A picture of more than 8 bit or of real numbers, scaled by its range; convert() would clip. 0 stays
+    black; white is 1 or 255 if no value is larger, else the largest value."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    low, high = min(values.min(), 0), values.max()
+    white = 1 if high <= 1 else max(high, 255)
+    return Image.fromarray(((values - low) / (white - low) * 255).astype(np.uint8))
+
+
+def load_image(folder, path):
+    """A picture of the dataset as RGB. ValueError with the reason if there is none."""
+    return decode_image(image_bytes(folder, path))
+
+
+def load_images(folder, paths):
+    """Pictures of the dataset as RGB, several at a time; in the place of one that cannot be had the reason, a
+    text."""
+
+    def load(path):
+        try:
+            return load_image(folder, path)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(load, paths))
+
+
+def read_pictures(raw):
+    """Reads the picture of every pin. Table, rows in pin order: pin_id, image (its path), digest (16 bytes,
+    of the file's content; null: no picture), reason (why there is none though there is a path)."""
+
+    def read(path):
+        try:
+            return hashlib.blake2b(image_bytes(raw.folder, path), digest_size=16).digest(), None
+        except ValueError as error:
+            return None, str(error)
+
+    kinds = {"pin_id": pa.string(), "image": pa.string(), "digest": pa.binary(16), "reason": pa.string()}
+    parts = [pa.schema(kinds).empty_table()]
+    with ThreadPoolExecutor(8) as pool, progress_bar(desc="pictures read", unit=" pins") as bar:
+        for batch in raw.batches("SELECT pin_id, nullif(image, '') AS image FROM raw_pins"):
+            paths = batch["image"].to_pylist()
+            there = list({path for path in paths if path})  # millions of pins may have none
+            content = {None: (None, None), **dict(zip(there, pool.map(read, there)))}
+            digests, reasons = zip(*(content[path] for path in paths))
+            new = {"digest": pa.array(digests, pa.binary(16)), "reason": pa.array(reasons, pa.string())}
+            parts.append(pa.table({"pin_id": batch["pin_id"], "image": batch["image"], **new}))
+            bar.update(len(batch))
+    return pa.concat_tables(parts)
+
+
+def pictures_fingerprint(pictures):
+    """Hash of the pictures' content, in pin order."""
+    content = hashlib.blake2b(digest_size=16)
+    for batch in pictures.to_batches(max_chunksize=100_000):
+        for digest, reason in zip(batch["digest"].to_pylist(), batch["reason"].to_pylist()):
+            content.update(digest or f"{reason}\n".encode())
+    return content.hexdigest()
+
+
+def write_skipped(path, pictures, reasons):
+    """pin_id, image and reason of every picture that has a reason (Arrow column) -> CSV. Returns how many."""
+    skipped = pictures.set_column(3, "reason", reasons).filter(reasons.is_valid())
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("pin_id", "image", "reason"))
+        for row in skipped.select(["pin_id", "image", "reason"]).to_pylist():
+            writer.writerow([plain_cell(value) for value in row.values()])
+    return len(skipped)

@@ -1,0 +1,76 @@
+"""Rows of the raw tables under their numbers: query_index and pin_index, by which everything after stage 01
+names a query and a pin.
+"""
+
+from lib.stages.streams import slices
+from lib.stages.terminal import Stop
+from lib.tables.files import NUMERIC, quoted
+from lib.tables.raw import kinds_of
+
+RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
+
+
+def is_numeric(raw, table, column):
+    """Of a column beyond the contract: True if it is numeric (stored as numbers, or in CSV written as a
+    number in every row), False if it is a category, None if there is nothing in it."""
+    c, stored = quoted(column), raw.types[table][column]
+    sql = f"""SELECT count({c}::VARCHAR) FILTER (NOT is_blank({c}::VARCHAR)), count(number({c})),
+                     count(*) FILTER (is_number({c}::VARCHAR)) FROM raw_{table}"""
+    filled, finite, numbers = raw.ask(sql)[0]
+    if NUMERIC.fullmatch(stored) or (stored == "CSV" and 0 < filled == numbers):
+        return True if finite else None
+    return False if filled else None
+
+
+def number_rows(raw, table, side, reserved=()):
+    """Makes the table SIDE_rows: the rows of raw_TABLE with SIDE_index, their row number; columns of the
+    contract, then further ones that are not empty, numeric ones as DOUBLE and others as text. reserved: names
+    of ours that no further column may have."""
+    columns = [f"(row_number() OVER () - 1)::INTEGER AS {side}_index", *kinds_of(table)]
+    for column in raw.further(table):
+        refuse_name(raw, table, column, (f"{side}_index", *reserved))
+        numeric = is_numeric(raw, table, column)
+        if numeric is not None:
+            value = f"number({quoted(column)})" if numeric else f"{quoted(column)}::VARCHAR"
+            columns.append(f"{value} AS {quoted(column)}")
+    raw.ask(f"CREATE TABLE {side}_rows AS SELECT {', '.join(columns)} FROM raw_{table}")
+
+
+def pair_numbers(raw, reserved):
+    """Numeric columns beyond the contract that impressions and labels both have -> their SQL, null where it
+    is no number."""
+    found = {}
+    labels = {column.lower(): column for column in raw.further("labels")}
+    for column in raw.further("impressions"):
+        other = labels.get(column.lower())
+        if other and is_numeric(raw, "impressions", column) and is_numeric(raw, "labels", other):
+            refuse_name(raw, "impressions", column, (*RESERVED, *reserved))
+            found[column] = f"number({quoted(column)})::FLOAT"
+    return found
+
+
+def refuse_name(raw, table, column, reserved):
+    """Stop if a column has a name of ours."""
+    if column.lower() in reserved:
+        raise Stop(f"{raw.name[table]}: column {column!r} has a name of ours: rename it")
+
+
+def index_pairs(raw, table, columns, chunk=500_000):
+    """The rows of raw_labels or raw_impressions in their order, as a stream of Arrow tables: query_index,
+    pin_index, engaged (events in the window, from the table `engaged`), and `columns` {name: SQL}. Joined
+    `chunk` rows at a time: a join does not keep the order, and to sort all rows afterwards would take memory
+    that grows with them."""
+    raw.ask("""
+        CREATE TABLE IF NOT EXISTS engaged_pairs AS SELECT query_index, pin_index, n AS engaged FROM engaged
+        JOIN (SELECT query_key(query) AS text, query_index FROM query_rows) USING (text)
+        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)""")
+    made = "".join(f", {sql} AS {quoted(name)}" for name, sql in columns.items())
+    names = "".join(f", {quoted(name)}" for name in columns)
+    ordered = f'SELECT row_number() OVER () AS "the row", query_id, pin_id{made} FROM raw_{table}'
+    indexed = f"""
+        SELECT query_index, pin_index, coalesce(engaged, 0) AS engaged{names} FROM listed
+        JOIN (SELECT query_id, query_index FROM query_rows) USING (query_id)
+        JOIN (SELECT pin_id, pin_index FROM pin_rows) USING (pin_id)
+        LEFT JOIN engaged_pairs USING (query_index, pin_index) ORDER BY "the row" """
+    for rows in slices(raw.batches(ordered, chunk), chunk):
+        yield raw.table(indexed, listed=rows)

@@ -1,0 +1,171 @@
+"""A run's student at work, for a service: it ranks pins for queries never seen, and scores new pins.
+
+    from serving.ranker import Pin, Query, Ranker
+    ranker = Ranker("outputs/toy")
+    best = ranker.rank("red chair", top=20)
+    best.pins, best.expected_level, best.probabilities, best.match["bm25"]
+    ranker.score([("red chair", "p00153"), ("red chair", Pin(title="Chair", image=Path("chair.jpg")))])
+
+All that a query needs is made new, with the models and statistics that stage 01 left; the student runs in
+onnxruntime.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from common import NUM_LEVELS, side_of
+from lib.results.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
+from lib.stages.files import read_json
+from lib.stages.finished import require_finished
+from lib.stages.hardware import pick_device
+from lib.stages.terminal import Stop
+from serving.new_features import NewFeatures, Pin, Query
+
+READS = ("pins.parquet", "queries.parquet", "bm25.parquet", "graph.parquet", "*_embedding.npy")
+CHUNK = 16_384  # pins that go through the student at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """B pairs. pins: ids, or Pin objects; probabilities [B, C] of levels 1 to 5; expected_level [B]; match:
+    {feature: [B]}."""
+
+    pins: list
+    probabilities: np.ndarray
+    expected_level: np.ndarray
+    match: dict
+
+    def take(self, rows):
+        """Those of some rows."""
+        pins = [self.pins[row] for row in rows.tolist()]
+        match = {name: column[rows] for name, column in self.match.items()}
+        return Scores(pins, self.probabilities[rows], self.expected_level[rows], match)
+
+
+class Ranker:
+    """The student of a run at work. Loaded once; then any thread may call rank() and score()."""
+
+    def __init__(self, run, student="student", threads=1, device="cpu", models=None, temperature=1.0):
+        """threads: cores that onnxruntime uses for a call; device: of text encoder and captioner; models:
+        {"text encoder": …, "caption model": …}, where they are if they have moved since stage 01;
+        temperature: of the probabilities, such as the one in report/temperatures.json."""
+        self.temperature = temperature
+        folder, features = Path(run) / student, Path(run) / "features"
+        command = f"04_train_student.py --run {run} --name {student}"
+        self.made = require_finished(features, f"01_build_features.py --run {run}", READS)
+        self.trained = require_finished(folder, command)
+        self.spec = read_json(folder / "features.json")
+        problem = unfit(self.spec, self.made)
+        if problem:
+            raise Stop(f"{folder}: {problem}; python {command} --overwrite")
+        self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
+        ids = pq.read_table(features / "pins.parquet", columns=["pin_id"])["pin_id"]
+        self.ids = ids.to_pylist()
+        self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
+        self.new = NewFeatures(features, self.made, self.spec, pick_device(device), models)
+        self.pins = self.new.known_pins()
+
+    def rows(self, pin_ids):
+        """Row numbers of pins by id."""
+        unknown = [pin_id for pin_id in pin_ids if pin_id not in self.row_of]
+        if unknown:
+            raise Stop(f"no pin of this run has the id {unknown[0]!r} ({len(unknown):,} such ids)")
+        return np.array([self.row_of[pin_id] for pin_id in pin_ids], np.int64)
+
+    def feed(self, query, pins, rows, match):
+        """A query (Side of one), pins `rows` [B] of a Side, and their match features -> the student's inputs
+        {name: array}, as features.json says; those of the query have one row."""
+        feed = {}
+        for name in input_names(self.spec):
+            if name in match:
+                column = match[name]
+            elif side_of(name) == "query":
+                column = query.columns[name]
+            else:
+                column = pins.columns[name][rows]
+            is_code = name in self.spec["categories"]
+            feed[name] = column.astype(np.int64 if is_code else np.float32)
+        return feed
+
+    def predict(self, feed):
+        """The student on B pins of one query: probabilities [B, C] and expected level [B]."""
+        p, level = self.session.run(OUTPUTS, feed)
+        if self.temperature != 1:
+            p = p ** (1 / self.temperature)
+            p /= p.sum(axis=1, keepdims=True)
+            level = p @ np.arange(1, NUM_LEVELS + 1, dtype=np.float32)
+        return p, level
+
+    def fill(self, scores, at, query, pins, rows, engaged):
+        """Scores a query (Side of one) and the pins `rows` [B] of a Side; fills the places `at` [B] of
+        `scores`. engaged: events [B]."""
+        for start in range(0, len(rows), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            match = self.new.match(query, pins, rows[chunk], engaged[chunk])
+            p, level = self.predict(self.feed(query, pins, rows[chunk], match))
+            scores.probabilities[at[chunk]] = p
+            scores.expected_level[at[chunk]] = level
+            for name, column in match.items():
+                scores.match[name][at[chunk]] = column
+
+    def no_scores(self, pins):
+        """Scores of B pins, to be filled."""
+        p = np.zeros((len(pins), NUM_LEVELS), np.float32)
+        level = np.zeros(len(pins), np.float32)
+        match = {name: level.copy() for name in self.spec["match"]}
+        return Scores(pins, p, level, match)
+
+    def rank(self, query, candidates=None, engaged=None, top=None):
+        """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin ids
+        (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it has none."""
+        ids = self.ids if candidates is None else candidates
+        events = np.zeros(len(ids))
+        if engaged:
+            events[:] = [engaged.get(pin_id, 0) for pin_id in ids]
+        scores = self.no_scores(ids)
+        everything = np.arange(len(ids))
+        rows = everything if candidates is None else self.rows(candidates)
+        side = self.new.query(as_query(query))
+        self.fill(scores, everything, side, self.pins, rows, events)
+        best_first = np.argsort(-scores.expected_level, kind="stable")
+        return scores.take(best_first[:top])
+
+    def score(self, pairs, engaged=None):
+        """B pairs (query, pin) in their order. query: a text or a Query; pin: an id of the run, or a Pin;
+        engaged: events [B], else 0. What a query or a new pin needs is made once."""
+        pins = [pin for _, pin in pairs]
+        scores = self.no_scores(pins)
+        events = np.zeros(len(pairs)) if engaged is None else np.asarray(engaged, np.float64)
+        new = list(dict.fromkeys(pin for pin in pins if isinstance(pin, Pin)))
+        new_row = {pin: row for row, pin in enumerate(new)}
+        new_pins = self.new.pins(new) if new else None
+        places = {}  # of each query: those of known pins, and of new ones
+        for place, (query, pin) in enumerate(pairs):
+            places.setdefault(query, ([], []))[pin in new_row].append(place)
+        for query, (known, unknown) in places.items():
+            side = self.new.query(as_query(query))
+            rows = self.rows([pins[place] for place in known])
+            self.fill(scores, np.array(known), side, self.pins, rows, events[known])
+            rows = np.array([new_row[pins[place]] for place in unknown])
+            self.fill(scores, np.array(unknown), side, new_pins, rows, events[unknown])
+        return scores
+
+
+def unfit(spec, made):
+    """Why a student (its features.json) cannot be used on features (their stage.json), or None."""
+    if "sources" not in spec:
+        return "has no ONNX file"
+    found = sources_of(made)
+    for name, trained in spec["sources"].items():
+        here = found.get(name)
+        if here is None or here["fingerprint"] != trained["fingerprint"]:
+            return f"trained on features of another {name} than those here"
+    return None
+
+
+def as_query(query):
+    """A text or a Query -> a Query."""
+    return Query(query) if isinstance(query, str) else query
