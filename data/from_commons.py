@@ -39,9 +39,10 @@ import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.stages.files import link_or_copy, whole_file, write_parquet  # noqa: E402
+from lib.stages.files import link_or_copy, write_parquet  # noqa: E402
 from lib.stages.settings import ROOT  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.tables.additions import list_skipped  # noqa: E402
 from lib.tables.splits import in_hash_split, query_key  # noqa: E402
 
 HOME = "github.com/cormacparle/media-search-signal-test, sql/ratedSearchResult_20211207.sql"
@@ -279,8 +280,7 @@ def main(argv=None):
     for name, columns in tables.items():
         write_parquet(args.out / f"{name}.parquet", columns)
     listed = args.out / "skipped_ratings.csv"
-    with whole_file(listed) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([(*rows[0], "reason"), *skipped])
+    list_skipped(listed, (*rows[0], "reason"), skipped)
     print(f"wrote {args.out}: " + "\n  ".join(summary(tables)))
     print(f"  {len(rows):,} rows in, {len(used):,} used, {len(skipped):,} listed in {listed.name}")
 

@@ -25,10 +25,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.stages.files import whole_file, write_parquet  # noqa: E402
+from lib.stages.files import write_parquet  # noqa: E402
 from lib.stages.settings import ROOT  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.files import plain_cell  # noqa: E402
+from lib.tables.additions import list_skipped  # noqa: E402
 from lib.tables.splits import in_hash_split  # noqa: E402
 
 LEVEL = {"0": 1, "1": 5}  # grade -> level
@@ -106,22 +106,13 @@ def convert(source, out, train_share=0.1, eval_share=0.1, max_impressions=None):
         tables["impressions"][column] = values[:max_impressions]
     for name, columns in tables.items():
         write_parquet(out / f"{name}.parquet", columns)
-    list_skipped(out / "skipped_judgments.csv", skipped)
+    list_skipped(out / "skipped_judgments.csv", ("query_id", "doc_id", "grade", "reason"), skipped)
     counts = {name: len(next(iter(columns.values()))) for name, columns in tables.items()}
     print(f"{out}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; "
           f"{len(skipped):,} judgments skipped, see {out / 'skipped_judgments.csv'}")  # fmt: skip
     by_split = Counter(zip(tables["labels"]["split"], tables["labels"]["label"]))
     print("labels: " + ", ".join(f"{split} {label}: {n:,}" for (split, label), n in sorted(by_split.items())))
     return counts
-
-
-def list_skipped(path, skipped):
-    """Judgments that cannot be used -> CSV."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("query_id", "doc_id", "grade", "reason"))
-        for row in skipped:
-            writer.writerow([plain_cell(value) for value in row])
 
 
 def main(argv=None):

@@ -70,15 +70,16 @@ def kinds_of(name):
 class RawTables(Database):
     """The raw tables of a dataset folder as DuckDB views `raw_NAME`: every column of the contract under its
     name and as its type, further columns as they are stored. Logs are never read into memory: DuckDB scans
-    them. levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5."""
+    them. levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5; required: names of
+    the tables that must be there."""
 
-    def __init__(self, folder, memory="4GB", levels=None, spill=None):
+    def __init__(self, folder, memory="4GB", levels=None, spill=None, required=REQUIRED):
         if not Path(folder).is_dir():
             raise Stop(
                 f"{folder}: no such dataset folder; make the toy one with: python data/toy/make_toy.py"
             )
         super().__init__(folder, memory, spill)
-        self.levels, self.files, self.name = levels, {}, {}
+        self.levels, self.required, self.files, self.name = levels, required, {}, {}
         self.types = {name: {} for name in TABLES}  # of the columns as stored
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
@@ -115,7 +116,7 @@ class RawTables(Database):
 
     def open_missing(self, name):
         """An empty view of a table that is not there, or Stop. An empty log says nothing."""
-        if name in REQUIRED:
+        if name in self.required:
             other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
             where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
             raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
