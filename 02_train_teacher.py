@@ -5,8 +5,7 @@ five levels; point-wise cross-entropy. Encoders (BERT, DeBERTa, T5's encoder) ar
 (Llama) with QLoRA.
 
 Reads   RUN/features/   pins.parquet, queries.parquet, labelled.parquet (its `train` rows)
-Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, teacher.json, training_log.jsonl,
-                        README.md (the model's card)
+Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, teacher.json, training_log.jsonl
 
 Toy     python 02_train_teacher.py
 Paper   accelerate launch 02_train_teacher.py --preset paper --run /runs/search      one process a GPU
@@ -27,8 +26,8 @@ from common import FIELDS, PairText, Teacher, linear_warmup_decay
 from lib import models
 from lib.inputs.held_out import LOWER, held_out_scores, warn_if_useless
 from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
-from lib.results import cards, summary
-from lib.stages.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
+from lib.results import summary
+from lib.stages.checkpoint import CHECKPOINT, Checkpoints
 from lib.stages.files import write_jsonl
 from lib.stages.finished import require_finished
 from lib.stages.processes import start_processes, start_stage
@@ -58,7 +57,6 @@ class Settings(ModelSettings):
     head_lr: Positive = 1e-3  # peak learning rate of the head
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
-    keep: Literal["last", "best"] = "last"  # epoch kept; best: by AUROC >= 4 on at least 50 held-out queries
     rows: Count | None = None  # train on a random N of the training rows (default: all)
     checkpoint_steps: Count = 100  # steps between two checkpoints to resume from
     seed: Size = 0  # of the head's weights, held-out queries, row order and dropout
@@ -197,11 +195,10 @@ def train_epoch(model, optimizer, rows, epoch, settings, accelerator, checkpoint
 
 
 def train(teacher, optimizer, rows, settings, accelerator, work):
-    """The training loop. Leaves the weights of the epoch that is kept in `teacher`; returns where it ended:
-    the log, and that epoch's scores. Checkpoints go into the folder `work`."""
+    """The training loop, over what is left of it. Checkpoints go into the folder `work`. Returns the log;
+    its last line has the last epoch's scores."""
     model = accelerator.prepare(teacher)
-    metric = chosen_by("held_out_auroc_4", settings, rows.held_out_queries)
-    checkpoints = Checkpoints(work, teacher, optimizer, {"step": 0}, metric, accelerator.is_main_process)
+    checkpoints = Checkpoints(work, teacher, optimizer, {"step": 0}, accelerator.is_main_process)
     state, epoch_steps = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
     if checkpoints.continues:
         accelerator.print(f"continuing at step {state['step']} of {settings.epochs * epoch_steps}")
@@ -212,8 +209,7 @@ def train(teacher, optimizer, rows, settings, accelerator, work):
         scores |= held_out_scores(teacher, rows, accelerator, settings.batch_tokens)
         checkpoints.end_epoch(scores, step=state["step"])
     accelerator.wait_for_everyone()
-    checkpoints.load_kept()
-    return state
+    return state["log"]
 
 
 def update_weights(teacher, optimizer, lr_factor):
@@ -283,17 +279,16 @@ def main(argv=None):
         print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
-    train_state = train(teacher, optimizer, rows, settings, accelerator, work)
+    log = train(teacher, optimizer, rows, settings, accelerator, work)
 
     # 5. Save
     if accelerator.is_main_process:
-        warn_if_useless(rows, train_state["kept"])
-        about = save(teacher, finetuning, text, settings, work)
-        write_jsonl(work / "training_log.jsonl", train_state["log"])
+        warn_if_useless(rows, log[-1])
+        save(teacher, finetuning, text, settings, work)
+        write_jsonl(work / "training_log.jsonl", log)
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
-        cards.write_teacher_card(about, settings, PRESETS, counts, train_state["log"], work)
-        facts = {"best": train_state["kept"], "text": text.describe(), "held_out": rows.split}
-        output.finish(CHECKPOINT_FILES, rows=counts, **facts)
+        facts = {"scores": log[-1], "text": text.describe(), "held_out": rows.split}
+        output.finish([CHECKPOINT], rows=counts, **facts)
     accelerator.wait_for_everyone()
 
 

@@ -5,7 +5,7 @@ levels on unlabelled impressions (knowledge distillation). The paper does not gi
 al., 2015: KL divergence at temperature T, times T squared.
 
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
-Writes  RUN/student/    model.safetensors, training_log.jsonl, README.md (the model's card); to serve it:
+Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it:
                         student.onnx, student_one_query.onnx, features.json (their inputs, how each is
                         computed, normalization)
 
@@ -28,9 +28,9 @@ from common import NUM_LEVELS, Student, linear_warmup_decay
 from lib.inputs.inherited import require_languages, require_pairs
 from lib.inputs.pairs import PairFiles, TrainingRows, ahead, read_labels
 from lib.inputs.student_inputs import StudentInputs
-from lib.results import cards, summary
+from lib.results import summary
 from lib.results.export import CHECKED_ROWS, save_for_serving
-from lib.stages.checkpoint import CHECKPOINT_FILES, Checkpoints, chosen_by
+from lib.stages.checkpoint import CHECKPOINT, Checkpoints
 from lib.stages.files import write_jsonl
 from lib.stages.hardware import pick_device
 from lib.stages.settings import (
@@ -55,8 +55,8 @@ class Settings(DeviceSettings):
     labels: Literal["teacher", "human"] = "teacher"  # soft labels of impressions, or human training labels
     name: str | None = None  # output folder below RUN (default: student, or student_human_labels)
     rows: Count | None = None  # train on a random N impressions, or human labels (default: all)
-    human_rows: Literal["none", "teacher", "human", "half"] = "half"
-    # with --labels teacher: also learn the human-labelled training rows, with whose labels; half: their mean
+    human_rows: Literal["none", "half"] = "half"
+    # half, with --labels teacher: human-labelled rows too, with the mean of human and teacher's labels
     languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
 
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
@@ -66,7 +66,6 @@ class Settings(DeviceSettings):
     temperature: Temperature = 1.0  # softens teacher and student alike; at 1 probabilities stay as they are
 
     epochs: Count = 20  # passes over the training rows
-    keep: Literal["last", "best"] = "last"  # which epoch; best: by agreement on held-out queries
     batch_size: Count = 256  # rows a step
     lr: Positive = 1e-3  # peak learning rate
     weight_decay: NonNegative = 1e-4  # of AdamW
@@ -118,25 +117,16 @@ def distillation_loss(logits, soft_labels, temperature=1.0):
 # Rows: impressions with the teacher's labels, and the human-labelled ones
 
 
-def human_targets(level, soft_labels, whose):
-    """What is learnt of human-labelled rows: human levels [N] in 1..5, teacher's probabilities [N, C] ->
-    target probabilities [N, C], those of the human level alone, the teacher's, or (half) their mean."""
-    if whose == "teacher":
-        return soft_labels
-    human = np.eye(NUM_LEVELS)[level - 1]
-    return human if whose == "human" else (human + soft_labels) / 2
-
-
 def human_rows(files, settings):
-    """The human-labelled training rows with the targets that --labels and --human-rows ask for."""
-    whose = "human" if settings.labels == "human" else settings.human_rows
+    """The human-labelled training rows. Their targets: with --labels human all probability on the human
+    level; else its mean with the teacher's probabilities, or no rows at all (--human-rows)."""
     rows, level, is_train = files.labelled()
-    if whose == "none":
-        return rows[:0]
-    soft_labels = None
-    if whose != "human":
-        soft_labels = read_labels(settings.run / "labels" / "labelled.parquet", len(rows))
-    rows["target"] = human_targets(level, soft_labels, whose)
+    target = np.eye(NUM_LEVELS)[level - 1]
+    if settings.labels == "teacher":
+        if settings.human_rows == "none":
+            return rows[:0]
+        target = (target + read_labels(settings.run / "labels" / "labelled.parquet", len(rows))) / 2
+    rows["target"] = target
     return rows[is_train]
 
 
@@ -198,12 +188,11 @@ def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
 
 
 def train(student, rows, inputs, held_out, settings, device, work):
-    """The training loop. Leaves the weights of the epoch that is kept in `student`; returns where it ended:
-    the log, and that epoch's scores. Checkpoints go into the folder `work`."""
+    """The training loop, over what is left of it. Checkpoints go into the folder `work`. Returns the log, a
+    line an epoch."""
     optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    metric = chosen_by("held_out_agreement", settings, len(np.unique(held_out["query"])))
     start = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0}
-    checkpoints = Checkpoints(work, student, optimizer, start, metric)
+    checkpoints = Checkpoints(work, student, optimizer, start)
     state, planned = checkpoints.state, rows.total * settings.epochs
     if checkpoints.continues:
         print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")
@@ -215,8 +204,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
         scores |= held_out_scores(student, inputs, held_out, device)
         state |= {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0}
         checkpoints.end_epoch(scores)
-    checkpoints.load_kept()
-    return state
+    return state["log"]
 
 
 def finite(loss, epoch):
@@ -278,17 +266,15 @@ def main(argv=None):
     summary.describe_student(student, rows, held_out, settings, device)
 
     # 4. Distillation
-    train_state = train(student, rows, inputs, held_out, settings, device, stage.work)
+    log = train(student, rows, inputs, held_out, settings, device, stage.work)
 
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))
     *columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
     save_for_serving(student, read["features"], columns, stage.work)
-    write_jsonl(stage.work / "training_log.jsonl", train_state["log"])
-    print(f"kept epoch {train_state['kept']['epoch']}")
+    write_jsonl(stage.work / "training_log.jsonl", log)
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
-    cards.write_student_card(student, settings, PRESETS, counts, train_state["log"], stage.work)
-    stage.finish(CHECKPOINT_FILES, rows=counts, held_out=rows.held_out, kept=train_state["kept"])
+    stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1])
 
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def main(argv=None):
     facts = report.facts(run, read, evaluation)
     text = report.report(table, compared, facts, temperatures, evaluation, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")
-    cards.write_cards(run, table, counts, stage.work / "cards")
+    cards.write_cards(run, read, table, stage.work / "cards")
     stage.finish(rows=counts, temperatures=temperatures)
     print(f"report: {stage.folder / 'report.md'}")
 

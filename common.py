@@ -227,6 +227,7 @@ class Teacher(nn.Module):
         for adapter in getattr(self.backbone, "peft_config", {}).values():
             adapter.target_modules = sorted(adapter.target_modules)  # a set: its order changes
         self.backbone.save_pretrained(folder / part)
+        (folder / part / "README.md").unlink(missing_ok=True)  # an empty form that peft writes
         head = {name: tensor.float().contiguous().cpu() for name, tensor in self.head.state_dict().items()}
         save_file(head, folder / "head.safetensors")
         write_json(folder / "teacher.json", about)

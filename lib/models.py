@@ -94,6 +94,11 @@ def full_name(model):
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
+def public_name(model):
+    """A hub id as it is, a model folder by its last name: where it stands is nobody's business."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
+
+
 def is_model(model, trained_fingerprint):
     """Is the model with this fingerprint here?"""
     try:

@@ -19,7 +19,7 @@ from lib.stages.terminal import Stop
 from lib.tables.splits import in_hash_split
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY_MODELS = ROOT / "data" / "toy_models"
+TOY_MODELS = ROOT / "data" / "toy" / "models"
 SYSTEMS = ["majority", "bm25", "embedding", "match", "student_human_labels", "student", "teacher"]
 STAGES = {
     "01": "01_build_features",

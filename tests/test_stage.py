@@ -157,7 +157,7 @@ def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
     optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak": 0.5}], lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"step": 4, "log": [{"loss": 0.5}], "best": None}
+    state = {"step": 4, "log": [{"loss": 0.5}]}
     save_checkpoint(tmp_path / "c.pt", model, optimizer, state)
     second = torch.optim.AdamW([{"params": other.parameters(), "peak": 0.5}], lr=0.9)
     assert load_checkpoint(tmp_path / "c.pt", other, second) == state
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
     """A training killed before an upgrade that keeps other state: not a traceback when it is continued."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, {"step": 4, "log": [], "best": None})
+    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, {"step": 4})
     line = stop_line(lambda: Checkpoints(tmp_path, model, optimizer, {"step": 0}))
     assert str(tmp_path / "checkpoint.pt") in line and "--overwrite" in line
 
@@ -520,7 +520,7 @@ def test_disk_full_or_read_only_leaves_earlier_results_whole(tmp_path, monkeypat
 def test_a_checkpoint_on_a_full_disk_is_the_same_line(tmp_path, monkeypatch):
     model = nn.Linear(300, 300)
     (tmp_path / ".c.pt.tmp").symlink_to("/dev/full")
-    line = ended(lambda: save_checkpoint(tmp_path / "c.pt", model, None, {}))
+    line = ended(lambda: save_checkpoint(tmp_path / "c.pt", model, torch.optim.AdamW(model.parameters()), {}))
     assert "the disk is full" in line
 
 

@@ -297,8 +297,8 @@ def test_student_learns_what_can_be_learnt_and_survives_a_reload(tmp_path):
     rows, (_, _, held) = rows_of(tmp_path)
     target = np.concatenate([b["target"] for b in rows.batches(0)])
     constant = (held["target"] * np.log(np.maximum(held["target"], 1e-12) / target.mean(0))).sum(1).mean()
-    assert about["kept"] == log[-1] and [line["epoch"] for line in log] == list(range(1, 13))
-    assert about["kept"]["held_out_kl"] < 0.2 * constant and log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert about["scores"] == log[-1] and [line["epoch"] for line in log] == list(range(1, 13))
+    assert about["scores"]["held_out_kl"] < 0.2 * constant and log[-1]["loss"] < 0.5 * log[0]["loss"]
     student = Student.load(tmp_path / "student")
     inputs = StudentInputs(tmp_path / "features", student.spec)
     scores = distil.held_out_scores(student, inputs, held, torch.device("cpu"))
@@ -306,24 +306,6 @@ def test_student_learns_what_can_be_learnt_and_survives_a_reload(tmp_path):
     assert scores["held_out_agreement"] == log[-1]["held_out_agreement"]
     left = {path.name for path in (tmp_path / "student").iterdir()}
     assert not [name for name in left if name.endswith(".pt")]
-
-
-def test_the_best_epoch_is_kept_where_it_is_asked_for_and_can_be_told(tmp_path, monkeypatch, capsys):
-    learnable(tmp_path)
-    worse = ["--lr", "0.3", "--warmup", "0", "--epochs", "5", "--keep", "best"]
-    about, log = train(tmp_path, *worse)  # 10 queries are held out
-    assert about["kept"] == log[-1] and "the last epoch is kept" in capsys.readouterr().out
-    last = (tmp_path / "student" / "model.safetensors").read_bytes()
-    monkeypatch.setattr("lib.stages.checkpoint.ENOUGH_QUERIES", 5)
-    about, log = train(tmp_path, *worse, "--seed", "1")
-    best = max(log, key=lambda line: line["held_out_agreement"])  # the first of equal ones
-    assert about["kept"] == best
-    student = Student.load(tmp_path / "student")
-    rows, (_, _, held) = rows_of(tmp_path, "--seed", "1")
-    inputs = StudentInputs(tmp_path / "features", student.spec)
-    scores = distil.held_out_scores(student, inputs, held, torch.device("cpu"))
-    assert scores["held_out_agreement"] == best["held_out_agreement"]
-    assert last != (tmp_path / "student" / "model.safetensors").read_bytes()
 
 
 def test_the_training_loss_is_that_of_the_steps(tmp_path, monkeypatch):
@@ -360,10 +342,10 @@ def test_the_training_loss_is_that_of_the_steps(tmp_path, monkeypatch):
 def test_a_dataset_of_few_queries_trains_without_held_out_rows(tmp_path, labels, capsys):
     synthetic(tmp_path, queries=3)
     name = {"teacher": "student", "human": "student_human_labels"}[labels]
-    distil.main(["--run", str(tmp_path), "--labels", labels, "--epochs", "1", "--keep", "best"])
+    distil.main(["--run", str(tmp_path), "--labels", labels, "--epochs", "1"])
     out = capsys.readouterr().out
     assert "0 rows of 0 queries" in out and "too few queries" in out
-    assert "held_out_kl" not in read_json(tmp_path / name / "stage.json")["kept"]
+    assert "held_out_kl" not in read_json(tmp_path / name / "stage.json")["scores"]
 
 
 def test_loss_that_is_not_finite_stops(tmp_path):
@@ -379,7 +361,7 @@ def test_loss_that_is_not_finite_stops(tmp_path):
 BAD_FLAGS = """--hidden 256,x|--hidden 256 x|--hidden 0|--hidden -4|--epochs 0|--rows -5|--lr -1|--lr nan
 --lr 0|--batch-size 0|--dropout 1|--input-dropout 1.5|--device gpu|--temperature 0|--labels mine
 --temperature 1e300|--temperature 1e-300|--hidden 1000000|--category-dim 1000000|--seed 1000000000
---human-rows some|--keep first|--shuffle-window 0|--seed -1|--nonsense 1|--epochs 1.5
+--human-rows some|--shuffle-window 0|--seed -1|--nonsense 1|--epochs 1.5
 --warmup 1|--weight-decay -1"""
 
 

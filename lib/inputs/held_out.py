@@ -1,5 +1,5 @@
 """Rows of queries that stage 02 does not train on: how the teacher does on them, beside one that knows the
-labels' shares alone. For eyes, and for --keep best.
+labels' shares alone. No choice rests on them.
 """
 
 import math

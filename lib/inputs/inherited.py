@@ -81,8 +81,8 @@ def require_systems(run, reads):
                 raise
             print(f"left out: {why}")
     if (run / "teacher").exists():
-        command, told = f"02_train_teacher.py --run {run}", ("teacher.json", "README.md")
-        read["teacher"] = require_finished(run / "teacher", command, told)
+        command = f"02_train_teacher.py --run {run}"
+        read["teacher"] = require_finished(run / "teacher", command, ["teacher.json"])
     return read
 
 

@@ -10,7 +10,6 @@ inputs are raw, one a name, any number of rows (B) at once.
 import copy
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import NUM_LEVELS, side_of
+from lib.models import public_name
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop
 
@@ -226,9 +226,7 @@ def sources_of(features):
     features: stage.json of stage 01."""
     sources = {}
     for kind, model in features.get("models", {}).items():
-        folder = Path(model["name"])
-        name = folder.name if folder.is_absolute() or folder.is_dir() else model["name"]
-        sources[kind] = {"name": name, "fingerprint": model["fingerprint"]}
+        sources[kind] = {"name": public_name(model["name"]), "fingerprint": model["fingerprint"]}
     for file in ("bm25.parquet", "graph.parquet"):
         if file in features["outputs"]:
             sources[file] = {"fingerprint": features["outputs"][file]["hash"]}

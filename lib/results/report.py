@@ -17,12 +17,6 @@ from lib.stages.files import read_json
 
 ALL = ""  # "language" of a metric over all rows
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
-HUMAN = {  # --human-rows of 04
-    "none": "not used",
-    "teacher": "with the teacher's labels too",
-    "human": "with the human labels",
-    "half": "with the mean of human and teacher's labels",
-}
 FEW_QUERIES = 30  # an interval on fewer is marked
 AUROCS = ("auroc_4", "auroc_3", "auroc_5")  # the first that means something is the one to compare by
 WHAT_TO_DO = {  # where a trained system is below another one
@@ -200,9 +194,7 @@ def facts(run, read, evaluation):
         elif name.startswith("student"):
             learnt = f"{rows.get('train', 0):,} rows, the {told['labels']} labels"
             if told["labels"] == "teacher":
-                learnt += (
-                    f"; {rows.get('human', 0):,} of them human-labelled rows, {HUMAN[told['human_rows']]}"
-                )
+                learnt += f"; {rows.get('human', 0):,} of them human-labelled rows too, half and half"
             known.append((f"{name} learnt from", learnt))
     known += [("made", f"{time.strftime('%Y-%m-%d')} by `{shlex.join(command)}`")]
     return [(name, str(value)) for name, value in known if value]

@@ -9,7 +9,6 @@ from common import LEVELS, NUM_LEVELS
 from lib.inputs.held_out import describe_held_out
 from lib.inputs.pairs import mean_label
 from lib.results.export import input_names
-from lib.stages.checkpoint import ENOUGH_QUERIES
 from lib.stages.hardware import dtype_name
 
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
@@ -28,18 +27,15 @@ def count_weights(model, trained=False):
 
 def describe_teacher(teacher, finetuning, rows, settings):
     """What is going to be trained, on what. rows: LabelledRows."""
-    model, queries = settings.model, rows.held_out_queries
     weights = count_weights(teacher, trained=True)
     how, dtype = FINETUNING[finetuning], dtype_name(teacher.dtype)
-    print(f"{model}: {teacher.kind}, read out at the {teacher.pooling} token")
+    print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
     print(f"{how}: {weights:,} weights; {dtype}")
-    if settings.preset == "toy" and not is_stand_in(model):
+    if settings.preset == "toy" and not is_stand_in(settings.model):
         rate = settings.encoder_lr if finetuning == "full" else settings.lr
         print(f"--preset toy, learning rate {rate:g}, is for the toy's stand-in models: try --preset small")
     describe_rows(rows, settings.max_tokens)
     describe_held_out(rows)
-    if settings.keep == "best" and queries < ENOUGH_QUERIES:
-        print(f"--keep best: {queries} held-out queries are too few: the last")
 
 
 def describe_rows(rows, max_tokens):
@@ -63,8 +59,6 @@ def describe_student(student, rows, held_out, settings, device):
     few = "" if queries else ": too few queries"
     print(f"{settings.labels}'s labels: {rows.total:,} rows, {human:,} human-labelled; {device}")
     print(f"held out: {n:,} rows of {queries:,} queries{few}")
-    if settings.keep == "best" and queries < ENOUGH_QUERIES:
-        print(f"the last epoch is kept: under {ENOUGH_QUERIES} queries tell no best one")
     names = input_names(student.spec)
     sizes = student.spec["embeddings"].values()
     for place, size in enumerate(sizes):
