@@ -10,7 +10,6 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
 
 Toy     python data/toy/make_toy.py && python 01_build_features.py
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
-Later   the same with --update, on a dataset that has grown: what is old stays as it is
 """
 
 import functools
@@ -27,17 +26,17 @@ from common import FIELDS, MATCH_FEATURES
 from lib import models
 from lib.inputs.bm25 import PairBM25, tokenize
 from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
-from lib.inputs.encoders import TextEncoder, embed_texts
+from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
 from lib.inputs.graph import graph_embedding
 from lib.inputs.match import MatchFeatures, pin_texts, query_texts
-from lib.inputs.update import inputs_of, models_used, open_features
 from lib.stages.files import hashed, write_parquet
 from lib.stages.hardware import pick_hardware
 from lib.stages.settings import ROOT, Count, ModelSettings, Size, Width, parse
+from lib.stages.stage import Stage
 from lib.stages.streams import keep_chunks, slices, write_stream
 from lib.stages.terminal import Stop, run_main
-from lib.tables.embeddings import own_embeddings, users_embedding
-from lib.tables.images import read_pictures, write_skipped
+from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embedding
+from lib.tables.images import pictures_fingerprint, read_pictures, write_skipped
 from lib.tables.indexed import index_pairs, number_rows, pair_numbers
 from lib.tables.raw import RawTables, levels_of
 from lib.tables.splits import in_hash_split
@@ -47,7 +46,6 @@ from lib.tables.splits import in_hash_split
 class Settings(ModelSettings):
     """The flags of stage 01; these are the toy's values."""
 
-    update: bool = False  # take in what is new in a dataset that has grown; old features stay comparable
     data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
     levels: str = ""  # what labels other than 1 to 5 mean, such as E=5,S=4,C=3,I=1
     caption_model: str = str(ROOT / "data/toy/models/blip")  # BLIP; its vision tower also embeds the image
@@ -216,14 +214,11 @@ def write_labelled(raw, features_of, numbers, path):
     return counts
 
 
-def write_impressions(raw, features_of, numbers, out, shard_rows, old):
-    """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept.
-    Returns how many there are."""
+def write_impressions(raw, features_of, numbers, out, shard_rows):
+    """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept."""
     total = raw.ask("SELECT count(*) FROM raw_impressions")[0][0]
     shards = slices(index_pairs(raw, "impressions", numbers), shard_rows)
-    if old:
-        shards = old.bring_shards(shards, list(numbers), out)
-    return len(list(keep_chunks(out / "impressions", shards, features_of, total, "impressions")))
+    list(keep_chunks(out / "impressions", shards, features_of, total, "impressions"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,7 +242,7 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     return captions, {"captioned": captioned, "skipped": skipped}
 
 
-def make_embeddings(raw, settings, own, device, dtype, out, old):
+def make_embeddings(raw, settings, own, device, dtype, out):
     """Every *_embedding.npy: the user's own, else ours. Prints which rows have none."""
     encoder = None
     for side, table, texts in (("query", "queries", query_texts), ("pin", "pins", pin_texts)):
@@ -262,24 +257,40 @@ def make_embeddings(raw, settings, own, device, dtype, out, old):
                 size = settings.text_tokens, settings.token_batch
                 encoder = TextEncoder(settings.text_encoder, *size, device, dtype)
             path, parts = out / f"{side}_text_embedding.npy", out / "work" / f"{side}_text"
-            before = (old.vectors(side), old.changed[side]) if old else None
-            embed_texts(encoder, texts(out / f"{table}.parquet"), CHUNK, parts, path, len(ids), before)
-    if "pin_graph" not in own and not (old and old.graph is None):
-        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out, old)
-    if old:
-        old.compare_embeddings(out)
+            embed_texts(encoder, texts(out / f"{table}.parquet"), CHUNK, parts, path, len(ids))
+    if "pin_graph" not in own:
+        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out)
 
 
-def open_match_features(out, workers, old=None):
+def open_match_features(out, workers):
     """MatchFeatures over the texts and embeddings of a features folder. Writes bm25.parquet."""
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
     bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
-    if old:
-        old.drift |= bm25.use(old.bring("bm25.parquet", out))
-    else:
-        bm25.save(out / "bm25.parquet")
+    bm25.save(out / "bm25.parquet")
     vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     return MatchFeatures(bm25, *vectors)
+
+
+def inputs_of(raw, settings, own, pictures, hardware):
+    """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
+    found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
+    if pictures["image"].null_count < len(pictures):
+        captioner_config(settings.caption_model)  # before the work of hours
+        found["images"] = pictures_fingerprint(pictures)
+        found["caption model"] = models.model_fingerprint(settings.caption_model)
+        found["precision"] = hardware
+    if not {"query_text", "pin_text"} <= set(own):
+        encoder_config(settings.text_encoder, settings.text_tokens)  # likewise
+        found["text encoder"] = models.model_fingerprint(settings.text_encoder)
+        found["precision"] = hardware
+    return found
+
+
+def models_used(settings, inputs):
+    """Name and fingerprint of the text encoder and the captioner, where the features come from them."""
+    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
+    used = [kind for kind in names if kind in inputs]
+    return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
 
 
 def summary(raw, settings, counts, splits, as_of):
@@ -301,7 +312,7 @@ def main(argv=None):
     raw = RawTables(settings.data, settings.memory, levels_of(settings.levels))
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
-    work, old = open_features(settings, inputs)  # old: features that --update builds on, or None
+    work = Stage(settings.run / "features", settings, inputs)
     if work.done:
         return
     out = work.work
@@ -310,7 +321,6 @@ def main(argv=None):
     raw.check()
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
-    pictures = old.keep_order(raw, pictures) if old else pictures
     numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
@@ -322,22 +332,18 @@ def main(argv=None):
     as_of = text_from_logs(raw, settings.as_of, settings.top_tokens)
     write_queries(raw, out / "queries.parquet")
     write_pins(raw, captions, out / "pins.parquet")
-    if old:
-        old.compare_tables(out, list(numbers), {"query": query_texts, "pin": pin_texts})
 
     # 3. Embeddings, once a query and once a pin
-    make_embeddings(raw, settings, own, device, dtype, out, old)
+    make_embeddings(raw, settings, own, device, dtype, out)
 
     # 4. Match features of every labelled and unlabelled pair
-    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1, old)
+    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1)
     features_of = functools.partial(pair_features, match, list(numbers))
     splits = write_labelled(raw, features_of, numbers, out / "labelled.parquet")
-    shards = write_impressions(raw, features_of, numbers, out, settings.shard_rows, old)
+    write_impressions(raw, features_of, numbers, out, settings.shard_rows)
 
     # 5. Summary
     facts = summary(raw, settings, counts, splits, as_of)
-    if old:
-        facts["drift"] = old.report(shards)
     raw.db.close()
     work.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
 

@@ -25,8 +25,8 @@ import torch
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
 from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
-from lib.inputs.pairs import KeptLabels, count_rows, write_labels
-from lib.inputs.rows import PairShards, hash_rows, tokenized, unique_rows
+from lib.inputs.pairs import count_rows, write_labels
+from lib.inputs.rows import PairShards, tokenized, unique_rows
 from lib.results import summary
 from lib.stages.processes import start_processes, start_stage
 from lib.stages.settings import Count, ModelSettings, Size, parse
@@ -77,15 +77,12 @@ def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
     return labels
 
 
-def label_shard(teacher, rows, known, pad_id, token_budget, on_batch=None):
-    """Soft labels [N, C] of a shard's rows. Equal rows share one pass of the teacher. known [n, C]: labels of
-    the first n rows. Returns also how many rows went through the teacher."""
+def label_shard(teacher, rows, pad_id, token_budget, on_batch=None):
+    """Soft labels [N, C] of a shard's rows. Equal rows share one pass of the teacher. Returns also how many
+    passes those are."""
     different, which = unique_rows(rows)
-    labels = np.empty((len(different), NUM_LEVELS), np.float32)
-    labels[which[: len(known)]] = known
-    first_new = which[: len(known)].max(initial=-1) + 1
-    labels[first_new:] = soft_labels(teacher, different[first_new:], pad_id, token_budget, on_batch)
-    return labels[which], len(different) - first_new
+    labels = soft_labels(teacher, different, pad_id, token_budget, on_batch)
+    return labels[which], len(different)
 
 
 def merge_lora(teacher, adapter):
@@ -126,16 +123,15 @@ def open_text(settings, about, model):
     return text
 
 
-def label_shards(teacher, shards, kept, target, settings, bar):
-    """Labels shard after shard into target(path of the shard), each written whole or not at all. kept: labels
-    of before. Returns the numbers of rows, of rows labelled before, and of passes of the teacher."""
-    counts, pad_id = np.zeros(3, np.int64), shards.text.tokenizer.pad_token_id
+def label_shards(teacher, shards, target, settings, bar):
+    """Labels shard after shard into target(path of the shard), each written whole or not at all. Returns the
+    numbers of rows and of passes of the teacher."""
+    counts, pad_id = np.zeros(2, np.int64), shards.text.tokenizer.pad_token_id
     for path, rows in tokenized(shards, settings.workers):
-        known = kept.of_first(rows)
-        labels, passes = label_shard(teacher, rows, known, pad_id, settings.batch_tokens, bar.update)
-        write_labels(target(path), labels, {"teacher": kept.teacher, "rows": hash_rows(rows)})
+        labels, passes = label_shard(teacher, rows, pad_id, settings.batch_tokens, bar.update)
+        write_labels(target(path), labels)
         bar.update(len(rows) - passes)
-        counts += [len(rows), len(known), passes]
+        counts += [len(rows), passes]
     return counts
 
 
@@ -151,7 +147,7 @@ def main(argv=None):
     inputs["teacher"] = teacher_identity(read["teacher"])
     inputs["precision"] = hardware
     folder = settings.run / "labels"
-    output, work = start_stage(accelerator, folder, settings, inputs, grows=["features"])
+    output, work = start_stage(accelerator, folder, settings, inputs)
     if work is None:
         return
 
@@ -177,10 +173,9 @@ def main(argv=None):
         print(f"shards: {len(paths)}, of which {len(todo)} to label; {processes}")
 
     # 4. Soft labels, one output shard an input shard
-    kept = KeptLabels(folder, inputs["teacher"], use=not settings.overwrite)
     shards = PairShards(features, text, todo[accelerator.process_index :: accelerator.num_processes])
     with progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
-        counts = label_shards(teacher, shards, kept, target, settings, bar)
+        counts = label_shards(teacher, shards, target, settings, bar)
     accelerator.wait_for_everyone()
 
     # 5. Summary

@@ -196,17 +196,6 @@ def test_other_settings_and_inputs_are_named(tmp_path):
     assert "data was 'd', is 'e'" in line and "--overwrite" in line
 
 
-def test_what_may_grow_grows_and_nothing_else(tmp_path):
-    """Also where an input has the name of a setting whose value does not count."""
-    folder = make(tmp_path, inputs={"data": "d", "precision": "fp32"})
-    stage = Stage(folder, settings_of(tmp_path), {"data": "e", "precision": "fp32"}, grows=["data"])
-    assert stage.old == folder and not stage.done
-    del stage
-    changed = {"data": "e", "precision": "bf16"}
-    line = stop_line(Stage, folder, settings_of(tmp_path), changed, ["data"])
-    assert "precision was 'fp32', is 'bf16'" in line and "--overwrite" in line
-
-
 def test_settings_that_cannot_change_a_result_are_free(tmp_path):
     folder = make(tmp_path, workers=1)
     assert Stage(folder, settings_of(tmp_path, workers=8, preset="paper"), {"data": "d"}).done

@@ -98,16 +98,13 @@ class TextEncoder:
         return {"vector": vector_column(self(texts))}
 
 
-def embed_texts(encoder, texts, chunk, parts, path, total, old):
-    """Texts, a stream of lists -> `path` [total, D]. old: (vectors of the first rows [N, D], which rows have
-    another text now [total]), or None. A file of `chunk` texts in the folder `parts` survives a kill."""
-    vectors, changed = old or (None, np.ones(total, bool))
-    rows, start = np.flatnonzero(changed), 0
+def embed_texts(encoder, texts, chunk, parts, path, total):
+    """Texts, a stream of lists -> `path` [total, D]. A file of `chunk` texts in the folder `parts` survives a
+    kill."""
+    start = 0
     with new_matrix(path, total, encoder.dim) as out:
-        if old:
-            out[: len(vectors)] = vectors
-        chunks = chosen(texts, changed, chunk)
-        for part in keep_chunks(parts, chunks, encoder.columns, len(rows), path.stem):
+        chunks = chosen(texts, np.ones(total, bool), chunk)
+        for part in keep_chunks(parts, chunks, encoder.columns, total, path.stem):
             made = matrix_of(pq.read_table(part)["vector"])
-            out[rows[start : start + len(made)]] = made
+            out[start : start + len(made)] = made
             start += len(made)

@@ -7,7 +7,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from lib.stages.files import write_parquet
-from lib.stages.streams import matrix_of, new_matrix, vector_column
+from lib.stages.streams import new_matrix, vector_column
 
 
 def board_titles(raw, most=200_000):
@@ -38,20 +38,17 @@ def svd_axes(weights, dim, seed, fit_rows=200_000):
     return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
 
 
-def graph_embedding(raw, pins, dim, seed, out, old):
-    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with --update
-    on the axes that are there. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board
-    title its idf and its place on each axis, what a new pin needs. Nothing if no pin is on a board."""
+def graph_embedding(raw, pins, dim, seed, out):
+    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage. Writes
+    pin_graph_embedding.npy [pins, D] and graph.parquet: of every board title its idf and its place on each
+    axis, what a new pin needs. Nothing if no pin is on a board."""
     titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
-    counts = board_counts(raw, old.graph["board_title"] if old else titles, pins)
-    if old:
-        tfidf.idf_, axes = old.graph["idf"].to_numpy(), matrix_of(old.graph["axes"]).T
-    elif counts.nnz:
-        tfidf.fit(counts)
-        axes = svd_axes(tfidf.transform(counts), dim, seed)
-    else:
+    counts = board_counts(raw, titles, pins)
+    if not counts.nnz:
         print("no boards: no graph embedding")
         return
+    tfidf.fit(counts)
+    axes = svd_axes(tfidf.transform(counts), dim, seed)
     weights, explained = tfidf.transform(counts), 0.0
     with new_matrix(out / "pin_graph_embedding.npy", pins, len(axes)) as matrix:
         for start in range(0, pins, 65_536):
@@ -59,10 +56,6 @@ def graph_embedding(raw, pins, dim, seed, out, old):
             matrix[start : start + 65_536] = block
             explained += np.square(block).sum(dtype=np.float64)
     explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
-    if old:
-        old.note_boards(raw, titles, explained)
-        old.bring("graph.parquet", out)
-    else:
-        columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
-        table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
-        write_parquet(out / "graph.parquet", table)
+    columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
+    table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
+    write_parquet(out / "graph.parquet", table)

@@ -9,14 +9,11 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
 from lib.inputs.regression import match_names
-from lib.inputs.rows import hash_rows
-from lib.stages.files import read_json, write_parquet
-from lib.stages.finished import is_as_made
+from lib.stages.files import write_parquet
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.splits import hash_split, in_hash_split, query_key
 
@@ -29,16 +26,14 @@ HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 # Files of labels
 
 
-def write_labels(path, labels, key):
-    """Soft labels [N, C] -> columns p1 … p5. key: teacher and rows that they are of. Stop where a label is no
-    probability: nothing is written."""
+def write_labels(path, labels):
+    """Soft labels [N, C] -> columns p1 … p5. Stop where a label is no probability: nothing is written."""
     is_finite = np.isfinite(labels).all(axis=1)
     bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "--precision fp32, or another teacher"
         raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
-    table = pa.table(dict(zip(COLUMNS, labels.T)))
-    write_parquet(path, table.replace_schema_metadata(key))
+    write_parquet(path, dict(zip(COLUMNS, labels.T)))
 
 
 def read_labels(path, rows=None):
@@ -52,32 +47,6 @@ def read_labels(path, rows=None):
     if bad:
         raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
     return p
-
-
-class KeptLabels:
-    """Labels of an earlier run of stage 03, by teacher and token ids: a pair is labelled once. folder: whole
-    or absent; a file that is not what its stage wrote is not used."""
-
-    def __init__(self, folder, teacher, use=True):
-        self.teacher, self.found = teacher, {}  # {(number of rows, hash of their token ids): file}
-        if not use or not folder.exists():
-            return
-        for name, made in read_json(folder / "stage.json")["outputs"].items():
-            path = folder / name
-            if path.suffix == ".parquet" and is_as_made(path, made):
-                file = pq.read_metadata(path)
-                key = file.metadata or {}
-                if key.get(b"teacher") == teacher.encode():
-                    self.found[file.num_rows, key[b"rows"].decode()] = path
-
-    def of_first(self, rows):
-        """Labels [n, C] of the first n rows of token ids, n as large as was kept."""
-        sizes = {size for size, _ in self.found if size <= len(rows)}
-        for size in sorted(sizes, reverse=True):
-            key = size, hash_rows(rows[:size])
-            if key in self.found:
-                return read_labels(self.found[key])
-        return np.empty((0, NUM_LEVELS), np.float32)
 
 
 def mean_label(paths):

@@ -69,10 +69,10 @@ def describe_student(student, rows, held_out, settings, device):
 
 
 def describe_labels(counts, paths):
-    """What stage 03 has made. counts: rows, those labelled before, passes of the teacher, of this process;
-    paths: files of labels."""
-    rows, before, passes = counts
-    print(f"this process: {rows:,} rows, {before:,} of them labelled before, {passes:,} passes")
+    """What stage 03 has made. counts: rows and passes of the teacher, of this process; paths:
+    files of labels."""
+    rows, passes = counts
+    print(f"this process: {rows:,} rows, {passes:,} passes")
     percent = 100 * mean_label(paths)
     shares = [f"{level}: {share:.0f} %" for level, share in enumerate(percent, 1)]
     print("mean soft label:", ", ".join(shares))

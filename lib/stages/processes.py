@@ -21,13 +21,13 @@ def start_processes(settings):
     return Accelerator(cpu=device.type == "cpu"), dtype, hardware
 
 
-def start_stage(accelerator, folder, settings, inputs, grows=()):
+def start_stage(accelerator, folder, settings, inputs):
     """The Stage of several processes: the main one takes the lock and decides for all. Returns it (None on
     the others) and the folder to write into (None: nothing to do)."""
     stage, error, work = None, None, None
     if accelerator.is_main_process:
         try:
-            stage = Stage(folder, settings, inputs, grows)
+            stage = Stage(folder, settings, inputs)
             work = None if stage.done else stage.work
         except (Stop, OSError) as problem:
             error = problem

@@ -19,7 +19,7 @@ from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
 # Neither can change a result: these are not part of a folder's identity …
-WITHOUT_EFFECT = {"preset", "run", "overwrite", "update"}
+WITHOUT_EFFECT = {"preset", "run", "overwrite"}
 WITHOUT_EFFECT |= {"device", "workers", "memory", "batch_tokens", "checkpoint_steps", "long_queries"}
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"data", "model", "caption_model", "text_encoder", "precision"}
@@ -32,12 +32,10 @@ class Stage:
 
     stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
     Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
-    identity is refused, naming what changed, unless --overwrite. `grows`: inputs and flags that may
-    change (where there is a flag --update: with it): the folder is then made anew, and the stage takes from
-    `old` what still holds."""
+    identity is refused, naming what changed, unless --overwrite."""
 
-    def __init__(self, folder, settings, inputs, grows=()):
-        self.folder, self.grows, self.start = Path(folder), grows, time.time()
+    def __init__(self, folder, settings, inputs):
+        self.folder, self.start = Path(folder), time.time()
         self.done, self.old = False, None
         self.about = describe(self.folder.name, settings, inputs)
         unfinished = f".{self.folder.name}.unfinished-{self.about['identity'][:8]}"
@@ -57,7 +55,7 @@ class Stage:
             if settings.overwrite:
                 self.old = self.folder
             else:
-                self.compare(read_about(self.folder), getattr(settings, "update", None))
+                self.compare(read_about(self.folder))
             if self.done:
                 return
         for temporary in list(self.work.rglob(".*")):  # half-written by a killed process
@@ -73,27 +71,18 @@ class Stage:
         bring_back(self.folder)
         remove(aside_of(self.folder))
 
-    def compare(self, before, update):
-        """Is the folder that is there what is asked for? before: its stage.json; update: was --update given?
-        None: the stage has no such flag."""
-        if before["identity"] == self.about["identity"]:
-            check_files(self.folder, before, ["*"])
-            self.done = True
-            same = "finished before with the same arguments and inputs, nothing to do"
-            print(f"{self.folder}: {same} (--overwrite makes it anew)")
-            return
-        changes = changes_between(before, self.about)
-        grown = [name for name in self.grows if name in changes]
-        others = changes.keys() - grown - {flag(name) for name in PLACES}
-        if others or not grown or update is False:
-            named = [words for name, words in changes.items() if not (update and name in grown)]
-            offer = "" if others or not grown else "--update takes in what is new, "
+    def compare(self, before):
+        """Is the folder that is there what is asked for? before: its stage.json."""
+        if before["identity"] != self.about["identity"]:
+            changes = "; ".join(changes_between(before, self.about).values())
             raise Stop(
-                f"{self.folder} was made with other settings or inputs ({'; '.join(named)}); "
-                f"{offer}--overwrite makes it anew, another --run keeps both"
+                f"{self.folder} was made with other settings or inputs ({changes}); "
+                "--overwrite makes it anew, another --run keeps both"
             )
-        print(f"{self.folder}: the {', '.join(grown)} have changed; what still holds is kept")
-        self.old = self.folder
+        check_files(self.folder, before, ["*"])
+        self.done = True
+        same = "finished before with the same arguments and inputs, nothing to do"
+        print(f"{self.folder}: {same} (--overwrite makes it anew)")
 
     def finish(self, without=(), **facts):
         """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
