@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from common import FIELDS, MATCH_FEATURES
+from common import FIELDS
 from lib import models
 from lib.inputs.bm25 import PairBM25, tokenize
 from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
 from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
 from lib.inputs.graph import graph_embedding
-from lib.inputs.match import MatchFeatures, pin_texts, query_texts
+from lib.inputs.match import MATCH_FEATURES, RULES, MatchFeatures, pin_texts, query_texts
 from lib.stages.files import hashed, write_parquet
 from lib.stages.hardware import pick_hardware
 from lib.stages.settings import ROOT, Count, ModelSettings, Size, Width, parse
@@ -274,6 +274,7 @@ def open_match_features(out, workers):
 def inputs_of(raw, settings, own, pictures, hardware):
     """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
     found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
+    found["rules"] = {"version": RULES, "fields": [*FIELDS], "match features": [*MATCH_FEATURES]}
     if pictures["image"].null_count < len(pictures):
         captioner_config(settings.caption_model)  # before the work of hours
         found["images"] = pictures_fingerprint(pictures)

@@ -261,8 +261,6 @@ def linear_warmup_decay(progress, warmup):
 # ------------------------------------------------------------------------------------------------------------
 # 3  The student  (paper: "Distill LLM into Servable Student Model")
 
-MATCH_FEATURES = ("bm25", "terms_matched", "text_cosine", "engagement")
-
 
 class Student(nn.Module):
     """Feed-forward network over a query's and a pin's precomputed embeddings, embedding tables for

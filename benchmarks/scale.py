@@ -39,6 +39,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from lib.inputs.match import MATCH_FEATURES  # noqa: E402
 from lib.inputs.student_inputs import StudentInputs  # noqa: E402
 from lib.stages.files import hashed, list_files, read_json, write_json  # noqa: E402
 
@@ -247,7 +248,7 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     inputs = StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
-    match = list(common.MATCH_FEATURES)
+    match = list(MATCH_FEATURES)
     spec = stage.student_spec(settings, inputs, match, np.zeros(4), np.ones(4))
     student = common.Student(spec)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)

@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 import common
-from common import MATCH_FEATURES
+from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import list_files, write_json, write_parquet
 from lib.stages.finished import sealed
 from lib.stages.terminal import Stop

@@ -5,6 +5,7 @@ import datetime
 import errno
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 
@@ -29,6 +30,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoTokenizer, BertModel
 
 import common
+from lib.inputs.match import MATCH_FEATURES, MatchFeature
+from lib.inputs.regression import match_names
+from lib.results.export import contract
 from lib.stages import streams
 from lib.stages.files import read_json
 from lib.stages.terminal import Stop
@@ -279,7 +283,7 @@ def test_match_features():
     engaged = np.arange(12)
     whole = build.MatchFeatures(bm25, *vectors)(query, pin, engaged)
     cut = build.MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
-    for name in common.MATCH_FEATURES:
+    for name in MATCH_FEATURES:
         assert whole[name].dtype == np.float32
         np.testing.assert_array_equal(whole[name], cut[name])
     expected = cosine_similarity(*(v.astype(np.float64) for v in vectors))
@@ -287,6 +291,10 @@ def test_match_features():
     np.testing.assert_allclose(whole["engagement"], np.log(1 + engaged), rtol=1e-6)
     of_other_widths = build.MatchFeatures(bm25, vectors[0], vectors[1][:, :5])(query, pin, engaged)
     assert (of_other_widths["text_cosine"] == 0).all()
+    threads = threading.active_count()
+    for _ in range(3):  # a service calls for ever: no thread outlives a call
+        build.MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
+    assert threading.active_count() == threads
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,6 +304,33 @@ def test_match_features():
 def made(data, run, *more):
     build.main(["--data", str(data), "--run", str(run), "--device", "cpu", *more])
     return run / "features"
+
+
+def test_a_match_feature_more_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    """01 writes it and is another run by it, features.json describes it; so is a changed rule."""
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    made(data, tmp_path / "run")
+    monkeypatch.setattr(build, "RULES", 0)
+    assert "rules was" in stop_line(made, data, tmp_path / "run")
+    monkeypatch.undo()
+    made(data, tmp_path / "run")
+    assert "nothing to do" in capsys.readouterr().out
+    feature = MatchFeature(lambda pairs: pairs.pin + 0.5, "rows", "a pin's row and a half", None)
+    monkeypatch.setitem(MATCH_FEATURES, "row", feature)
+    assert "rules was" in stop_line(made, data, tmp_path / "run")
+    folder = made(data, tmp_path / "run", "--overwrite")
+    for path in (folder / "labelled.parquet", folder / "impressions" / "part-00000.parquet"):
+        table = pq.read_table(path)
+        np.testing.assert_array_equal(table["row"], table["pin_index"].to_numpy() + 0.5)
+    spec = {
+        "embeddings": {},
+        "categories": {},
+        "numbers": {},
+        "match": match_names(folder / "labelled.parquet"),
+    }
+    inputs = contract(spec, read_json(folder / "stage.json"))["inputs"]
+    described = {wanted["name"]: wanted for wanted in inputs}
+    assert described["row"]["how"] == "a pin's row and a half" and described["row"]["of"] == "pair"
 
 
 def test_pairs_keep_their_order_and_engagement_is_the_windows(tmp_path):

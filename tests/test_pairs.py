@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import stage, stop_line, synthetic
 
-from common import MATCH_FEATURES
 from lib.inputs import pairs
+from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import write_parquet
 from lib.tables.database import Database
 from lib.tables.splits import hash_split, in_hash_split, query_key

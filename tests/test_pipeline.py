@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT, SYSTEMS, environment, script, stage, stop_line
 
 import common
+from lib.inputs.match import MATCH_FEATURES
 from lib.models import load_config, load_tokenizer
 from lib.stages.files import read_json, write_json
 from lib.stages.finished import hold
@@ -126,7 +127,7 @@ def test_features_are_those_of_their_pairs(pipeline):
     """Every match feature is there, finite and not constant."""
     features = pipeline[0] / "features"
     for path in (features / "labelled.parquet", features / "impressions"):
-        for name in common.MATCH_FEATURES:
+        for name in MATCH_FEATURES:
             values = table(path)[name].to_numpy()
             assert values.dtype == np.float32 and np.isfinite(values).all() and values.std() > 0, (path, name)
     for path in features.glob("*_embedding.npy"):

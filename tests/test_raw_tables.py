@@ -13,7 +13,8 @@ from helpers import own_embeddings, small_dataset, stage, stop_line, write_datas
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import FIELDS, MATCH_FEATURES
+from common import FIELDS
+from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import read_json
 from lib.stages.terminal import Stop
 from lib.tables.raw import RawTables

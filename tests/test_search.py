@@ -18,8 +18,9 @@ from helpers import ROOT, environment, mark_finished, stage, stop_line
 from rank_bm25 import BM25Okapi
 from served_run import served_run
 
-from common import FIELDS, MATCH_FEATURES, Student
+from common import FIELDS, Student
 from lib.inputs.bm25 import tokenize
+from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import export
 from lib.stages.files import read_json, write_json

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from helpers import environment, mark_finished, stage, stop_line, synthetic
 from test_pairs import rows_of
 
-from common import MATCH_FEATURES, Student
+from common import Student
+from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.student_inputs import StudentInputs
 from lib.stages.files import read_json, write_json, write_parquet
 

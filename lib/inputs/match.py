@@ -1,14 +1,22 @@
-"""The text of a query and of a pin as BM25 and the text encoder see it, and the match features of a pair."""
+"""The text of a query and of a pin as BM25 and the text encoder see it, and the match features of a pair.
 
-import functools
+MATCH_FEATURES is the one place where a match feature is named, computed and described: stage 01 writes them,
+a service makes them for new pairs, and features.json describes them, all from this table.
+"""
+
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import FIELDS, MATCH_FEATURES
+from common import FIELDS
 from lib.stages.streams import row_groups, slices
+
+RULES = 1  # of 01's identity: raise it when a field of the text or a match feature is computed in another way
 
 
 def pin_text(columns, row):
@@ -29,31 +37,87 @@ def query_texts(path, rows=20_000):
         yield table["query"].to_pylist()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Match features
+
+
+class Pairs:
+    """B pairs of a query and a pin, what a match feature is computed from: `query` and `pin` [B], rows of
+    what `source` (MatchFeatures) has; `engaged` [B], engagement events of that query on that pin."""
+
+    def __init__(self, source, query, pin, engaged):
+        self.source, self.query, self.pin, self.engaged = source, query, pin, engaged
+
+    @cached_property
+    def bm25(self):
+        """BM25 [B], and the share of the query's tokens that the pin has [B]."""
+        return self.source.bm25.score(self.query, self.pin)
+
+    def text_cosine(self):
+        """Cosine of the text embeddings [B]; 0 where they are of different width."""
+        queries, pins = self.source.query_vectors, self.source.pin_vectors
+        if queries.shape[1] != pins.shape[1]:
+            return np.zeros(len(self.query))
+        q = torch.from_numpy(queries[self.query]).float()
+        p = torch.from_numpy(pins[self.pin]).float()
+        return ((q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)).numpy()
+
+
+class MatchFeature(NamedTuple):
+    """compute: Pairs -> [B]; unit and how: in words; source: the model or file that a new pair needs."""
+
+    compute: Callable
+    unit: str
+    how: str
+    source: str | None
+
+
+MATCH_FEATURES = {
+    "bm25": MatchFeature(
+        lambda pairs: pairs.bm25[0],
+        "BM25 score",
+        "Okapi BM25 of the query's tokens in all text of the pin",
+        "bm25.parquet",
+    ),
+    "terms_matched": MatchFeature(
+        lambda pairs: pairs.bm25[1],
+        "share, 0 to 1",
+        "tokens of the query that the pin's text has",
+        None,
+    ),
+    "text_cosine": MatchFeature(
+        lambda pairs: pairs.text_cosine(),
+        "cosine, -1 to 1",
+        "of query_text and pin_text",
+        "text encoder",
+    ),
+    "engagement": MatchFeature(
+        lambda pairs: np.log1p(pairs.engaged),
+        "log(1 + events)",
+        "high-engagement events of this query on this pin in the window",
+        None,
+    ),
+}
+
+
 class MatchFeatures:
-    """The four match features of pairs: BM25, share of query tokens matched, cosine of the text embeddings,
-    and log(1 + engagement events of that query on that pin within the window)."""
+    """Computes MATCH_FEATURES of pairs."""
 
     def __init__(self, bm25, query_vectors, pin_vectors, chunk=1 << 13):
-        """Vectors [queries, D] and [pins, D]; of different width: the cosine is 0."""
+        """Text embeddings [queries, D] and [pins, D]; chunk: pairs that fit into a core's cache."""
         self.bm25, self.query_vectors, self.pin_vectors, self.chunk = bm25, query_vectors, pin_vectors, chunk
-        self.threads = ThreadPoolExecutor(os.cpu_count())  # NumPy and PyTorch release the interpreter lock
 
     def __call__(self, query, pin, engaged):
         """Query and pin indices [B] and events [B] -> {feature: float32 [B]}."""
-        out = {name: np.zeros(len(query), dtype=np.float32) for name in MATCH_FEATURES}
-        out["engagement"][:] = np.log1p(engaged)
-        fill = functools.partial(self.fill, out, query, pin)
-        starts = range(0, len(query), self.chunk)
-        list((self.threads.map if len(starts) > 1 else map)(fill, starts))
-        return out
 
-    def fill(self, out, query, pin, start):
-        """The first three features of a chunk that fits into a core's cache."""
-        rows = slice(start, start + self.chunk)
-        query, pin = query[rows], pin[rows]
-        out["bm25"][rows], out["terms_matched"][rows] = self.bm25.score(query, pin)
-        if self.query_vectors.shape[1] == self.pin_vectors.shape[1]:
-            q = torch.from_numpy(self.query_vectors[query]).float()
-            p = torch.from_numpy(self.pin_vectors[pin]).float()
-            cosine = (q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)
-            out["text_cosine"][rows] = cosine.numpy()
+        def computed(rows):
+            pairs = Pairs(self, query[rows], pin[rows], engaged[rows])
+            values = {name: feature.compute(pairs) for name, feature in MATCH_FEATURES.items()}
+            return {name: np.asarray(column, np.float32) for name, column in values.items()}
+
+        if len(query) <= self.chunk:
+            return computed(slice(None))
+        chunks = [slice(start, start + self.chunk) for start in range(0, len(query), self.chunk)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy and PyTorch release the interpreter lock
+            parts = list(threads.map(computed, chunks))
+        return {name: np.concatenate([part[name] for part in parts]) for name in MATCH_FEATURES}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import NUM_LEVELS, side_of
+from lib.inputs.match import MATCH_FEATURES
 from lib.models import public_name
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop
@@ -27,19 +28,15 @@ OUTPUTS = ("probabilities", "expected_level")
 TOLERANCE = 1e-4  # of a probability, between PyTorch and onnxruntime
 CHECKED_ROWS = 4_096
 
-# How stage 01 computes what is not the user's own: (unit, how, what it comes from).
+# How stage 01 computes embeddings that are not the user's own: (unit, how, what it comes from).
 TEXT = "mean of the text encoder's last hidden states over the tokens of {}, to length 1, in float16"
 VISUAL = "pooled output of the captioner's vision tower; zeros without a picture"
 GRAPH = "TF-IDF of the titles of the boards the pin is saved on, on the axes of a truncated SVD"
-KNOWN = {
+EMBEDDINGS = {
     "query_text": ("none", TEXT.format("the query"), "text encoder"),
     "pin_text": ("none", TEXT.format("all text of the pin"), "text encoder"),
     "pin_visual": ("none", VISUAL, "caption model"),
     "pin_graph": ("none", GRAPH, "graph.parquet"),
-    "bm25": ("BM25 score", "Okapi BM25 of the query's tokens in all text of the pin", "bm25.parquet"),
-    "terms_matched": ("share, 0 to 1", "tokens of the query that the pin's text has", None),
-    "text_cosine": ("cosine, -1 to 1", "of query_text and pin_text", "text encoder"),
-    "engagement": ("log(1 + events)", "high-engagement events of this query on this pin in the window", None),
 }
 OWN = ("as brought", "the user's own vector; zeros where there is none", None)
 COLUMN = ("as brought", "column {} of the raw table; NaN: not known, counts as the mean", None)
@@ -235,15 +232,17 @@ def sources_of(features):
 
 def described(name, spec, own):
     """An input of the contract. own: is it an embedding of the user's own?"""
-    unit, how, source = KNOWN.get(name, (COLUMN[0], COLUMN[1].format(name), None))
+    unit, how, source = COLUMN[0], COLUMN[1].format(name), None
     kind, shape, side = "number", ["B"], side_of(name)
     if name in spec["embeddings"]:
         kind, shape = "embedding", ["B", spec["embeddings"][name]]
-        unit, how, source = OWN if own else (unit, how, source)
+        unit, how, source = OWN if own else EMBEDDINGS[name]
     elif name in spec["categories"]:
         kind, (unit, how, source) = "category", CODE
     elif name in spec["match"]:
         side = "pair"
+        if name in MATCH_FEATURES:
+            _, unit, how, source = MATCH_FEATURES[name]
     dtype = "int64" if kind == "category" else "float32"
     about = {"name": name, "of": side, "kind": kind, "dtype": dtype, "shape": shape}
     return {**about, "unit": unit, "how": how, "source": source}
