@@ -1,4 +1,4 @@
-"""Both notebooks, every cell as committed, on a tiny finished run; and the state they are committed in."""
+"""The notebooks, every cell as committed, on a tiny finished run; and the state they are committed in."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from experiments.comparison import compare
 
 NOTEBOOKS = ROOT / "notebooks"
+PICTURES = {"walkthrough.ipynb": 4, "paper_findings.ipynb": 4, "solutions.ipynb": 1}  # at least
 
 
 @pytest.fixture
@@ -43,6 +44,18 @@ def test_walkthrough(finished, toy, monkeypatch):
     assert "[12, 40, 8]" in text
 
 
+def test_solutions(finished, toy, monkeypatch):
+    monkeypatch.setenv("WALKTHROUGH_RUN", str(finished))
+    monkeypatch.setenv("WALKTHROUGH_DATA", str(toy))
+    before = sorted(path.name for path in finished.iterdir())
+    text = printed(execute("solutions.ipynb"))
+    assert sorted(path.name for path in finished.iterdir()) == before  # its students are trained elsewhere
+    first_token = re.search(r"first token: .* rows (\d\.\d+)", text)
+    assert float(first_token[1]) < 1e-3  # a decoder's first token sees no other
+    eight_bits = re.search(r" 8 bits: .* probability (\d\.\d+)", text)
+    assert float(eight_bits[1]) < 0.1
+
+
 def test_paper_findings(finished, tmp_path, monkeypatch):
     into, own, title = tmp_path / "findings", (finished, "teacher"), (finished.parent / "title", "teacher")
     all_rows, fewer = (finished, "student"), (finished, "student_200")
@@ -65,7 +78,7 @@ def test_paper_findings(finished, tmp_path, monkeypatch):
     assert same in printed(notebook)
 
 
-@pytest.mark.parametrize("name", ["walkthrough.ipynb", "paper_findings.ipynb"])
+@pytest.mark.parametrize("name", PICTURES)
 def test_committed_with_outputs(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     nbformat.validate(notebook)
@@ -80,7 +93,7 @@ def test_committed_with_outputs(name):
             and any(k.startswith("image/") for k in o.data)
             for o in outputs
         )
-        >= 4
+        >= PICTURES[name]
     )
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     text = ""
@@ -93,7 +106,7 @@ def test_committed_with_outputs(name):
     assert (NOTEBOOKS / name).stat().st_size < 2_000_000
 
 
-@pytest.mark.parametrize("name", ["walkthrough.ipynb", "paper_findings.ipynb"])
+@pytest.mark.parametrize("name", PICTURES)
 def test_source_is_at_most_110_wide(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
