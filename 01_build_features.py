@@ -9,6 +9,7 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
                         bm25.parquet, graph.parquet: what the features of a new text need
 
 Toy     python data/toy/make_toy.py && python 01_build_features.py
+Yours   python 01_build_features.py --check --data DIR      in seconds: all that is wrong or odd in the tables
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
 """
 
@@ -31,13 +32,14 @@ from lib.inputs.graph import graph_embedding
 from lib.inputs.match import MATCH_FEATURES, RULES, MatchFeatures, pin_texts, query_texts
 from lib.stages.files import hashed, write_parquet
 from lib.stages.hardware import pick_hardware
-from lib.stages.settings import ROOT, Count, ModelSettings, Size, Width, parse
+from lib.stages.settings import ROOT, Count, ModelSettings, Share, Size, Width, parse
 from lib.stages.stage import Stage
 from lib.stages.streams import keep_chunks, slices, write_stream
 from lib.stages.terminal import Stop, run_main
+from lib.tables import look
 from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embedding
-from lib.tables.images import pictures_fingerprint, read_pictures, write_skipped
-from lib.tables.indexed import index_pairs, number_rows, pair_numbers
+from lib.tables.images import pictures_fingerprint, read_pictures, warn_if_all_fail, write_skipped
+from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names
 from lib.tables.raw import RawTables, levels_of
 from lib.tables.splits import in_hash_split
 
@@ -47,7 +49,9 @@ class Settings(ModelSettings):
     """The flags of stage 01; these are the toy's values."""
 
     data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
-    levels: str = ""  # what labels other than 1 to 5 mean, such as E=5,S=4,C=3,I=1
+    check: bool = False  # look at the tables alone: what is wrong or odd, what becomes of each column
+    levels: str = ""  # what labels other than 1 to 5 mean: E=5,S=4,C=3,I=1, or 0=1,1=2,2=4,3=5 (no level 3)
+    eval_share: Share = 0.1  # of the queries, by a hash, where labels have no split; the paper's is a tenth
     caption_model: str = str(ROOT / "data/toy/models/blip")  # BLIP; its vision tower also embeds the image
     caption_tokens: Count = 12  # longest caption, in tokens
     image_batch: Count = 64  # images a captioning batch
@@ -93,7 +97,8 @@ PRESETS = {
 }
 WINDOW_YEARS = 2  # paper: engaged queries of the past two years
 MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
-EVAL_SHARE = 0.1  # the paper has 30 thousand evaluation labels beside 280 thousand for training
+ENOUGH_EVAL = 50  # evaluation queries
+ROUGH_WIDTH = 0.4  # half an interval of AUROC or nDCG, times the root of the queries (MSRD, Commons)
 CHUNK = 4_096  # images captioned, or texts embedded, between two files of a resumable cache
 
 
@@ -195,19 +200,33 @@ def pair_features(match, names, pairs):
     return {"query_index": query, "pin_index": pin, **features, **{name: pairs[name] for name in names}}
 
 
-def write_labelled(raw, features_of, numbers, path):
-    """labelled.parquet: label, split and features. Without a split, EVAL_SHARE of the queries go to eval, by
-    a hash of the text. numbers: {numeric column of pairs: SQL}. Returns {split: rows}."""
-    columns = {"label": "label::TINYINT", "split": "split", **numbers}
-    pairs = pa.concat_tables(index_pairs(raw, "labels", columns))
-    keys = raw.table("SELECT query_key(query) AS key FROM query_rows ORDER BY query_index")["key"]
-    in_eval = in_hash_split(keys.take(pairs["query_index"]).to_pylist(), EVAL_SHARE, "eval")
-    by_hash = np.where(in_eval, "eval", "train")
-    split = np.array([given or hashed for given, hashed in zip(pairs["split"].to_pylist(), by_hash)])
-    counts = {side: int((split == side).sum()) for side in ("train", "eval")}
+def split_of(raw, keys, given, share):
+    """Split of each labelled row [B], train or eval: as given, else `share` of the queries go to eval, by a
+    hash of the text. keys, given: query_key and split (or None) of each. Prints how many these are; returns
+    also {split: rows}."""
+    by_hash = np.where(in_hash_split(keys, share, "eval"), "eval", "train")
+    split = np.array([known or hashed for known, hashed in zip(given, by_hash)])
+    queries = {side: len(set(np.array(keys, dtype=object)[split == side])) for side in ("train", "eval")}
+    counts = {side: int((split == side).sum()) for side in queries}
     for side, rows in counts.items():
         if not rows:
             raise Stop(f"{raw.name['labels']}: no row in the split {side!r}; both are needed")
+    sides = [f"{rows:,} rows of {queries[side]:,} queries {side}" for side, rows in counts.items()]
+    print("labelled:", ", ".join(sides))
+    if queries["eval"] < ENOUGH_EVAL:
+        width = f"intervals of AUROC and nDCG will be some ±{ROUGH_WIDTH / queries['eval'] ** 0.5:.2f}"
+        print(f"only {queries['eval']} evaluation queries: {width}; --eval-share holds out more")
+    return split, counts
+
+
+def write_labelled(raw, features_of, numbers, share, path):
+    """labelled.parquet: label, split and features. numbers: {numeric column of pairs: SQL}; share: of
+    split_of(). Returns {split: rows}."""
+    columns = {"label": "label::TINYINT", "split": "split", **numbers}
+    pairs = pa.concat_tables(index_pairs(raw, "labels", columns))
+    keys = raw.table("SELECT query_key(query) AS key FROM query_rows ORDER BY query_index")["key"]
+    keys = keys.take(pairs["query_index"]).to_pylist()
+    split, counts = split_of(raw, keys, pairs["split"].to_pylist(), share)
     columns = features_of(pairs)
     indices = {name: columns.pop(name) for name in ("query_index", "pin_index")}
     write_parquet(path, {**indices, "label": pairs["label"].to_numpy(), "split": split, **columns})
@@ -230,10 +249,10 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
-    key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
-    cache = out / "captions" / key[:16]
-    caption_pictures(pictures, cache, settings, device, dtype, CHUNK)
-    if cache.exists():
+    if "caption model" in inputs:  # else no picture can be read
+        key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
+        cache = out / "captions" / key[:16]
+        caption_pictures(pictures, cache, settings, device, dtype, CHUNK)
         captions, reasons = captions_of(pictures, cache, out)
     skipped = write_skipped(out / "skipped_images.csv", pictures, reasons)
     captioned = len(pictures) - pictures["image"].null_count - skipped
@@ -276,8 +295,9 @@ def inputs_of(raw, settings, own, pictures, hardware):
     found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
     found["rules"] = {"version": RULES, "fields": [*FIELDS], "match features": [*MATCH_FEATURES]}
     if pictures["image"].null_count < len(pictures):
-        captioner_config(settings.caption_model)  # before the work of hours
         found["images"] = pictures_fingerprint(pictures)
+    if pictures["digest"].null_count < len(pictures):
+        captioner_config(settings.caption_model)  # before the work of hours
         found["caption model"] = models.model_fingerprint(settings.caption_model)
         found["precision"] = hardware
     if not {"query_text", "pin_text"} <= set(own):
@@ -295,22 +315,54 @@ def models_used(settings, inputs):
 
 
 def summary(raw, settings, counts, splits, as_of):
-    """Prints the labelled rows, and returns what stage.json says of the dataset."""
-    window = f"engagement window: {WINDOW_YEARS} years up to {as_of}; " if as_of else ""
-    print(f"{window}labelled: {splits['train']:,} train, {splits['eval']:,} eval")
+    """Prints the engagement window, and returns what stage.json says of the dataset."""
+    if as_of:
+        print(f"engagement window: {WINDOW_YEARS} years up to {as_of}")
     facts = {"dataset": str(settings.data.resolve()), "as_of": as_of and str(as_of)}
     facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
     return {**facts, "rows": {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}}
 
 
+def open_tables(settings, faults=None):
+    """The raw tables. faults: of RawTables."""
+    if settings.preset == "toy" and not settings.data.exists():
+        raise Stop(f"{settings.data}: missing; make the toy dataset with: python data/toy/make_toy.py")
+    return RawTables(settings.data, settings.memory, levels_of(settings.levels), faults=faults)
+
+
+def check_tables(settings):
+    """--check: prints what is wrong or odd in the tables, and what becomes of each column."""
+    raw = open_tables(settings, faults=[])
+
+    def splits():
+        if raw.faults:
+            return
+        sql = "SELECT query_key(query) AS key, split FROM raw_labels JOIN raw_queries USING (query_id)"
+        rows = raw.table(sql)
+        split_of(raw, rows["key"].to_pylist(), rows["split"].to_pylist(), settings.eval_share)
+
+    checks = {
+        "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
+        "queries": lambda: refuse_names(raw, "queries", ("query_index",)),
+        "impressions": lambda: pair_numbers(raw, MATCH_FEATURES),
+        "": lambda: own_embeddings(raw.folder),
+        "labels": splits,
+    }
+    look.check(raw, checks)
+
+
 def main(argv=None):
     settings = parse(PRESETS, argv, __doc__)
+    if settings.check:
+        check_tables(settings)
+        return
     models.quiet_libraries()
     torch.manual_seed(settings.seed)
     device, dtype, hardware = pick_hardware(settings)
 
-    # 1. Raw tables: open, check, number the rows
-    raw = RawTables(settings.data, settings.memory, levels_of(settings.levels))
+    # 1. Raw tables: open, check, before any model is looked for; number the rows
+    raw = open_tables(settings)
+    raw.check()
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
     work = Stage(settings.run / "features", settings, inputs)
@@ -319,14 +371,15 @@ def main(argv=None):
     out = work.work
     reuse_captions(work.old, out)
     raw.spill_to(out / "work" / "spill")
-    raw.check()
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
     numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
     counts = raw.count_rows()
     print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
-    for line in raw.remarks():
+    columns = list(look.look_at(raw))
+    for line in [*look.lines_of(columns), *raw.remarks(), *look.oddities(raw, columns), *look.agreement(raw)]:
         print(line)
+    warn_if_all_fail(pictures)
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
     captions, images = make_captions(pictures, settings, inputs, device, dtype, out)
@@ -340,7 +393,7 @@ def main(argv=None):
     # 4. Match features of every labelled and unlabelled pair
     match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1)
     features_of = functools.partial(pair_features, match, list(numbers))
-    splits = write_labelled(raw, features_of, numbers, out / "labelled.parquet")
+    splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
     write_impressions(raw, features_of, numbers, out, settings.shard_rows)
 
     # 5. Summary

@@ -281,7 +281,7 @@ def test_wrong_label_in_text_formats(tmp_path, kind):
 
 
 def test_no_folder_and_no_table(tmp_path):
-    assert "make_toy.py" in stop_line(opened, tmp_path / "nowhere")
+    assert "no such dataset folder; data/README.md" in stop_line(opened, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "pins.parquet" in stop_line(opened, tmp_path / "empty")
 

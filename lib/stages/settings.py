@@ -51,7 +51,7 @@ class StageSettings:
     """What every stage is told."""
 
     preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
-    run: Path = ROOT / "outputs" / "toy"  # run directory
+    run: Path = ROOT / "outputs" / "toy"  # run directory (default: outputs/PRESET)
     overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
 
 
@@ -76,6 +76,8 @@ def parse(presets, argv=None, description=""):
     first.add_argument("--preset", default="toy")
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
+    if default.preset != "toy" and default.run == presets["toy"].run:
+        default = dataclasses.replace(default, run=default.run.with_name(default.preset))
     refuse_empty(sys.argv[1:] if argv is None else argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():

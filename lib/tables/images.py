@@ -134,6 +134,14 @@ def read_pictures(raw):
     return pa.concat_tables(parts)
 
 
+def warn_if_all_fail(pictures):
+    """A loud line if pins have pictures and none can be read. pictures: of read_pictures()."""
+    bad = pictures.filter(pictures["image"].is_valid())
+    if len(bad) and bad["digest"].null_count == len(bad):
+        first = f"the first: {bad['image'][0].as_py()!r} ({bad['reason'][0].as_py()})"
+        print(f"warning: not one of {len(bad):,} pictures can be read, {first}: no captions, no embedding")
+
+
 def pictures_fingerprint(pictures):
     """Hash of the pictures' content, in pin order."""
     content = hashlib.blake2b(digest_size=16)

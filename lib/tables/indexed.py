@@ -22,13 +22,19 @@ def is_numeric(raw, table, column):
     return False if filled else None
 
 
+def refuse_names(raw, table, reserved):
+    """Stop if a further column of a table has a name of ours."""
+    for column in raw.further(table):
+        refuse_name(raw, table, column, reserved)
+
+
 def number_rows(raw, table, side, reserved=()):
     """Makes the table SIDE_rows: the rows of raw_TABLE with SIDE_index, their row number; columns of the
     contract, then further ones that are not empty, numeric ones as DOUBLE and others as text. reserved: names
     of ours that no further column may have."""
+    refuse_names(raw, table, (f"{side}_index", *reserved))
     columns = [f"(row_number() OVER () - 1)::INTEGER AS {side}_index", *kinds_of(table)]
     for column in raw.further(table):
-        refuse_name(raw, table, column, (f"{side}_index", *reserved))
         numeric = is_numeric(raw, table, column)
         if numeric is not None:
             value = f"number({quoted(column)})" if numeric else f"{quoted(column)}::VARCHAR"

@@ -6,17 +6,20 @@ It trusts nothing that it reads: what does not hold ends in one line
 (Stop) that names the file, the column, the number of rows and the first of them.
 """
 
+import contextlib
+import re
 from pathlib import Path
 
 from lib.stages.files import fingerprint, hashed
 from lib.stages.terminal import Stop
 from lib.tables.database import Database
 from lib.tables.files import find_table, one_line, other_files, plain_names, quoted, reader, text_literal
+from lib.tables.names import near
 
 TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
     "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),
     "queries": ({"query_id": "id", "query": "text"}, {"language": "text"}),
-    "labels": ({"query_id": "id", "pin_id": "id", "label": "level"}, {"split": "text"}),
+    "labels": ({"query_id": "id", "pin_id": "id", "label": "level"}, {"split": "text", "rater": "text"}),
     "impressions": ({"query_id": "id", "pin_id": "id"}, {}),
     "engagements": ({"query": "text", "pin_id": "id", "date": "date", "count": "whole number"}, {}),
     "boards": ({"pin_id": "id", "board_title": "text"}, {}),
@@ -29,10 +32,10 @@ REQUIRED = ("pins", "queries", "labels", "impressions")
 LOGS = ("engagements", "boards", "link_visits")
 
 # What must hold beyond types: (table, column, SQL that finds the rows that break it, what is wrong with them)
-TWICE = "SELECT {1} FROM raw_{0} GROUP BY {1} HAVING count(*) > 1"
-UNKNOWN = "SELECT {1} FROM raw_{0} ANTI JOIN raw_{2} USING ({1})"
-PAIRS = "SELECT query_id, pin_id FROM raw_labels GROUP BY ALL HAVING count({}) > 1"
-SPLITS = """SELECT first(query_id), query_key(query) FROM raw_labels JOIN raw_queries USING (query_id)
+TWICE = "SELECT {1} FROM raw_{0} WHERE {1} IS NOT NULL GROUP BY {1} HAVING count(*) > 1"
+UNKNOWN = "SELECT {1} FROM raw_{0} ANTI JOIN raw_{2} USING ({1}) WHERE {1} IS NOT NULL"
+PAIRS = "SELECT query_id, pin_id FROM rated_labels GROUP BY query_id, pin_id, rater HAVING count({}) > 1"
+SPLITS = """SELECT first(query_id), query_key(query) FROM rated_labels JOIN raw_queries USING (query_id)
     GROUP BY query_key(query) HAVING count(DISTINCT coalesce(split, '')) > 1"""
 DATES = "SELECT date FROM raw_engagements WHERE date > current_date + 1 OR NOT isfinite(date)"
 DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
@@ -41,16 +44,17 @@ OUTSIDE = f"outside 1, 2, 3, 4, 5 ({LEVELS})"
 NO_SPLIT = "neither 'train' nor 'eval'"
 NO_QUERY, NO_PIN = "with an id that {queries} does not have", "with an id that {pins} does not have"
 REPEATED = "with an id that stands more than once"
+DIFFERENT = "(pairs) labelled twice with different labels (several raters: a column 'rater' names them)"
 RULES = [
     ("pins", "pin_id", TWICE.format("pins", "pin_id"), REPEATED),
     ("queries", "query_id", TWICE.format("queries", "query_id"), REPEATED),
-    ("labels", "label", "SELECT label FROM raw_labels WHERE label NOT IN (1, 2, 3, 4, 5)", OUTSIDE),
-    ("labels", "split", "SELECT split FROM raw_labels WHERE split NOT IN ('train', 'eval')", NO_SPLIT),
+    ("labels", "label", "SELECT label FROM rated_labels WHERE label NOT IN (1, 2, 3, 4, 5)", OUTSIDE),
+    ("labels", "split", "SELECT split FROM rated_labels WHERE split NOT IN ('train', 'eval')", NO_SPLIT),
     ("labels", "query_id", UNKNOWN.format("labels", "query_id", "queries"), NO_QUERY),
     ("labels", "pin_id", UNKNOWN.format("labels", "pin_id", "pins"), NO_PIN),
     ("impressions", "query_id", UNKNOWN.format("impressions", "query_id", "queries"), NO_QUERY),
     ("impressions", "pin_id", UNKNOWN.format("impressions", "pin_id", "pins"), NO_PIN),
-    ("labels", "label", PAIRS.format("DISTINCT label"), "(pairs) labelled twice with different labels"),
+    ("labels", "label", PAIRS.format("DISTINCT label"), DIFFERENT),
     ("labels", "label", PAIRS.format("*"), "(pairs of query and pin) labelled twice"),
     ("labels", "split", SPLITS, "(texts of queries) with labels in more than one split"),
     ("engagements", "count", "SELECT count FROM raw_engagements WHERE count < 0", "below 0"),
@@ -70,20 +74,34 @@ def kinds_of(name):
 class RawTables(Database):
     """The raw tables of a dataset folder as DuckDB views `raw_NAME`: every column of the contract under its
     name and as its type, further columns as they are stored. Logs are never read into memory: DuckDB scans
-    them. levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5; required: names of
-    the tables that must be there."""
+    them. Of several raters' labels raw_labels has the median, the lower of two; rated_labels has all.
+    levels: {label as it stands in the table: 1 to 5}, or None if labels are 1 to 5; required: names of the
+    tables that must be there; faults: a list that takes what is wrong, a line each; without it the first ends
+    in Stop."""
 
-    def __init__(self, folder, memory="4GB", levels=None, spill=None, required=REQUIRED):
+    def __init__(self, folder, memory="4GB", levels=None, spill=None, required=REQUIRED, faults=None):
         if not Path(folder).is_dir():
-            raise Stop(
-                f"{folder}: no such dataset folder; make the toy one with: python data/toy/make_toy.py"
-            )
+            raise Stop(f"{folder}: no such dataset folder; data/README.md says what it holds")
         super().__init__(folder, memory, spill)
+        self.faults, self.broken = faults, set()  # broken: tables that cannot be asked
         self.levels, self.required, self.files, self.name = levels, required, {}, {}
         self.types = {name: {} for name in TABLES}  # of the columns as stored
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
-            self.open(name)
+            with self.noting(name):
+                self.open(name)
+
+    @contextlib.contextmanager
+    def noting(self, table=""):
+        """A Stop inside the block becomes a line of `faults`, where these are collected. table: one that then
+        cannot be asked."""
+        try:
+            yield
+        except Stop as fault:
+            if self.faults is None:
+                raise
+            self.faults.append(str(fault))
+            self.broken.add(table)
 
     def has(self, name):
         """Is this table there?"""
@@ -104,20 +122,43 @@ class RawTables(Database):
             sql, stored = reader(self.db, files, base, contract, sample)
             names = plain_names(stored, contract)
             self.types[name] = {names[column]: stored[column] for column in stored}
-            for column in TABLES[name][0]:
-                if column not in self.types[name]:
-                    found = ", ".join(map(repr, sorted(self.types[name]))) or "none"
-                    raise Stop(f"{files[0]}: column {column!r} is missing; it has {found}")
             columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
             self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
             columns = [f"{self.typed(name, column)} AS {column}" for column in contract]
             columns += [quoted(column) for column in self.further(name)]
-            self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} FROM file_{name}")
+            view = "rated_labels" if name == "labels" else f"raw_{name}"
+            self.db.execute(f"CREATE VIEW {view} AS SELECT {', '.join(columns)} FROM file_{name}")
+            if name == "labels":
+                self.merge_raters()
+            self.require_columns(name)
+
+    def merge_raters(self):
+        """Makes raw_labels of rated_labels: one row of each pair."""
+        sql = "SELECT * EXCLUDE (rater) FROM rated_labels"
+        if "rater" in self.types["labels"]:
+            others = ["split", *map(quoted, self.further("labels"))]
+            merged = ["quantile_disc(label, 0.5) AS label", *(f"min({name}) AS {name}" for name in others)]
+            sql = f"SELECT query_id, pin_id, {', '.join(merged)} FROM rated_labels GROUP BY ALL"
+            sql += " ORDER BY query_id, pin_id"
+        self.db.execute(f"CREATE VIEW raw_labels AS {sql}")
+
+    def require_columns(self, name):
+        """Stop, with the columns that look like them, if any that a table must have are missing."""
+        missing = [column for column in TABLES[name][0] if column not in self.types[name]]
+        if missing:
+            further, found = self.further(name), ", ".join(map(repr, sorted(self.types[name]))) or "none"
+            alike = [f"; is {other!r} {column!r}?" for column in missing for other in near(column, further)]
+            named = ", ".join(map(repr, missing))
+            are = f"column {named} is" if len(missing) == 1 else f"columns {named} are"
+            raise Stop(f"{self.files[name][0]}: {are} missing; it has {found}{''.join(alike)}")
 
     def open_missing(self, name):
         """An empty view of a table that is not there, or Stop. An empty log says nothing."""
         if name in self.required:
-            other = f" ({', '.join(self.not_read)} cannot be read)" if self.not_read else ""
+            alike = near(name, self.not_read)
+            known = ", ".join(self.not_read)
+            other = f" ({known}: not the name of a table)" if known else ""
+            other = f" ({alike[0]}: a table of {name}? Then rename it)" if alike else other
             where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
             raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
         columns = [f"{self.typed(name, column)} AS {column}" for column in kinds_of(name)]
@@ -162,26 +203,35 @@ class RawTables(Database):
     def remarks(self):
         """Lines on what is not used: how many rows of a log have a pin of ours; files that are not read."""
         for name in filter(self.has, LOGS):
+            if not self.broken.isdisjoint({name, "pins"}):
+                continue
             known = "count(*) FILTER (pin_id IN (SELECT pin_id FROM raw_pins))"
             rows, used = self.ask(f"SELECT count(*), {known} FROM raw_{name}")[0]
             nothing = "" if used else f": nothing of it is used! Are these the ids of {self.name['pins']}?"
             yield f"{self.name[name]}: {used:,} of {rows:,} rows have a known pin{nothing}"
         if self.not_read:
-            yield f"not read: {', '.join(self.not_read)}"
+            absent = [name for name in TABLES if not self.has(name)]
+            guess = {file: name for name in absent for file in near(name, self.not_read)}
+            named = [f"{file} ({guess[file]}?)" if file in guess else file for file in self.not_read]
+            yield f"not read: {', '.join(named)}"
 
     # Checks
 
     def check(self):
         """Everything that data/README.md promises, or Stop."""
-        for name in self.files:
-            if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1", self.name[name]):
-                raise Stop(f"{self.name[name]}: the table is empty")
+        for name in filter(self.types.get, self.files):
+            with self.noting(name):
+                if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1", self.name[name]):
+                    raise Stop(f"{self.name[name]}: the table is empty")
             for column, kind in kinds_of(name).items():
                 if column in self.types[name]:
-                    self.check_kind(name, column, kind)
+                    with self.noting():
+                        self.check_kind(name, column, kind)
         for name, column, sql, problem in RULES:
-            if self.has(name):
-                self.reject_rows(name, column, sql, problem.format(**self.name))
+            read = re.findall(r"\b(?:raw|rated)_(\w+)", sql)
+            if self.has(name) and self.broken.isdisjoint(read):
+                with self.noting():
+                    self.reject_rows(name, column, sql, problem.format(**self.name))
 
     def check_kind(self, name, column, kind):
         """Stop if a value is not of its column's kind, or null or blank where it must be there."""
