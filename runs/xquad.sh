@@ -10,7 +10,7 @@
 # ENCODER:    the text encoder behind the student, multilingual too, such as
 #             sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2
 #
-# Hardware: two CPU cores, 6 GB. Time with Gemma 3 270M: one to two hours, half of it training; see README.md.
+# Hardware: two CPU cores, 6 GB. Time with Gemma 3 270M: one to two hours, half of it training.
 # Faster: fewer questions (--train-questions, --eval-questions, --impression-questions of data/from_xquad.py).
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/xquad.sh SOURCE_DIR MODEL ENCODER"

@@ -473,10 +473,3 @@ def test_the_service(port, ranker):
         with pytest.raises(urllib.error.HTTPError) as refused:
             post(port, wrong)
         assert refused.value.code == 422
-
-
-def test_readme_shows_the_service_that_is_tested():
-    """Where README quotes serving/service.py, it quotes it as it is."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = (ROOT / "runs" / "service.py").read_text(encoding="utf-8").split('"""\n\n', 1)[1]
-    assert "serving.service:app" in readme and code.strip() in readme

@@ -1,4 +1,4 @@
-"""The toy world: the same bytes every time, and the promises that data/README.md makes of it."""
+"""The toy world: the same bytes every time, and the promises that data/toy/README.md makes of it."""
 
 import datetime
 

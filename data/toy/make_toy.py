@@ -2,7 +2,7 @@
 
 Every pin and every query has a hidden meaning (object, colour, material, style, scene). The five relevance
 levels follow from the two meanings by `relevance()`, plus annotator noise; pins show their meaning only in
-part, each text source another part. data/README.md describes the world and its traps.
+part, each text source another part. data/toy/README.md describes the world and its traps.
 
 Reads   nothing
 Writes  data/toy/tables/: pins.parquet, queries.csv, labels.csv, impressions/part-*.parquet,
