@@ -39,7 +39,8 @@ from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 class Settings(ModelSettings):
     """What stage 02 is told."""
 
-    model: str = str(ROOT / "data/toy/models/llama")  # folder written by save_pretrained, or hub id
+    model: str | None = str(ROOT / "data/toy/models/llama")  # folder written by save_pretrained, or hub id
+    # (None: stage 01's text encoder)
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
     long_queries: Literal["stop", "cut"] = "stop"  # of a query that does not fit: stop, or cut it in half
@@ -84,7 +85,7 @@ PAPER = replace(
 SMALL = replace(
     TOY,
     preset="small",  # a real encoder on a laptop or one small GPU; all values our choice
-    model="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+    model=None,
     max_tokens=128,
     epochs=3,
     lr=5e-4,  # better than 1e-4 and 2e-4: experiments/RESULTS.md
@@ -256,7 +257,10 @@ def main(argv=None):
 
     # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
-    _lock = require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    about = require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    if settings.model is None:
+        settings = replace(settings, model=about["arguments"]["text_encoder"])
+        accelerator.print(f"--model {settings.model}: stage 01's text encoder")
     config = models.load_config(settings.model)
     kind, text = models.backbone_kind(config), open_text(settings, config)
     rows = LabelledRows(features, text, settings)
@@ -287,6 +291,7 @@ def main(argv=None):
         save(teacher, finetuning, text, settings, work)
         write_jsonl(work / "training_log.jsonl", log)
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
+        counts["train_queries"] = rows.train_queries
         facts = {"scores": log[-1], "text": text.describe(), "held_out": rows.split}
         output.finish([CHECKPOINT], rows=counts, **facts)
     accelerator.wait_for_everyone()

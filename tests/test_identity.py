@@ -16,7 +16,7 @@ from helpers import TOY_MODELS, mark_finished, stage, stop_line
 from test_kill import content, start, warm  # noqa: F401
 
 from lib.inputs import rows as rows_module
-from lib.inputs.held_out import prior_scores, warn_if_useless
+from lib.inputs.held_out import prior_scores, untrained_scores, warn_if_useless
 from lib.inputs.pairs import read_labels
 from lib.inputs.rows import LabelledRows, hash_rows, unique_rows
 from lib.results.summary import is_stand_in
@@ -192,6 +192,27 @@ def test_a_teacher_that_learned_nothing_is_named(features, models, tmp_path, cap
     said = capsys.readouterr().out
     assert "the labels' own shares have loss" in said and "does not beat the labels' own shares" in said
     assert "--preset small" in said  # the toy's settings on a model that is none of its stand-ins
+
+
+def test_the_small_presets_teacher_is_stage_01s_text_encoder(features, models, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "features").symlink_to(features)
+    argv = [*QUICK, "--rows", "8", "--precision", "fp32", "--run", str(tmp_path / "run")]
+    trainer.main([*argv, "--preset", "small"])
+    said = capsys.readouterr().out
+    assert f"--model {models['bert']}: stage 01's text encoder" in said
+    assert read_json(tmp_path / "run" / "teacher" / "teacher.json")["model"] == str(models["bert"])
+    assert "bm25 there" in said and "embedding there" in said and "queries train" in said
+
+
+def test_what_a_feature_says_of_held_out_rows_by_hand():
+    """Relevant rows have the higher cosine, in training and among the held-out ones."""
+    level, cosine = torch.tensor([0, 4]).repeat(50), np.tile([0.1, 0.8], 50)
+    rows = SimpleNamespace(levels=level, train=np.arange(80), held_out=np.arange(80, 100))
+    scores = untrained_scores(rows, cosine[:, None])
+    assert scores["accuracy"] == scores["AUROC >= 4"] == 1 and scores["loss"] < 0.1
+    rows.held_out = np.arange(80, 100, 2)
+    assert math.isnan(untrained_scores(rows, cosine[:, None])["AUROC >= 4"])
 
 
 def test_a_teacher_too_sure_of_itself_is_told_from_one_that_learned_nothing(capsys):

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from sklearn.metrics import roc_auc_score
 
 from common import NUM_LEVELS, token_batches
+from lib.inputs.regression import fit_regression
 from lib.stages.terminal import Stop
 
 LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
@@ -58,6 +59,21 @@ def describe_held_out(rows):
     loss, accuracy = prior_scores(rows)
     prior = f"the labels' own shares have loss {loss:.4f}, accuracy {accuracy:.4f} there"
     print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; {prior}")
+    for name, feature in (("bm25", "bm25"), ("embedding", "text_cosine")):
+        scores = untrained_scores(rows, rows.match[feature][:, None])
+        shown = ", ".join(f"{what} {value:.4f}" for what, value in scores.items())
+        print(f"{name} there, a regression of the labels on it: {shown}")
+
+
+def untrained_scores(rows, x):
+    """Loss, accuracy and AUROC of P(label >= 4) on the held-out rows of a regression of the training rows'
+    labels on features x [N, F]."""
+    level = rows.levels.numpy() + 1
+    regression = fit_regression(x[rows.train], level[rows.train])
+    p, level = regression.probabilities(x[rows.held_out]), level[rows.held_out]
+    loss = -np.log(p[np.arange(len(p)), level - 1]).mean()
+    auroc = roc_auc_score(level >= 4, p[:, 3:].sum(1)) if len(set(level >= 4)) == 2 else math.nan
+    return {"loss": loss, "accuracy": (p.argmax(1) + 1 == level).mean(), "AUROC >= 4": auroc}
 
 
 def warn_if_useless(rows, scores):

@@ -22,7 +22,8 @@ from lib.tables.splits import hash_split, in_hash_split, query_key
 
 class LabelledRows:
     """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
-    [N], 0 for level 1; `train` and `held_out`: row numbers; held_out_queries: how many they are of."""
+    [N], 0 for level 1; `train` and `held_out`: row numbers; train_queries, held_out_queries: how many they
+    are of; match: {feature: [N]}, what needs no training."""
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
@@ -40,7 +41,10 @@ class LabelledRows:
         self.pad_id = text.tokenizer.pad_token_id
         keys = [query_key(self.queries[query]) for query in query_index]
         self.train, self.held_out, self.split = split_rows(keys, settings)
-        self.held_out_queries = len({keys[row] for row in self.held_out})
+        self.train_queries, self.held_out_queries = (
+            len({keys[row] for row in some}) for some in (self.train, self.held_out)
+        )
+        self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""

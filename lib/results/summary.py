@@ -42,7 +42,8 @@ def describe_rows(rows, max_tokens):
     """How many rows a teacher learns, how long they are, and how their labels are spread."""
     n, longest = len(rows.train), rows.lengths.max()
     mean = rows.lengths.mean()
-    print(f"rows: {n:,} train; tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
+    print(f"rows: {n:,} of {rows.train_queries:,} queries train")
+    print(f"tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
     levels = rows.levels[rows.train]
     counts = torch.bincount(levels, minlength=NUM_LEVELS)
     shares = []
@@ -54,10 +55,11 @@ def describe_rows(rows, max_tokens):
 
 def describe_student(student, rows, held_out, settings, device):
     """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
-    human, n = len(rows.human), len(held_out)
+    n, of = len(held_out), len(np.unique(rows.human["query"]))
+    human = f"{len(rows.human):,} human-labelled, of {of:,} queries"
     queries = len(np.unique(held_out["query"]))
     few = "" if queries else ": too few queries"
-    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human:,} human-labelled; {device}")
+    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human}; {device}")
     print(f"held out: {n:,} rows of {queries:,} queries{few}")
     names = input_names(student.spec)
     sizes = student.spec["embeddings"].values()
