@@ -31,6 +31,7 @@ te\u0301;00018;1
     "ratings": """term;sku;rater;rating
 Red Kettle;00017;ann;3
 red kettle ;00017;bob;0
+red kettle;00017;bob;1
 red kettle;00017;cy;3
 red kettle;00018;ann;1
 red kettle;00018;bob;2
