@@ -5,9 +5,8 @@ levels on unlabelled impressions (knowledge distillation). The paper does not gi
 al., 2015: KL divergence at temperature T, times T squared.
 
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
-Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it:
-                        student.onnx, student_one_query.onnx, features.json (their inputs, how each is
-                        computed, normalization)
+Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it: student.onnx,
+                        student_one_query.onnx, features.json (their inputs, how each is computed)
 
 Toy     python 04_train_student.py
         python 04_train_student.py --labels human     the same network on the human labels alone
@@ -131,10 +130,11 @@ def human_rows(files, settings):
 
 
 def tensors(inputs, rows, device):
-    """Rows -> embeddings [B, sum of D], categories [B, K], match features [B, F], target [B, C]."""
-    columns = [*inputs.gather(rows["query"], rows["pin"])]
-    columns += [torch.from_numpy(np.ascontiguousarray(rows[name])) for name in ("match", "target")]
-    return [column.to(device, non_blocking=True) for column in columns]
+    """Rows -> the student's inputs {name: [B, …]} and the target [B, C]."""
+    features = inputs.gather(rows["query"], rows["pin"], rows["match"])
+    features = {name: column.to(device, non_blocking=True) for name, column in features.items()}
+    target = torch.from_numpy(np.ascontiguousarray(rows["target"]))
+    return features, target.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def held_out_scores(student, inputs, held_out, device, chunk=16_384):
     student.eval()
     loss = right = 0.0
     for start in range(0, len(held_out), chunk):
-        *features, target = tensors(inputs, held_out[start : start + chunk], device)
-        logits = student(*features)
+        features, target = tensors(inputs, held_out[start : start + chunk], device)
+        logits = student(features)
         loss += distillation_loss(logits, target).item() * len(target)
         right += (logits.argmax(1) == target.argmax(1)).sum().item()
     n = len(held_out)
@@ -158,7 +158,7 @@ def held_out_scores(student, inputs, held_out, device, chunk=16_384):
 def train_step(student, optimizer, features, target, temperature):
     """One step on a batch; returns its loss."""
     student.train()
-    loss = distillation_loss(student(*features), target, temperature)
+    loss = distillation_loss(student(features), target, temperature)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -170,7 +170,7 @@ def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
     state = checkpoints.state
     epoch, loss_sum = state["epoch"], torch.tensor(state["loss_sum"])
     bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
-    for *features, target in batches:
+    for features, target in batches:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * linear_warmup_decay(state["rows"] / planned, settings.warmup)
         # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
@@ -226,15 +226,14 @@ def with_name(settings):
     return replace(settings, name=name)
 
 
-def student_spec(settings, inputs, match, mean, std):
-    """What the network is made of, and how its inputs are normalized. match: names of the match features;
-    mean, std [F]: theirs."""
+def student_spec(settings, inputs, mean, std):
+    """What the network is made of, and how its inputs are normalized; match features by mean, std [F]."""
     return {
         "embeddings": inputs.dims,
         "categories": inputs.categories,
         "category_dim": settings.category_dim,
         "numbers": inputs.numbers,
-        "match": match,
+        "match": inputs.match,
         "mean": mean.tolist(),
         "std": std.tolist(),
         "hidden": list(settings.hidden),
@@ -262,7 +261,7 @@ def main(argv=None):
 
     # 3. The network
     torch.manual_seed(settings.seed)
-    student = Student(student_spec(settings, inputs, files.match, mean, std)).to(device)
+    student = Student(student_spec(settings, inputs, mean, std)).to(device)
     summary.describe_student(student, rows, held_out, settings, device)
 
     # 4. Distillation
@@ -270,7 +269,7 @@ def main(argv=None):
 
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))
-    *columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
+    columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
     save_for_serving(student, read["features"], columns, stage.work)
     write_jsonl(stage.work / "training_log.jsonl", log)
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}

@@ -22,8 +22,9 @@ from sklearn.metrics import ndcg_score
 
 from common import NUM_LEVELS, Student
 from lib.inputs.inherited import require_systems, students_of
+from lib.inputs.match import match_names
 from lib.inputs.pairs import read_labelled
-from lib.inputs.regression import fit_regression, match_names, stacked
+from lib.inputs.regression import fit_regression, stacked
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import cards, pictures, report
 from lib.results.temperatures import at_temperature, fit_temperatures
@@ -275,13 +276,11 @@ def student_system(folder, features, rows, chunk=16_384):
     """The student in `folder` on rows (dict of arrays)."""
     student = Student.load(folder)
     inputs = StudentInputs(features, student.spec)
-    columns = [rows[name] for name in student.spec["match"]]
-    match = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
+    match = stacked(rows, student.spec["match"]).astype(np.float32)
     p = np.empty((len(match), NUM_LEVELS))
     for start in range(0, len(match), chunk):
         some = slice(start, start + chunk)
-        precomputed = inputs.gather(rows["query_index"][some], rows["pin_index"][some])
-        logits = student(*precomputed, match[some])
+        logits = student(inputs.gather(rows["query_index"][some], rows["pin_index"][some], match[some]))
         p[some] = logits.double().softmax(1).numpy()
     return p, expected_level(p)
 

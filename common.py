@@ -271,7 +271,6 @@ class Student(nn.Module):
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
-        self.sizes = list(spec["embeddings"].values())
         self.alike = pairs_of_a_size(spec["embeddings"])
         self.input_dropout = nn.Dropout(spec["input_dropout"])
         tables = []
@@ -284,31 +283,58 @@ class Student(nn.Module):
         numbers = torch.tensor([*spec["numbers"].values()], dtype=torch.float32).reshape(-1, 2)
         self.register_buffer("number_mean", numbers[:, 0].clone())
         self.register_buffer("number_std", numbers[:, 1].clone())
-        width = sum(self.sizes) + sum(self.sizes[query] for query, _ in self.alike)
-        width += spec["category_dim"] * len(tables) + len(numbers) + len(spec["mean"])
-        layers = []
+        self.widths = {**spec["embeddings"]}  # of the parts that forward() puts together
+        self.widths |= {f"{pin} * {query}": self.widths[pin] for query, pin in self.alike}
+        self.widths |= dict.fromkeys(spec["categories"], spec["category_dim"])
+        self.widths |= {**dict.fromkeys(spec["numbers"], 1), "match": len(spec["match"])}
+        width, layers = sum(self.widths.values()), []
         for hidden in spec["hidden"]:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(spec["dropout"])]
             width = hidden
         self.mlp = nn.Sequential(*layers, nn.Linear(width, NUM_LEVELS))
 
-    def forward(self, embeddings, categories, numbers, match):
-        """embeddings [B, sum of D] side by side, categories [B, K] int64, numbers [B, N], match features
-        [B, F] -> logits [B, C]. A number that is not known is NaN, and counts as the mean."""
-        inputs = []
-        parts = embeddings.float().split(self.sizes, dim=1) if self.sizes else ()
-        for embedding, size in zip(parts, self.sizes):
+    def forward(self, inputs):
+        """{name: tensor}: embeddings [B, D], category codes [B] int64, numbers and match features [B] ->
+        logits [B, C]. Inputs of the query may have one row: B pins of one query. A number that is not known
+        is NaN, and counts as the mean."""
+        parts, spec = {}, self.spec
+        for name, size in spec["embeddings"].items():
             # To mean 0 and variance 1 a row, so that sources of different scale start out equal (our choice).
-            inputs.append(F.layer_norm(embedding, (size,)))
+            parts[name] = F.layer_norm(inputs[name].float(), (size,))
         # Products say how alike query and pin are, which few rows do not teach a network to compute; dropout
         # keeps it from learning queries by heart (both our choice).
-        inputs += [inputs[query] * inputs[pin] for query, pin in self.alike]
-        inputs = [self.input_dropout(embedding) for embedding in inputs]
-        for column, table in enumerate(self.tables):
-            inputs.append(table(categories[:, column]))
-        inputs.append(((numbers - self.number_mean) / self.number_std).nan_to_num())
-        inputs.append(((match - self.mean) / self.std).nan_to_num())
-        return self.mlp(torch.cat(inputs, dim=1))
+        parts |= {f"{pin} * {query}": parts[query] * parts[pin] for query, pin in self.alike}
+        parts = {name: self.input_dropout(part) for name, part in parts.items()}
+        for name, table in zip(spec["categories"], self.tables):
+            parts[name] = table(inputs[name])
+        for name, mean, std in zip(spec["numbers"], self.number_mean, self.number_std):
+            parts[name] = ((inputs[name] - mean) / std).nan_to_num()[:, None]
+        match = torch.stack([inputs[name] for name in spec["match"]], dim=1)
+        parts["match"] = ((match - self.mean) / self.std).nan_to_num()
+        hidden = self.first_layer(parts)
+        for layer in self.mlp[1:]:
+            hidden = layer(hidden)
+        return hidden
+
+    def first_layer(self, parts):
+        """{part: [B, width], or of one query [1, width]} -> [B, H]: the sum of parts times weights."""
+        first = self.mlp[0]
+        weights = dict(zip(self.widths, first.weight.split([*self.widths.values()], dim=1)))
+        folded = {}
+        for query, pin in self.alike:
+            if len(parts[query]) == 1 and not self.training:
+                # (p * q) W is p (diag(q) W): for one query and B pins half of the work.
+                weights[pin] = weights[pin] + parts[query] * weights[f"{pin} * {query}"]
+                del parts[f"{pin} * {query}"]
+                folded[pin] = [pin]
+        of_query = [name for name in parts if side_of(name) == "query"]
+        others = [name for name in parts if name not in (*of_query, *folded)]
+        hidden = first.bias
+        for names in (of_query, others, *folded.values()):
+            if names:
+                part, weight = (torch.cat([of[name] for name in names], dim=1) for of in (parts, weights))
+                hidden = hidden + part @ weight.T
+        return hidden
 
     def save(self, folder):
         """Writes model.safetensors and features.json (the feature spec with its normalization)."""
@@ -328,13 +354,10 @@ class Student(nn.Module):
 
 
 def pairs_of_a_size(embeddings):
-    """{name: D} -> positions (query, pin) of embeddings of a query and of a pin that have the same size."""
-    pairs = []
-    for i, query in enumerate(embeddings):
-        for j, pin in enumerate(embeddings):
-            if (side_of(query), side_of(pin)) == ("query", "pin") and embeddings[query] == embeddings[pin]:
-                pairs.append((i, j))
-    return pairs
+    """{name: D} -> names (query, pin) of embeddings of a query and of a pin that have the same size."""
+    queries = [name for name in embeddings if side_of(name) == "query"]
+    pins = [name for name in embeddings if side_of(name) == "pin"]
+    return [(query, pin) for query in queries for pin in pins if embeddings[query] == embeddings[pin]]
 
 
 def side_of(name):

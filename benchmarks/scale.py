@@ -39,7 +39,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from lib.inputs.match import MATCH_FEATURES  # noqa: E402
 from lib.inputs.student_inputs import StudentInputs  # noqa: E402
 from lib.stages.files import hashed, list_files, read_json, write_json  # noqa: E402
 
@@ -248,16 +247,16 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     inputs = StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
-    match = list(MATCH_FEATURES)
-    spec = stage.student_spec(settings, inputs, match, np.zeros(4), np.ones(4))
+    F = len(inputs.match)
+    spec = stage.student_spec(settings, inputs, np.zeros(F), np.ones(F))
     student = common.Student(spec)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)
-    columns = *inputs.gather(rows, rows), torch.randn(batch, 4)
+    columns = inputs.gather(rows, rows, np.random.default_rng(0).normal(size=(batch, F)).astype(np.float32))
     target = torch.randn(batch, 5).softmax(1)
 
     def step():
-        loss = stage.distillation_loss(student(*columns), target)
+        loss = stage.distillation_loss(student(columns), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -29,9 +29,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import FIELDS, PairText, Student, Teacher, side_of  # noqa: E402
+from common import FIELDS, PairText, Student, Teacher  # noqa: E402
 from lib import models  # noqa: E402
-from lib.results.export import ONNX, OUTPUTS, named_arrays, open_onnx  # noqa: E402
+from lib.results.export import ONNX, OUTPUTS, open_onnx  # noqa: E402
 from lib.stages.files import write_json  # noqa: E402
 from lib.stages.terminal import run_main  # noqa: E402
 from serving.ranker import Query, Ranker  # noqa: E402
@@ -61,19 +61,6 @@ class Students:
         match = new.match(query, pins, rows, np.zeros(len(rows)))
         return self.ranker.feed(query, pins, rows, match)
 
-    def tensors(self, feed, rows):
-        """The inputs as Student.forward takes them."""
-        spec, columns = self.network.spec, {}
-        for name, column in feed.items():
-            of_query = name not in spec["match"] and side_of(name) == "query"
-            tensor = torch.from_numpy(column)
-            columns[name] = tensor.expand(rows, *tensor.shape[1:]) if of_query else tensor
-        inputs = [torch.cat([columns[name] for name in spec["embeddings"]], dim=1)]
-        for kind in ("categories", "numbers", "match"):
-            part = [columns[name] for name in spec[kind]]
-            inputs.append(torch.stack(part, dim=1) if part else torch.zeros(rows, 0))
-        return inputs
-
     def onnx_order(self, feed):
         """Inputs -> order by expected level, onnxruntime."""
         return np.argsort(-self.ranker.predict(feed)[1], kind="stable")
@@ -85,7 +72,7 @@ class Students:
     @torch.inference_mode()
     def torch_order(self, inputs):
         """Inputs -> order by expected level, PyTorch."""
-        p = self.network(*inputs).softmax(dim=1)
+        p = self.network(inputs).softmax(dim=1)
         return torch.argsort(p @ torch.arange(1.0, p.shape[1] + 1), descending=True, stable=True)
 
 
@@ -110,6 +97,16 @@ class TeacherOnOneCore:
         labels = stage_03.soft_labels(self.teacher, ids, self.text.tokenizer.pad_token_id, 8_192)
         level = labels @ np.arange(1, labels.shape[1] + 1)
         return np.argsort(-level, kind="stable")
+
+
+def tensors(feed):
+    """The student's inputs as PyTorch takes them."""
+    return {name: torch.from_numpy(array) for name, array in feed.items()}
+
+
+def repeated(feed, rows):
+    """The student's inputs, one row a pair."""
+    return {name: np.repeat(array, rows // len(array), axis=0) for name, array in feed.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -141,14 +138,14 @@ def row(system, features, candidates, times):
 def measure_students(students, texts, rows, seconds):
     """Rows of the results for candidates `rows`."""
     feeds = [students.features(text, rows) for text in texts[:8]]
-    inputs = [students.tensors(feed, len(rows)) for feed in feeds]
-    pairs = [named_arrays(students.network.spec, *tensors) for tensors in inputs]
+    inputs = [tensors(feed) for feed in feeds]
+    pairs = [repeated(feed, len(rows)) for feed in feeds]
 
     def onnx_fresh(text):
         students.onnx_order(students.features(text, rows))
 
     def torch_fresh(text):
-        students.torch_order(students.tensors(students.features(text, rows), len(rows)))
+        students.torch_order(tensors(students.features(text, rows)))
 
     def embed(text):
         students.ranker.new.query(Query(text))

@@ -166,9 +166,9 @@ def test_what_a_new_text_lacks_is_unknown(ranker):
 def test_class_onnx_and_05_rank_the_evaluation_pairs_alike(run, ranker, queries, labelled):
     ours = scored(ranker, queries, labelled)
     inputs = StudentInputs(run / "features", ranker.spec)
-    match = torch.from_numpy(np.stack([labelled[name] for name in MATCH_FEATURES], 1).astype(np.float32))
-    gathered = inputs.gather(labelled["query_index"], labelled["pin_index"])
-    feed = export.named_arrays(ranker.spec, *gathered, match)
+    match = np.stack([labelled[name] for name in MATCH_FEATURES], 1).astype(np.float32)
+    gathered = inputs.gather(labelled["query_index"], labelled["pin_index"], match)
+    feed = {name: tensor.numpy() for name, tensor in gathered.items()}
     onnx_p, onnx_level = export.open_onnx(run / "student" / "student.onnx").run(export.OUTPUTS, feed)
     rows = {**labelled, **{name: labelled[name].astype(np.float32) for name in MATCH_FEATURES}}
     torch_p, torch_level = stage("05").student_system(run / "student", run / "features", rows)
@@ -191,21 +191,19 @@ SPECS = {
 @pytest.mark.parametrize("hidden", [(16, 8), ()])
 @pytest.mark.parametrize("kind", SPECS)
 def test_both_onnx_files_are_the_network(kind, hidden, tmp_path):
-    """With categories and numbers of both sides, unknown numbers, pairs of embeddings of one size; twice the
-    same bytes, without a path of this machine."""
+    """With categories and numbers of both sides, unknown numbers, pairs of embeddings of one size; one row of
+    the query for all pins is that row repeated; twice the same bytes, without a path of this machine."""
     categories, numbers = SPECS[kind]
     embeddings = {"pin_a": 4, "pin_b": 6, "query_a": 6, "query_b": 4, "query_c": 6}
     spec = {"embeddings": embeddings, "categories": categories, "category_dim": 3, "numbers": numbers}
-    spec |= {"match": ["bm25", "price"], "mean": [0.5, 1.0], "std": [2.0, 3.0], "hidden": hidden}
+    spec |= {"match": ["bm25", "query_price"], "mean": [0.5, 1.0], "std": [2.0, 3.0], "hidden": hidden}
     torch.manual_seed(0)
     student = Student({**spec, "dropout": 0.5, "input_dropout": 0.5}).train()
-    rng = np.random.default_rng(0)
-    numbers_in = torch.from_numpy(rng.normal(size=(40, len(numbers))).astype(np.float32))
-    match = torch.from_numpy(rng.normal(size=(40, 2)).astype(np.float32))
-    match[3, 0] = torch.nan
-    numbers_in[5] = torch.nan
-    codes = torch.from_numpy(rng.integers(0, 2, (40, len(categories))))
-    inputs = [torch.randn(40, 26), codes, numbers_in, match]
+    inputs = {name: torch.randn(40, size) for name, size in embeddings.items()}
+    inputs |= {name: torch.randint(0, 2, (40,)) for name in categories}
+    inputs |= {name: torch.randn(40) for name in (*numbers, "bm25", "query_price")}
+    for name in (*numbers, "bm25"):
+        inputs[name][5] = torch.nan
     assert export.save_onnx(student, inputs, tmp_path) < 1e-5
     assert student.training  # what was given is left as it was
     names = (export.ONNX, export.ONNX_ONE_QUERY)
@@ -214,24 +212,16 @@ def test_both_onnx_files_are_the_network(kind, hidden, tmp_path):
     assert [(tmp_path / name).read_bytes() for name in names] == first
     assert str(ROOT).encode() not in first[0] + first[1]
 
-    # One query, its rows, against PyTorch
-    one = [tensor[:1].expand(40, -1).clone() for tensor in inputs]
-    for name, size, start in (("pin_a", 4, 0), ("pin_b", 6, 4)):
-        assert name in embeddings
-        one[0][:, start : start + size] = inputs[0][:, start : start + size]
-    one[3] = match
-    for kind_at, of in ((1, categories), (2, numbers)):
-        for column, name in enumerate(of):
-            if name.startswith("pin"):
-                one[kind_at][:, column] = inputs[kind_at][:, column]
+    one_row = {name: tensor[3:4] for name, tensor in inputs.items() if export.is_query(name, spec)}
+    assert one_row.keys() == {name for name in (*embeddings, *categories, *numbers) if "query" in name}
+    repeated = {name: tensor.expand(40, *tensor.shape[1:]) for name, tensor in one_row.items()}
     with torch.inference_mode():
-        expected = student.eval()(*one).softmax(1).numpy()
-    feed = export.named_arrays(student.spec, *one)
-    for name in feed:
-        if export.is_query(name, student.spec):
-            feed[name] = feed[name][:1]
+        expected = student.eval()(inputs | repeated).softmax(1).numpy()
+        broadcast = student(inputs | one_row).softmax(1).numpy()
+    feed = {name: tensor.numpy() for name, tensor in (inputs | one_row).items()}
     p, level = export.open_onnx(tmp_path / export.ONNX_ONE_QUERY).run(export.OUTPUTS, feed)
-    np.testing.assert_allclose(p, expected, atol=1e-5)
+    for found in (p, broadcast):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(level, expected @ np.arange(1, 6), atol=1e-4)
 
 
@@ -412,8 +402,8 @@ def test_the_command_says_in_one_line_what_is_wrong(run, tmp_path, capsys):
 
 
 def test_it_runs_from_anywhere(run, tmp_path):
-    command = [sys.executable, str(ROOT / "runs" / "search.py"), "red chair", "--run", str(run), "--top", "1"]
-    left_out = ("PYTHONPATH", "ORT_DISABLE_TELEMETRY", "CI")
+    command = [sys.executable, "-m", "serving.search", "red chair", "--run", str(run), "--top", "1"]
+    left_out = ("ORT_DISABLE_TELEMETRY", "CI")
     env = {name: value for name, value in environment(1).items() if name not in left_out}
     env["HOME"] = str(tmp_path)  # onnxruntime would leave what it is going to report there
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

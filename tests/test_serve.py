@@ -19,11 +19,10 @@ def test_all_systems_do_the_same_work(run):
     rows = np.array([4, 9, 2, 30, 9])
     feed = students.features("red chair", rows)
     by_onnx = students.onnx_order(feed)
-    by_torch = students.torch_order(students.tensors(feed, len(rows))).numpy()
+    by_torch = students.torch_order(serve.tensors(feed)).numpy()
     ids = [students.ranker.ids[row] for row in rows]
     level = students.ranker.score([(Query("red chair"), pin) for pin in ids]).expected_level
-    pairs = serve.named_arrays(students.network.spec, *students.tensors(feed, len(rows)))
-    for order in (by_onnx, by_torch, students.any_pairs_order(pairs)):
+    for order in (by_onnx, by_torch, students.any_pairs_order(serve.repeated(feed, len(rows)))):
         assert sorted(order) == [0, 1, 2, 3, 4]
         assert (np.diff(level[order]) <= 1e-5).all()
     order = teacher.order("red chair", rows)

@@ -127,8 +127,15 @@ def some_inputs(rows=7, seed=0):
     return x, categories, rng.normal(10, 4, size=(rows, 1)).astype(np.float32), match
 
 
-def tensors(*arrays):
-    return [torch.from_numpy(array) for array in arrays]
+def tensors(x, categories, numbers, match, made_of=None):
+    """Arrays as in some_inputs() -> the student's inputs by name, for a spec."""
+    made_of, inputs = made_of or spec(), {}
+    sizes = made_of["embeddings"]
+    for name, part in zip(sizes, torch.from_numpy(x).split([*sizes.values()], dim=1)):
+        inputs[name] = part
+    for kind, columns in (("categories", categories), ("numbers", numbers), ("match", match)):
+        inputs |= zip(made_of[kind], torch.from_numpy(columns).unbind(1))
+    return inputs
 
 
 def normal(e):
@@ -138,12 +145,11 @@ def normal(e):
 
 def test_student_shapes_and_unknown_category():
     student = Student(spec()).eval()
-    assert student(*tensors(*some_inputs())).shape == (7, 5)
+    assert student(tensors(*some_inputs())).shape == (7, 5)
     assert [t.num_embeddings for t in student.tables] == [3, 1]  # one row more than values: unknown
     assert [layer.out_features for layer in student.mlp if isinstance(layer, torch.nn.Linear)] == [16, 8, 5]
     bare = Student(spec(embeddings={}, categories={}, numbers={}, hidden=[]))
-    nothing = torch.zeros(2, 0)
-    assert bare(nothing, torch.zeros(2, 0, dtype=torch.long), nothing, torch.randn(2, 4)).shape == (2, 5)
+    assert bare({name: torch.randn(2) for name in MATCH_FEATURES}).shape == (2, 5)
 
 
 @pytest.mark.parametrize("sizes", [(6, 4), (5, 5)])
@@ -159,7 +165,7 @@ def test_student_by_hand(sizes):
     columns.append((match - [1.0, 0.5, 0.0, 2.0]) / [2.0, 0.5, 1.0, 1.0])
     weight, bias = (p.detach().numpy() for p in (student.mlp[0].weight, student.mlp[0].bias))
     expected = np.concatenate(columns, axis=1) @ weight.T + bias
-    found = student(*tensors(x, categories, numbers, match)).detach().numpy()
+    found = student(tensors(x, categories, numbers, match, student.spec)).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -167,9 +173,9 @@ def test_an_unknown_number_counts_as_the_mean():
     student = Student(spec()).eval()
     x, categories, numbers, match = some_inputs()
     numbers[2], match[3, 1] = np.nan, np.nan
-    found = student(*tensors(x, categories, numbers, match))
+    found = student(tensors(x, categories, numbers, match))
     numbers[2], match[3, 1] = 10.0, 0.5
-    torch.testing.assert_close(found, student(*tensors(x, categories, numbers, match)))
+    torch.testing.assert_close(found, student(tensors(x, categories, numbers, match)))
     assert torch.isfinite(found).all()
 
 
@@ -177,12 +183,11 @@ def test_dropout_of_inputs_is_for_embeddings_and_training_alone():
     inputs = tensors(*some_inputs())
     student = Student(spec(dropout=0.0, input_dropout=0.5))
     student.train()
-    assert (student(*inputs) != student(*inputs)).any()
+    assert (student(inputs) != student(inputs)).any()
     student.eval()
-    torch.testing.assert_close(student(*inputs), student(*inputs), rtol=0, atol=0)
+    torch.testing.assert_close(student(inputs), student(inputs), rtol=0, atol=0)
     student = Student(spec(embeddings={}, dropout=0.0, input_dropout=0.5)).train()
-    inputs[0] = inputs[0][:, :0]
-    torch.testing.assert_close(student(*inputs), student(*inputs), rtol=0, atol=0)
+    torch.testing.assert_close(student(inputs), student(inputs), rtol=0, atol=0)
 
 
 def test_student_saved_and_loaded_in_a_fresh_process(tmp_path):
@@ -192,9 +197,9 @@ def test_student_saved_and_loaded_in_a_fresh_process(tmp_path):
     inputs = tensors(*some_inputs(9))
     torch.save(inputs, tmp_path / "inputs.pt")
     code = "import sys, torch, common; folder = sys.argv[1]; student = common.Student.load(folder); "
-    code += "torch.save(student(*torch.load(folder + '/inputs.pt')), folder + '/logits.pt')"
+    code += "torch.save(student(torch.load(folder + '/inputs.pt')), folder + '/logits.pt')"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment(), cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), student(*inputs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), student(inputs), rtol=0, atol=1e-6)
 
 
 def test_a_student_of_another_version_is_named(tmp_path):
@@ -220,21 +225,24 @@ def test_gather_equals_plain_indexing(tmp_path):
     inputs = StudentInputs(features)
     rng = np.random.default_rng(1)
     q, p = rng.integers(0, 200, 100), rng.integers(0, 30, 100)
-    embeddings, categories, numbers = inputs.gather(q, p)
+    match = rng.normal(size=(100, 4)).astype(np.float32)
+    gathered = inputs.gather(q, p, match)
     pin, query = np.load(features / "pin_text_embedding.npy"), np.load(features / "query_text_embedding.npy")
     assert list(inputs.dims.items()) == [("pin_text", 6), ("query_text", 4)]
     expected = np.concatenate([pin[p], query[q].astype(np.float32)], axis=1)
-    np.testing.assert_array_equal(embeddings.numpy(), expected)
+    np.testing.assert_array_equal(torch.cat([gathered["pin_text"], gathered["query_text"]], 1), expected)
     most_frequent_first = {"query_interest": ["home", "food"], "pin_kind": ["b", "a"]}
     assert inputs.categories == most_frequent_first
     interest, kind = {"home": 1, "food": 2, None: 0}, {"b": 1, "a": 2, None: 0}
     interests = pq.read_table(features / "queries.parquet")["interest"].to_pylist()
     kinds = pq.read_table(features / "pins.parquet")["kind"].to_pylist()
-    expected = [[interest[interests[i]], kind[kinds[j]]] for i, j in zip(q, p)]
-    np.testing.assert_array_equal(categories.numpy(), expected)
+    np.testing.assert_array_equal(gathered["query_interest"], [interest[interests[i]] for i in q])
+    np.testing.assert_array_equal(gathered["pin_kind"], [kind[kinds[j]] for j in p])
     assert list(inputs.numbers) == ["query_length", "pin_price"]
-    expected = [[i, np.nan if j == 3 else j] for i, j in zip(q, p)]
-    np.testing.assert_array_equal(numbers.numpy(), expected)
+    np.testing.assert_array_equal(gathered["query_length"], q)
+    np.testing.assert_array_equal(gathered["pin_price"], [np.nan if j == 3 else j for j in p])
+    for column, name in enumerate(MATCH_FEATURES):
+        np.testing.assert_array_equal(gathered[name], match[:, column])
     known = [value for value in price if value is not None]
     assert inputs.numbers["pin_price"] == pytest.approx([np.mean(known), np.std(known)])
 
@@ -250,9 +258,9 @@ def test_value_not_in_the_spec_is_unknown_and_other_features_are_refused(tmp_pat
     features = tmp_path / "features"
     made = StudentInputs(features)
     categories = {"query_interest": ["home", "garden"], "pin_kind": ["a"]}
-    later = {"embeddings": made.dims, "categories": categories, "numbers": {}}
-    _, codes, _ = StudentInputs(features, later).gather(np.arange(4), np.zeros(4, int))
-    assert codes[:, 0].tolist() == [1, 1, 0, 0]  # home; food and null are unknown
+    later = {"embeddings": made.dims, "categories": categories, "numbers": {}, "match": []}
+    gathered = StudentInputs(features, later).gather(np.arange(4), np.zeros(4, int), np.zeros((4, 4)))
+    assert gathered["query_interest"].tolist() == [1, 1, 0, 0]  # home; food and null are unknown
     for what, other in (
         ("categories", {"query_interest": ["home"]}),
         ("embeddings", {"pin_text": 6}),

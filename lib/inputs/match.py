@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from common import FIELDS
@@ -98,6 +99,14 @@ MATCH_FEATURES = {
         None,
     ),
 }
+
+
+NOT_MATCH = ("query_index", "pin_index", "label", "split")  # other columns of a file of pairs
+
+
+def match_names(path):
+    """Names of the match features and the user's own numbers in a file of pairs."""
+    return [name for name in pq.read_schema(path).names if name not in NOT_MATCH]
 
 
 class MatchFeatures:

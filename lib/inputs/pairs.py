@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
-from lib.inputs.regression import match_names
+from lib.inputs.match import match_names
 from lib.stages.files import write_parquet
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.splits import hash_split, in_hash_split, query_key

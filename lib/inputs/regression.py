@@ -6,13 +6,11 @@
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from common import NUM_LEVELS
 
-NOT_MATCH = ("query_index", "pin_index", "label", "split")  # other columns of a file of pairs
 NEVER = -20.0  # logit of a level that no row has: the mean of the others is 0
 
 
@@ -53,11 +51,6 @@ def fit_regression(x, level, moments=None):
         else:
             weight[used], bias[used] = model.coef_, model.intercept_
     return Regression(*moments, weight, bias)
-
-
-def match_names(path):
-    """Names of the match features and the user's own numbers in a file of pairs."""
-    return [name for name in pq.read_schema(path).names if name not in NOT_MATCH]
 
 
 def stacked(rows, names):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from common import FIELDS, side_of
+from lib.inputs.match import match_names
 from lib.stages.terminal import Stop
 
 OUR_COLUMNS = {"query": ("query_id", "query", "language"), "pin": ("pin_id", "image", *FIELDS)}
@@ -26,7 +27,7 @@ class StudentInputs:
         """spec: a trained student's, whose categories are used; without it, the most frequent values of the
         columns."""
         features = Path(features)
-        self.embeddings, self.resident = {}, None
+        self.embeddings, self.resident = {}, {}
         self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
         self.numbers, self.values = {}, {}  # column -> [mean, std], each row's value
         for path in sorted(features.glob("*_embedding.npy")):
@@ -38,6 +39,7 @@ class StudentInputs:
                     column = pq.read_table(features / table, columns=[field.name])[field.name]
                     self.add(f"{side}_{field.name}", column, spec, max_values)
         self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
+        self.match = spec["match"] if spec else match_names(features / "labelled.parquet")
         if spec is not None:
             self.compare(spec, features)
 
@@ -70,31 +72,24 @@ class StudentInputs:
         """On a GPU: moves the embeddings there if they take at most `share` of its free memory."""
         size = sum(array.nbytes for array in self.embeddings.values())
         if device.type == "cuda" and size < share * torch.cuda.mem_get_info(device)[0]:
-            self.resident = {}
             for name, array in self.embeddings.items():
                 self.resident[name] = torch.from_numpy(np.array(array)).to(device)
         return self
 
-    def gather(self, query_index, pin_index):
-        """Row numbers [B] of queries and pins -> embeddings [B, sum of D], categories [B, K] int64, numbers
-        [B, N]."""
-        index = {"query": query_index, "pin": pin_index}
-        codes = side_by_side(self.codes, index, np.int64)
-        values = side_by_side(self.values, index, np.float32)
-        if self.resident is not None:
-            found = []
-            for name, table in self.resident.items():
-                rows = torch.from_numpy(index[side_of(name)]).to(table.device)
-                found.append(table[rows].float())
-            device = found[0].device
-            return torch.cat(found, dim=1), codes.to(device), values.to(device)
-        embeddings = np.empty((len(query_index), sum(self.dims.values())), dtype=np.float32)
-        start = 0
-        for name, array in self.embeddings.items():
-            end = start + self.dims[name]
-            embeddings[:, start:end] = array[index[side_of(name)]]
-            start = end
-        return torch.from_numpy(embeddings), codes, values
+    def gather(self, query_index, pin_index, match):
+        """Row numbers [B] of queries and pins, and numbers of the pairs [B, F] -> the student's inputs:
+        embeddings [B, D], category codes [B] int64, numbers and match features [B], by name."""
+        index, gathered = {"query": query_index, "pin": pin_index}, {}
+        for name, column in {**self.embeddings, **self.codes, **self.values}.items():
+            rows = index[side_of(name)]
+            if name in self.resident:
+                table = self.resident[name]
+                gathered[name] = table[torch.from_numpy(rows).to(table.device)].float()
+            else:
+                some = torch.from_numpy(column[rows])
+                gathered[name] = some if name in self.codes else some.float()
+        columns = torch.from_numpy(np.ascontiguousarray(match)).unbind(dim=1)
+        return gathered | dict(zip(self.match, columns))
 
 
 def mean_and_std(values):
@@ -104,14 +99,6 @@ def mean_and_std(values):
         return [0.0, 1.0]
     std = float(known.std())
     return [float(known.mean()), std if std > 1e-6 else 1.0]
-
-
-def side_by_side(columns, index, dtype):
-    """{column of queries or pins: its values [N]} and {"query", "pin": row numbers [B]} -> [B, columns]."""
-    out = np.empty((len(index["query"]), len(columns)), dtype)
-    for place, (name, values) in enumerate(columns.items()):
-        out[:, place] = values[index[side_of(name)]]
-    return torch.from_numpy(out)
 
 
 def frequent_values(column, n):

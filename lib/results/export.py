@@ -1,7 +1,6 @@
 """The student as a service takes it: two ONNX files, and features.json, the contract of their inputs.
 
-The files hold the network with its normalization and a softmax:
-inputs are raw, one a name, any number of rows (B) at once.
+Each file holds the network with its normalization and a softmax; inputs are raw, one a name.
 
     student.onnx              B pairs of any queries and pins
     student_one_query.onnx    B pins of one query: inputs of the query have one row; less to compute
@@ -13,7 +12,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common import NUM_LEVELS, side_of
@@ -58,66 +56,16 @@ def expected_level(p):
     return (p * torch.arange(1.0, NUM_LEVELS + 1)).sum(dim=1)
 
 
-class NamedInputs(nn.Module):
-    """A student whose inputs come one by one, in the order of input_names(): embeddings [B, D], category
-    codes [B] int64, numbers and match features [B] -> probabilities [B, C] and expected level [B]."""
+class Served(nn.Module):
+    """A student whose inputs come one by one, in the order of input_names() -> probabilities [B, C] and
+    expected level [B]."""
 
     def __init__(self, student):
         super().__init__()
         self.student = student
-        spec = student.spec
-        self.counts = [len(spec[kind]) for kind in ("embeddings", "categories", "numbers", "match")]
 
     def forward(self, *inputs):
-        parts, start = [], 0
-        for count in self.counts:
-            parts.append(inputs[start : start + count])
-            start += count
-        embeddings, columns = torch.cat(parts[0], dim=1), []
-        for part in parts[1:]:
-            columns.append(torch.stack(part, dim=1) if part else embeddings[:, :0])
-        p = self.student(embeddings, *columns).softmax(dim=1)
-        return p, expected_level(p)
-
-
-class OneQuery(nn.Module):
-    """The same network for B pins of one query: inputs of the query have one row.
-
-    With the query's part q and a pin's p the first layer is W_q q + W_p p + W_x (q * p) + …. For one q that
-    is W_q q, the same for all pins, plus (W_p + W_x diag(q)) p: about half of the work."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student, spec = student, student.spec
-        sizes, tables = spec["embeddings"], dict.fromkeys(spec["categories"], spec["category_dim"])
-        names = list(sizes)
-        self.products = [(names[query], names[pin]) for query, pin in student.alike]
-        widths = {**sizes, **{pair: sizes[pair[0]] for pair in self.products}, **tables}
-        self.widths = {**widths, **dict.fromkeys([*spec["numbers"], *spec["match"]], 1)}
-
-    def forward(self, *inputs):
-        student, spec = self.student, self.student.spec
-        part = dict(zip(input_names(spec), inputs))
-        for name, size in spec["embeddings"].items():
-            part[name] = F.layer_norm(part[name], (size,))
-        for name, table in zip(spec["categories"], student.tables):
-            part[name] = table(part[name])
-        means, stds = (student.number_mean, student.mean), (student.number_std, student.std)
-        for name, mean, std in zip([*spec["numbers"], *spec["match"]], torch.cat(means), torch.cat(stds)):
-            part[name] = ((part[name] - mean) / std).nan_to_num()[:, None]
-
-        first, *others = student.mlp
-        weight = dict(zip(self.widths, first.weight.T.split([*self.widths.values()])))  # {part: [size, H]}
-        for query, pin in self.products:
-            weight[pin] = weight[pin] + part[query].T * weight[query, pin]
-        of_query = [name for name in part if is_query(name, spec)]
-        of_pins = [name for name in part if not is_query(name, spec)]
-        same_for_all = first.bias
-        for name in of_query:
-            same_for_all = same_for_all + part[name] @ weight[name]
-        pins = torch.cat([part[name] for name in of_pins], dim=1)
-        hidden = pins @ torch.cat([weight[name] for name in of_pins]) + same_for_all
-        p = nn.Sequential(*others)(hidden).softmax(dim=1)
+        p = self.student(dict(zip(input_names(self.student.spec), inputs))).softmax(dim=1)
         return p, expected_level(p)
 
 
@@ -126,25 +74,26 @@ def is_query(name, spec):
     return name not in spec["match"] and side_of(name) == "query"
 
 
-def write_onnx(network, spec, one_row, path):
-    """A network of the inputs of input_names() -> ONNX. one_row: names of inputs that have one row only. The
-    same weights give the same bytes."""
-    names, examples = input_names(spec), []
+def write_onnx(student, path, one_query):
+    """A student -> ONNX; one_query: the query has one row. The same weights give the same bytes."""
+    spec, examples, rows = student.spec, [], dict.fromkeys(OUTPUTS, {0: "B"})
+    names = input_names(spec)
     for name in names:
-        shape = [1 if name in one_row else 2]
-        if name in spec["embeddings"]:
-            shape.append(spec["embeddings"][name])
+        one_row = one_query and is_query(name, spec)
+        size = [spec["embeddings"][name]] if name in spec["embeddings"] else []
         dtype = torch.int64 if name in spec["categories"] else torch.float32
-        examples.append(torch.zeros(shape, dtype=dtype))
+        examples.append(torch.zeros([1 if one_row else 2, *size], dtype=dtype))
+        if not one_row:
+            rows[name] = {0: "B"}
     with whole_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo's exporter would need one more package, and writes paths
         torch.onnx.export(
-            network.eval(),
+            Served(student).eval(),
             tuple(examples),
             temporary,
             input_names=names,
             output_names=list(OUTPUTS),
-            dynamic_axes={name: {0: "B"} for name in (*names, *OUTPUTS) if name not in one_row},
+            dynamic_axes=rows,
             opset_version=OPSET,
             dynamo=False,
         )
@@ -161,35 +110,22 @@ def open_onnx(path, threads=1):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def named_arrays(spec, embeddings, *columns):
-    """What Student.forward takes (tensors: embeddings [B, sum of D], then each [B, K]) -> {input: array}, the
-    feed of student.onnx."""
-    parts = [*embeddings.float().split(list(spec["embeddings"].values()), dim=1)]
-    for tensor in columns:
-        parts += tensor.unbind(dim=1)
-    return {name: np.ascontiguousarray(part) for name, part in zip(input_names(spec), parts)}
-
-
 @torch.inference_mode()
 def save_onnx(student, inputs, folder):
-    """Writes both files. inputs: what the student's forward() takes, of real rows, on the CPU. Returns the
-    greatest difference of a probability between them and the student there; Stop if it is not small."""
-    student = copy.deepcopy(student).cpu().eval()
-    spec = student.spec
-    one_row = [name for name in input_names(spec) if is_query(name, spec)]
-    write_onnx(NamedInputs(student), spec, (), folder / ONNX)
-    write_onnx(OneQuery(student), spec, one_row, folder / ONNX_ONE_QUERY)
-
-    inputs = [tensor[:CHECKED_ROWS] for tensor in inputs]
-    feed = named_arrays(spec, *inputs)
-    expected = student(*inputs).softmax(dim=1).numpy()
-    pairs = open_onnx(folder / ONNX)
-    difference = compare(expected, pairs.run(OUTPUTS, feed), folder / ONNX)
-    first = {name: feed[name][:1] for name in one_row}  # the pins of all rows for the query of the first
-    repeated = {name: np.repeat(value, len(inputs[0]), axis=0) for name, value in first.items()}
-    expected, _ = pairs.run(OUTPUTS, feed | repeated)
-    found = open_onnx(folder / ONNX_ONE_QUERY).run(OUTPUTS, feed | first)
-    return max(difference, compare(expected, found, folder / ONNX_ONE_QUERY))
+    """Writes both files. inputs: what the student's forward() takes, of B real rows, on the CPU. Returns the
+    greatest difference of a probability between them and the student on these rows (of the second: on the
+    pins of all for the query of the first); Stop if it is not small."""
+    student, differences = copy.deepcopy(student).cpu().eval(), []
+    inputs = {name: tensor[:CHECKED_ROWS] for name, tensor in inputs.items()}
+    first = {name: tensor[:1] for name, tensor in inputs.items() if is_query(name, student.spec)}
+    repeated = {name: tensor.expand_as(inputs[name]) for name, tensor in first.items()}
+    for file, given, same in ((ONNX, {}, {}), (ONNX_ONE_QUERY, first, repeated)):
+        write_onnx(student, folder / file, one_query=file == ONNX_ONE_QUERY)
+        feed = {name: tensor.numpy() for name, tensor in (inputs | given).items()}
+        found = open_onnx(folder / file).run(OUTPUTS, feed)
+        expected = student(inputs | same).softmax(dim=1).numpy()
+        differences.append(compare(expected, found, folder / file))
+    return max(differences)
 
 
 def save_for_serving(student, features, inputs, folder):
@@ -198,7 +134,7 @@ def save_for_serving(student, features, inputs, folder):
     student.spec |= contract(student.spec, features)
     student.save(folder)
     difference = save_onnx(student, inputs, folder)
-    print(f"student.onnx: as PyTorch on {len(inputs[0]):,} rows, probabilities to {difference:.0e}")
+    print(f"student.onnx: its probabilities are PyTorch's to {difference:.0e}")
 
 
 def compare(expected, found, path):
@@ -235,7 +171,7 @@ def described(name, spec, own):
     unit, how, source = COLUMN[0], COLUMN[1].format(name), None
     kind, shape, side = "number", ["B"], side_of(name)
     if name in spec["embeddings"]:
-        kind, shape = "embedding", ["B", spec["embeddings"][name]]
+        kind, shape = "embedding", [*shape, spec["embeddings"][name]]
         unit, how, source = OWN if own else EMBEDDINGS[name]
     elif name in spec["categories"]:
         kind, (unit, how, source) = "category", CODE
