@@ -5,6 +5,7 @@ relevance metric. Intervals are 95 % bootstrap intervals over queries.
 
 Reads   RUN/features/, RUN/labels/labelled.parquet, RUN/teacher/stage.json, every RUN/student*/
 Writes  RUN/report/     metrics.json, temperatures.json, report.md, plots as PNG;
+                        queries.csv, every evaluation query by every system;
                         cards/NAME.md, the models' cards with their metrics
 
 Toy     python 05_evaluate.py
@@ -26,7 +27,7 @@ from lib.inputs.match import match_names
 from lib.inputs.pairs import read_labelled
 from lib.inputs.regression import fit_regression, stacked
 from lib.inputs.student_inputs import StudentInputs
-from lib.results import cards, pictures, report
+from lib.results import cards, pictures, queries, report
 from lib.results.temperatures import at_temperature, fit_temperatures
 from lib.stages.files import write_json
 from lib.stages.settings import Range, Size, StageSettings, parse
@@ -212,16 +213,16 @@ def measure(systems, rows, levels, resamples, seed):
 
 
 def differences(overall, metrics):
-    """What training brings: every trained system less the best untrained one, the student less the one on
-    human labels, the teacher less the student: {(system, other, metric): Interval}, on the same resamples of
-    the queries for both. overall: {system: (values, values on resamples)}."""
+    """What training brings: every trained system less each untrained one, student and teacher less the
+    student on human labels, the teacher less the student: {(system, other, metric): Interval}, on the same
+    resamples of the queries for both. overall: {system: (values, values on resamples)}."""
     found = {}
     for metric in metrics:
         value = {system: values[metric] for system, (values, _) in overall.items()}
-        untrained = [name for name in report.UNTRAINED if name in value]
-        best = max(untrained, key=lambda name: np.nan_to_num(value[name]))
-        pairs = [(name, best) for name in value if name not in ("majority", *untrained)]
-        pairs += [("student", "student_human_labels"), ("teacher", "student")]
+        trained = [name for name in value if name not in ("majority", *report.UNTRAINED)]
+        pairs = [(name, other) for name in trained for other in report.UNTRAINED]
+        pairs += [(name, "student_human_labels") for name in ("student", "teacher")]
+        pairs += [("teacher", "student")]
         for first, second in pairs:
             if first in overall and second in overall:
                 drawn = [overall[name][1][metric] for name in (first, second)]
@@ -355,9 +356,13 @@ def main(argv=None):
 
     # 5. Plots, pages of search results, report.md
     pictures.plots(table, y, systems, scaled, levels, stage.work)
-    pages = pictures.search_pages(run, evaluation, systems, settings.search_pages, stage.work)
+    each = queries.one_by_one(run / "features", evaluation, ndcg, systems)
+    queries.write_csv(each, stage.work / "queries.csv")
+    shown = queries.for_pages(each, settings.search_pages)
+    pages = pictures.search_pages(run, evaluation, systems, shown, stage.work)
     facts = report.facts(run, read, evaluation)
-    text = report.report(table, compared, facts, temperatures, evaluation, pages)
+    one_by_one = queries.section(each, systems)
+    text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")
     cards.write_cards(run, read, table, stage.work / "cards")
     stage.finish(rows=counts, temperatures=temperatures)

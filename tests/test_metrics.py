@@ -245,7 +245,7 @@ def test_table_of_two_levels():
     assert nested["bm25"]["overall"]["accuracy"] == table["bm25", "", "accuracy"]._asdict()
 
 
-def test_differences_are_paired_and_beside_the_best_untrained_system():
+def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system():
     """The same as resampling the rows of both by hand; noise is not told as a loss."""
     y, good, score, query = sample()
     bad = np.random.default_rng(9).dirichlet(np.ones(5), len(y))
@@ -258,8 +258,12 @@ def test_differences_are_paired_and_beside_the_best_untrained_system():
     table, compared = evaluate.measure(systems, rows, np.arange(1, 6), 50, 4)
     pairs = {(system, other) for system, other, _ in compared}
     trained = ("student_human_labels", "student", "teacher")
-    beside = {("student", "student_human_labels"), ("teacher", "student")}
-    assert pairs == beside | {(name, "embedding") for name in trained}
+    beside = {
+        ("student", "student_human_labels"),
+        ("teacher", "student_human_labels"),
+        ("teacher", "student"),
+    }
+    assert pairs == beside | {(name, other) for name in trained for other in report.UNTRAINED}
     assert {metric for _, _, metric in compared} == {"auroc_4", "ndcg_20"}
     drawn = []
     for name in ("student", "embedding"):
@@ -278,7 +282,7 @@ def test_differences_are_paired_and_beside_the_best_untrained_system():
     ]  # fmt: skip
     assert "AUROC ≥4 -0." in lines[0] and "nDCG@20 -0." in lines[0] and "more queries" in lines[0]
     assert report.summary(table, compared)[-2:] == lines
-    assert report.nested(table, compared)["differences"][0]["minus"] == "embedding"
+    assert report.nested(table, compared)["differences"][0]["minus"] == "bm25"
 
 
 def test_few_queries_are_told():

@@ -1,6 +1,7 @@
 """Stage 05 on a small run of random content: what it reads, refuses, leaves out; report.md, pictures."""
 
 import contextlib
+import csv
 import io
 import shutil
 import warnings
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import SYSTEMS, mark_finished, stage, stop_line, synthetic
+from matplotlib.figure import Figure
 
 from common import Student
-from lib.results import pictures, report
+from lib.results import pictures, queries, report
 from lib.stages.files import read_json, write_json, write_parquet
 
 distil, evaluate = stage("04"), stage("05")
@@ -37,9 +39,10 @@ def awkward(folder):
 
 
 def about_features(folder, **more):
-    arguments = {"text_encoder": "some/encoder", "caption_model": "some/captioner"}
-    facts = {"dataset": str(folder / "data"), "arguments": arguments, "identity": "features"}
-    mark_finished(folder / "features", **facts, **more)
+    names = {"text encoder": "some/encoder", "caption model": "some/captioner"}
+    models = {kind: {"name": name, "fingerprint": name} for kind, name in names.items()}
+    facts = {"dataset": str(folder / "data"), "models": models, "identity": "features"}
+    mark_finished(folder / "features", **{**facts, **more})
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,10 @@ def test_awkward_texts_are_drawn_as_they_are_and_escaped(measured):
     text = (run / "report" / "report.md").read_text(encoding="utf-8")
     assert len(list((run / "report").glob("*.png"))) == 8
     assert "<img" not in text and "<b>" not in text and "&lt;img" in text
-    tables = [line for line in text.splitlines() if line.startswith("|")]
+    before, queries_of = text.split("## Queries")
+    tables = [line for line in before.splitlines() if line.startswith("|")]
+    one_by_one = [line for line in queries_of.split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert {line.count("|") - line.count("\\|") for line in one_by_one} == {11} and len(one_by_one) > 5
     assert len({line.count("|") - line.count("\\|") for line in tables if "\\#fr" in line}) == 1
     assert all(line.count("|") - line.count("\\|") == 6 for line in tables if "zh-" in line)
     headings = [line for line in text.splitlines() if line.startswith("#")]
@@ -150,7 +156,7 @@ def test_the_report_stands_alone(measured):
     text = (run / "report" / "report.md").read_text(encoding="utf-8")
     facts = """some/encoder|some/captioner|some/model|111 human-labelled|made: 20|05_evaluate
 student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
-expected calibration error|† fewer than 30 queries"""
+expected calibration error|† fewer than 30 queries|Queries, the worst beside bm25 first|nDCG@20: bm25"""
     for fact in facts.replace("\n", "|").split("|"):
         assert fact in text, fact
     rows = read_json(run / "student" / "stage.json")["rows"]["train"]
@@ -163,6 +169,51 @@ expected calibration error|† fewer than 30 queries"""
     assert f"{sum(label == 1 for label in best.values())} queries have no gain" in text
     for name in [*report.CAPTIONS, *(f"search_{i}.png" for i in (1, 2, 3, 4))]:
         assert f"![{name}]({name})" in text and (run / "report" / name).exists()
+
+
+def test_queries_stand_one_by_one(measured):
+    """Worst beside bm25 first, those without a gain left out; pages of the worst and of the best."""
+    run, _ = measured
+    with open(run / "report" / "queries.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    differences = [float(line["difference"]) for line in lines]
+    assert differences == sorted(differences) and all(int(line["best level"]) > 1 for line in lines)
+    for line in lines:
+        gap = float(line["student"]) - float(line["bm25"])
+        assert float(line["difference"]) == pytest.approx(gap, abs=2e-4)
+    overall = read_json(run / "report" / "metrics.json")["systems"]
+    for system in ("bm25", "student", "teacher"):
+        mean = np.mean([float(line[system]) for line in lines])
+        assert mean == pytest.approx(overall[system]["overall"]["ndcg_20"]["value"], abs=1e-4)
+    shown = [query["index"] for query in queries.for_pages([{"index": i} for i in range(9)], 5)]
+    assert shown == [0, 1, 2, 8, 7]
+    assert len(queries.for_pages([{"index": 0}], 5)) == 1 and queries.for_pages([], 4) == []
+
+
+def test_without_pictures_nobody_captions(run, no_pictures):
+    about_features(run, models={})
+    text = measure(run)
+    assert "captions by: nobody" in text and "text encoder: none" in text
+
+
+def test_after_labelling_the_human_rows_alone_05_measures_what_is_there(run, no_pictures, capsys):
+    labels = read_json(run / "labels" / "stage.json")
+    mark_finished(run / "labels", **{**labels, "arguments": {"only_labelled": True}})
+    shutil.rmtree(run / "student")
+    text = measure(run)
+    assert "left out" in capsys.readouterr().out
+    systems = read_json(run / "report" / "metrics.json")["systems"]
+    assert set(systems) == set(SYSTEMS) - {"student"} and "teacher − bm25" in text
+
+
+def test_a_pin_without_a_picture_is_a_card_of_its_text():
+    ax = Figure().subplots()
+    pin = {"title": "Kettle", "description": "Enamel, 1.7 litres " * 40, "caption": "", "image": None}
+    pictures.show_pin(ax, pin, 5, None)
+    title, more = (text.get_text() for text in ax.texts)
+    assert title == "Kettle" and more.startswith("Enamel") and more.count("\n") == 6
+    pictures.show_pin(ax := Figure().subplots(), {**dict.fromkeys(pin), "description": "Pot"}, 1, None)
+    assert [text.get_text() for text in ax.texts] == ["Pot", ""]
 
 
 def test_levels_that_nobody_used(run, no_pictures):

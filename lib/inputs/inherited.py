@@ -69,7 +69,8 @@ def require_languages(run, languages):
 
 def require_systems(run, reads):
     """What stage 05 reads: {"features", "labels", every student, "teacher" where it is here: stage.json}. A
-    student beside the main one that does not fit is named and left out."""
+    student beside the main one that does not fit is named and left out; after 03 --only-labelled, which is
+    to measure a teacher, the main one too."""
     read = require_pairs(run, reads)
     unfinished = [path.name[1:].partition(".unfinished-")[0] for path in run.glob(".student*.unfinished-*")]
     finished = [path.name for path in run.glob("student*") if path.is_dir()]
@@ -77,7 +78,7 @@ def require_systems(run, reads):
         try:
             read[name] = require_student(run, name, read)
         except Stop as why:
-            if name == "student":
+            if name == "student" and not read["labels"]["arguments"].get("only_labelled"):
                 raise
             print(f"left out: {why}")
     if (run / "teacher").exists():

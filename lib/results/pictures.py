@@ -5,7 +5,6 @@ A table here is {(system, language, metric): interval with value, low, high}; th
 
 import contextlib
 import functools
-import itertools
 import textwrap
 
 import matplotlib
@@ -178,12 +177,19 @@ def picture(dataset, path, size=160):
         return None
 
 
+def shown_in_pages(systems):
+    """Names of the systems whose rankings are drawn."""
+    chosen = [name for name in ("bm25", "student", "teacher") if name in systems]
+    return chosen if len(chosen) > 1 else ["bm25", "match"]
+
+
 def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
     """One query's results as pictures: the `top` pins by BM25, student and teacher, the human level as a
     colored frame. pins: {pin_index: row of pins.parquet}."""
     at = np.flatnonzero(rows["query_index"] == query["index"])
-    names = [name for name in ("bm25", "student", "teacher") if name in systems]
-    texts = [pin["title"] or pin["caption"] or "no text" for pin in pins.values()] + [query["query"]]
+    names = shown_in_pages(systems)
+    texts = [text for pin in pins.values() for text in (pin["title"], pin["caption"], pin["description"])]
+    texts = [text or "" for text in texts] + [query["query"]]
     with picture_file(path, (1.25 * top + 1, 1.75 * len(names) + 0.6), texts) as figure:
         for line, name in zip(figure.subplots(len(names), top, squeeze=False), names):
             line[0].set_ylabel(name, fontsize=9)
@@ -197,37 +203,40 @@ def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
 
 
 def show_pin(ax, pin, level, dataset):
-    """A pin in a frame of its level's color."""
+    """A pin in a frame of its level's color: its picture, or its text on a card."""
     image = picture(dataset, pin["image"])
     if image is not None:
         ax.imshow(image, aspect="auto")
     else:
-        words = textwrap.fill(drawable(pin["title"] or pin["caption"] or "no text")[:42], 14)
-        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=7)
+        show_text(ax, pin)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(color=LEVEL_COLORS[level], linewidth=4, visible=True)
     ax.set_xlabel(f"{level} {LEVELS[level]}", fontsize=7)
 
 
-def search_pages(run, rows, systems, n, folder):
-    """Search result pages for `n` evaluation queries with many labelled pins, one language after another.
-    Returns {file name: caption}."""
-    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query", "language"])
+def show_text(ax, pin):
+    """A pin's title, and under it the beginning of what else is known of it."""
+    title = pin["title"] or pin["caption"] or pin["description"] or "no text"
+    heads = textwrap.wrap(drawable(title), 17)[:3]
+    more = "" if title == pin["description"] else pin["description"] or ""
+    lines = textwrap.wrap(drawable(more), 22)[: 9 - 2 * len(heads)]
+    ax.set_facecolor("#F4F1EA")
+    at = {"transform": ax.transAxes, "va": "top", "clip_on": True}
+    ax.text(0.06, 0.93, "\n".join(heads), fontsize=6.5, **at)
+    ax.text(0.06, 0.88 - 0.13 * len(heads), "\n".join(lines), fontsize=5.5, color="#444444", **at)
+
+
+def search_pages(run, rows, systems, queries, folder):
+    """Search result pages of queries (of queries.one_by_one). Returns {file name: caption}."""
     dataset = read_json(run / "features" / "stage.json")["dataset"]
-    index, count = np.unique(rows["query_index"], return_counts=True)
-    by_language = {}
-    for number in index[np.lexsort((index, -count))].tolist():
-        by_language.setdefault(queries["language"][number].as_py(), []).append(number)
-    turns = []
-    for turn in itertools.zip_longest(*by_language.values()):
-        turns += [number for number in turn if number is not None]
-    table = pq.read_table(run / "features" / "pins.parquet", columns=["title", "caption", "image"])
+    columns = ["title", "description", "caption", "image"]
+    table = pq.read_table(run / "features" / "pins.parquet", columns=columns)
     pages = {}
-    for number in turns[:n]:
-        at = np.unique(rows["pin_index"][rows["query_index"] == number])
+    for query in queries:
+        at = np.unique(rows["pin_index"][rows["query_index"] == query["index"]])
         pins = dict(zip(at.tolist(), table.take(at).to_pylist()))
-        query = {"index": number, **queries.slice(number, 1).to_pylist()[0]}
         name = f"search_{len(pages) + 1}.png"
         plot_search_page(rows, systems, query, pins, dataset, folder / name)
-        pages[name] = f"“{query['query']}”, its judged pins only, ranked by each system."
+        found = ", ".join(f"{system} {query[system]:.2f}" for system in shown_in_pages(systems))
+        pages[name] = f"“{query['query']}”, its judged pins only, ranked by each system. nDCG@20: {found}."
     return pages

@@ -37,11 +37,9 @@ class Metric(NamedTuple):
 METRICS = {
     "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one"),
     "within_one": Metric("within one %", True, "rows whose most probable level is at most one off"),
-    "auroc_3": Metric(
-        "AUROC ≥3", False, "chance that P(level ≥ 3) of a row of level 3 to 5 is the higher one"
-    ),
-    "auroc_4": Metric("AUROC ≥4", False, "likewise for levels 4 and 5 against 1 to 3"),
-    "auroc_5": Metric("AUROC ≥5", False, "likewise for level 5 against 1 to 4"),
+    "auroc_3": Metric("AUROC ≥3", False, "chance that P(level ≥ 3) is higher for a row of levels 3 to 5"),
+    "auroc_4": Metric("AUROC ≥4", False, "chance that P(level ≥ 4) is higher for a row of level 4 or 5"),
+    "auroc_5": Metric("AUROC ≥5", False, "chance that P(level = 5) is higher for a row of level 5"),
     "ndcg_20": Metric("nDCG@20", False, "gain 2^(level − 1) − 1, mean over queries that have a gain"),
     "ece": Metric("ECE", False, "expected calibration error of the most probable level, 15 bins"),
     "kl_to_teacher": Metric("KL to teacher", False, "mean KL(teacher ‖ student), nats"),
@@ -138,10 +136,15 @@ def signed(m):
 
 
 def below(compared):
-    """Lines on systems that are below what they are compared with, by the whole interval."""
-    worse = {}
+    """Lines on systems that are below what they are compared with, by the whole interval; of the untrained
+    ones the best by each metric."""
+    worse, best = {}, {}
     for (system, other, metric), m in compared.items():
-        if m.high is not None and m.high < 0:
+        if other in UNTRAINED and m.value is not None:
+            best[system, metric] = min(best.get((system, metric), (m.value, other)), (m.value, other))
+    for (system, other, metric), m in compared.items():
+        counts = other not in UNTRAINED or best.get((system, metric), ("", ""))[1] == other
+        if counts and m.high is not None and m.high < 0:
             by = f"{METRICS[metric].heading} {signed(m)}"
             worse.setdefault((system, other), []).append(by)
     lines = []
@@ -175,7 +178,7 @@ def summary(table, compared):
 def facts(run, read, evaluation):
     """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
     features, command = read["features"], [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
-    teacher_file = run / "teacher" / "teacher.json"
+    teacher_file, used = run / "teacher" / "teacher.json", features.get("models", {})
     index, query = np.unique(evaluation["query_index"], return_inverse=True)
     best = np.zeros(len(index), int)
     np.maximum.at(best, query, evaluation["label"])
@@ -183,14 +186,15 @@ def facts(run, read, evaluation):
         ("dataset", features.get("dataset")),
         ("evaluation", f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on; "
                        f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
-        ("text encoder", features["arguments"].get("text_encoder")),
-        ("captions by", features["arguments"].get("caption_model")),
+        ("text encoder", used.get("text encoder", {}).get("name", "none: the user's own embeddings")),
+        ("captions by", used.get("caption model", {}).get("name", "nobody: no picture can be read")),
         ("teacher", read_json(teacher_file)["model"] if teacher_file.exists() else None),
     ]  # fmt: skip
     for name, about in read.items():
         told, rows = about["arguments"], about.get("rows", {})
         if name == "teacher":
-            known.append(("the teacher learnt from", f"{rows.get('train', 0):,} human-labelled rows"))
+            of = f" of {rows['train_queries']:,} queries" if "train_queries" in rows else ""
+            known.append(("the teacher learnt from", f"{rows.get('train', 0):,} human-labelled rows{of}"))
         elif name.startswith("student"):
             learnt = f"{rows.get('train', 0):,} rows, the {told['labels']} labels"
             if told["labels"] == "teacher":
@@ -200,9 +204,9 @@ def facts(run, read, evaluation):
     return [(name, str(value)) for name, value in known if value]
 
 
-def report(table, compared, about, temperatures, evaluation, pages):
+def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
     """report.md. compared: differences() of stage 05; about: pairs of facts(); evaluation: columns of its
-    rows; pages: {file: caption}."""
+    rows; one_by_one: lines on queries; pages: {file: caption}."""
     metrics, queries = metrics_of(table), len(np.unique(evaluation["query_index"]))
     lines = ["# Evaluation", ""]
     for name, value in about:
@@ -216,7 +220,7 @@ def report(table, compared, about, temperatures, evaluation, pages):
     lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics]
     lines += ["", *(f"**{escaped(line)}**\n" for line in few_queries(queries) + below(compared))]
     lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
-    lines += [*of_temperatures(temperatures), "## Plots", ""]
+    lines += [*one_by_one, *of_temperatures(temperatures), "## Plots", ""]
     for name, caption in {**CAPTIONS, **pages}.items():
         if name != "accuracy_by_language.png" or len(languages_of(table)) > 1:
             lines += [f"![{name}]({name})", "", escaped(caption), ""]
@@ -226,8 +230,8 @@ def report(table, compared, about, temperatures, evaluation, pages):
 def of_differences(compared):
     """What training brings, as a table."""
     metrics = list(dict.fromkeys(metric for _, _, metric in compared))
-    lines = ["## What training brings", "", "Differences on the same resamples of the queries; each trained "
-             "system beside the best of those that need no training, by each metric."]  # fmt: skip
+    lines = ["## What training brings", "", "Differences on the same resamples of the queries: above zero, "
+             "the first is the better one."]  # fmt: skip
     cells = {}
     for (system, other, metric), m in compared.items():
         cells.setdefault(f"{system} − {other}", {})[metric] = signed(m)
