@@ -1,11 +1,12 @@
 """The page "From a shop's tables" of data/README.md: its SQL makes a dataset of a made-up export with
-the oddities of real ones."""
+the oddities of real ones; README's commands make the report of it."""
 
 import re
+import shlex
 
 import duckdb
 import pytest
-from helpers import ROOT
+from helpers import ROOT, stage
 
 from lib.tables.raw import RawTables, levels_of
 
@@ -49,19 +50,46 @@ red kettle;gone;ann;3
 }
 
 
-@pytest.fixture
-def shop(tmp_path, monkeypatch):
-    """The dataset that the page's SQL makes of EXPORT, opened."""
+COLOURS, THINGS = ("red", "green", "blue", "white"), ("chair", "table", "lamp", "sofa")
+
+
+def grown(export):
+    """The same with a product for each colour and thing, each thing and colour searched for, shown with every
+    product and rated by two."""
+    products = [(f"{colour} {thing}", f"9{i}") for i, colour in enumerate(COLOURS) for thing in THINGS]
+    products = [(name, f"{sku}{i}") for i, (name, sku) in enumerate(products)]
+    terms = [*THINGS, *COLOURS, *(name for name, _ in products)]
+    more = {name: [] for name in export}
+    for name, sku in products:
+        more["products"].append(f"{sku};;{name};made of wood;Ardo;{sku},5;{{}};[];;2024-01-02")
+    for t, term in enumerate(terms):
+        for r, (name, sku) in enumerate(products):
+            more["rankings"].append(f"{term};{sku};{r + 1}")
+            if (t + r) % 3 == 0:
+                right = len(set(term.split()) & set(name.split())) / len(term.split())
+                more["ratings"] += [f"{term};{sku};ann;{3 * right:.0f}", f"{term};{sku};bob;{2 * right:.0f}"]
+        more["events"].append(f"2024-05-01 08:00:00;order;{term};{products[t % len(products)][1]}")
+    return {name: text + "\n".join([*more[name], ""]) for name, text in export.items()}
+
+
+def dataset(export, folder):
+    """FOLDER/shop: the dataset that the page's SQL makes of an export."""
     page = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     [sql] = re.findall(r"^```sql\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    (tmp_path / "export").mkdir()
-    (tmp_path / "shop").mkdir()
-    for name, text in EXPORT.items():
-        (tmp_path / "export" / f"{name}.csv").write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+    (folder / "export").mkdir()
+    (folder / "shop").mkdir()
+    for name, text in export.items():
+        (folder / "export" / f"{name}.csv").write_text(text, encoding="utf-8")
     with duckdb.connect() as db:
         db.execute(sql)
-    return RawTables(tmp_path / "shop", levels=levels_of(LEVELS))
+    return folder / "shop"
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """The dataset made of EXPORT, opened."""
+    monkeypatch.chdir(tmp_path)
+    return RawTables(dataset(EXPORT, tmp_path), levels=levels_of(LEVELS))
 
 
 def rows(raw, sql):
@@ -97,3 +125,23 @@ def test_impressions_and_engagements(shop):
     assert found == [("red kettle", "00017"), ("red kettle", "00018"), ("té", "00018")]
     found = rows(shop, "SELECT query, pin_id, date::VARCHAR, count FROM raw_engagements ORDER BY ALL")
     assert found == [("red kettle", "00017", "2024-05-01", 2), ("red kettle", "gone", "2024-05-03", 1)]
+
+
+def test_from_export_to_report_by_readmes_commands(tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = dataset(grown(EXPORT), tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your data")[2]
+    [block] = re.findall(r"^```\n(ENC=.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    values = {"$RUN": str(tmp_path / "run"), "$ENC": str(models["bert"]), "DATASET_DIR": str(folder)}
+    scripts = []
+    for line in block.splitlines()[1:]:
+        python, script, *arguments = shlex.split(line, comments=True)
+        arguments = [values.get(argument, argument) for argument in arguments]
+        if script.startswith("01"):
+            arguments += ["--levels", LEVELS]
+        assert python == "python"
+        stage(script[:2]).main(arguments)
+        scripts.append(script[:2])
+    assert scripts == ["01", "01", "02", "03", "04", "04", "05"]
+    report = (tmp_path / "run" / "report" / "report.md").read_text(encoding="utf-8")
+    assert all(system in report for system in ("bm25", "student_human_labels", "student", "teacher"))
