@@ -14,6 +14,7 @@ Paper   python 05_evaluate.py --preset paper --run /runs/search
 Shapes: B rows (pairs of query and pin with a human label), Q queries, C = 5 levels.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
@@ -32,7 +33,7 @@ from lib.results.temperatures import at_temperature, fit_temperatures
 from lib.stages.files import write_json
 from lib.stages.settings import Range, Size, StageSettings, parse
 from lib.stages.stage import Stage
-from lib.stages.terminal import run_main
+from lib.stages.terminal import Stop, run_main
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings(StageSettings):
 
     resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
+    gains: str = ""  # 5=1,4=0.1,3=0.01: adds nDCG of whole lists with these gains of levels, and macro-F1
     temperatures: bool = False  # measure probabilities at the temperatures fitted on held-out queries
     seed: Size = 0  # of the bootstrap
 
@@ -50,6 +52,7 @@ SMALL = replace(TOY, preset="small")
 PAPER = replace(TOY, preset="paper", search_pages=10)  # our choice
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy")  # of features/ and labels/
+GAINS = 2.0 ** np.arange(NUM_LEVELS) - 1  # Burges et al., 2005, with the lowest level at gain 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,10 +97,19 @@ def auroc(positive, ranks, w):
     return (pos * below).sum() / pairs
 
 
-def ndcg(y, score, k=20):
-    """nDCG@k of one query's rows, gain 2^(label-1) - 1 (Burges et al., 2005, with the lowest level at gain
-    0). Rows of equal score share the mean gain of the places they take. NaN where no row has a gain."""
-    gain = 2.0 ** (y - 1) - 1
+def macro_f1(y, p, w):
+    """Mean F1 of the most probable level over the levels that are labels. (Micro-F1 is the accuracy.)"""
+    guess = predicted_level(p)
+    right = np.bincount(y, w * (guess == y), minlength=NUM_LEVELS + 1)
+    labelled, guessed = (np.bincount(level, w, minlength=NUM_LEVELS + 1) for level in (y, guess))
+    there = labelled > 0
+    return (2 * right[there] / (labelled + guessed)[there]).mean()
+
+
+def ndcg(y, score, k=20, gains=GAINS):
+    """nDCG@k of one query's rows, k None: of all; gains: of the levels [C]. Rows of equal score share the
+    mean gain of the places they take. NaN where no row has a gain."""
+    gain = gains[y - 1]
     if gain.max() == 0:
         return np.nan
     return ndcg_score([gain], [score], k=k, ignore_ties=False) if len(y) > 1 else 1.0
@@ -122,15 +134,23 @@ def kl(teacher, p, w):
     return np.average(divergence, weights=w)
 
 
+def mean_ndcg(of_queries, weight):
+    """nDCG and weight of each query [Q] -> mean over those that have a gain; NaN if none has."""
+    gains = np.isfinite(of_queries) & (weight > 0)
+    return np.average(of_queries[gains], weights=weight[gains]) if gains.any() else np.nan
+
+
 class Measured:
     """One system on B rows of Q queries: its metrics under any weights of the queries."""
 
-    def __init__(self, y, p, score, query, teacher=None):
+    def __init__(self, y, p, score, query, teacher=None, gains=None):
         self.y, self.p, self.teacher = y, p, teacher
         _, self.query, sizes = np.unique(query, return_inverse=True, return_counts=True)  # [B] below Q, [Q]
         by_query = np.argsort(self.query, kind="stable")
         rows_of = np.split(by_query, np.cumsum(sizes)[:-1])
-        self.query_ndcg = np.array([ndcg(y[rows], score[rows]) for rows in rows_of])
+        self.ndcg = {"ndcg_20": np.array([ndcg(y[rows], score[rows]) for rows in rows_of])}
+        if gains is not None:
+            self.ndcg["ndcg"] = np.array([ndcg(y[rows], score[rows], None, gains) for rows in rows_of])
         self.ranks = {}
         for level in (3, 4, 5):
             at_least = p[:, level - 1 :].sum(1)  # P(label >= level)
@@ -143,23 +163,19 @@ class Measured:
         out["within_one"] = within_one(self.y, self.p, w)
         for level, ranks in self.ranks.items():
             out[f"auroc_{level}"] = auroc(self.y >= level, ranks, w)
-        out["ndcg_20"] = self.mean_ndcg(weight)
+        for name, of_queries in self.ndcg.items():
+            out[name] = mean_ndcg(of_queries, weight)
+        if "ndcg" in self.ndcg:
+            out["macro_f1"] = macro_f1(self.y, self.p, w)
         out["ece"] = ece(self.y, self.p, w)
         if self.teacher is not None:
             out["kl_to_teacher"] = kl(self.teacher, self.p, w)
         return out
 
-    def mean_ndcg(self, weight):
-        """Over the queries that have a gain; NaN if none has."""
-        gains = np.isfinite(self.query_ndcg) & (weight > 0)
-        if not gains.any():
-            return np.nan
-        return np.average(self.query_ndcg[gains], weights=weight[gains])
-
     def bootstrap(self, resamples, seed):
         """Every metric's value, and its values on the resamples [R] of the queries: two dicts. The resamples
         depend on the seed and the number of queries alone: systems are compared on the same ones."""
-        n = len(self.query_ndcg)
+        n = len(self.ndcg["ndcg_20"])
         value = self.metrics(np.ones(n))
         rng = np.random.default_rng(seed)
         drawn = {name: np.empty(resamples) for name in value}
@@ -190,7 +206,18 @@ def interval(value, sample):
     return Interval(*found)
 
 
-def measure(systems, rows, levels, resamples, seed):
+def gains_of(text):
+    """'5=1,4=0.1' -> gains [C] of the levels, 0 where none is given; '': None."""
+    gains = np.zeros(NUM_LEVELS)
+    for part in text.split(",") if text else ():
+        found = re.fullmatch(r"\s*([1-5])=(\d+\.?\d*)\s*", part)
+        if not found:
+            raise Stop(f"--gains {text}: write LEVEL=GAIN,…, levels 1 to 5: 5=1,4=0.1,3=0.01")
+        gains[int(found[1]) - 1] = float(found[2])
+    return gains if text else None
+
+
+def measure(systems, rows, levels, resamples, seed, gains=None):
     """All metrics of all systems, overall and by language: {(system, language, metric): Interval}; and
     differences(), overall."""
     table, overall, shown = {}, {}, report.meaningful(levels)
@@ -201,7 +228,7 @@ def measure(systems, rows, levels, resamples, seed):
         for language, some in groups.items():
             y, query = rows["label"][some], rows["query_index"][some]
             teacher = rows["teacher"][some] if system.startswith("student") else None
-            measured = Measured(y, p[some], score[some], query, teacher)
+            measured = Measured(y, p[some], score[some], query, teacher, gains)
             value, drawn = measured.bootstrap(resamples, seed)
             for metric in value:
                 if metric in shown:
@@ -325,7 +352,7 @@ def calibrated(systems, temperatures, y, query, settings):
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse(PRESETS, argv, __doc__)
-    run = settings.run
+    run, gains = settings.run, gains_of(settings.gains)
     read = require_systems(run, READS)
     identities = {folder: about["identity"] for folder, about in read.items()}
     stage = Stage(run / "report", settings, identities)
@@ -349,7 +376,7 @@ def main(argv=None):
 
     # 4. Metrics
     levels = np.union1d(train["label"], y)
-    table, compared = measure(systems, evaluation, levels, settings.resamples, settings.seed)
+    table, compared = measure(systems, evaluation, levels, settings.resamples, settings.seed, gains)
     write_json(stage.work / "metrics.json", report.nested(table, compared))
     write_json(stage.work / "temperatures.json", temperatures)
     print("\n".join(report.summary(table, compared)))

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import stage
+from helpers import stage, stop_line
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr
-from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn.functional import kl_div
 
 from lib.results import report, temperatures
@@ -136,7 +136,8 @@ def test_kl_equals_scipy_and_torch(seed):
 
 def with_intervals(y, p, score, query, resamples, seed, teacher=None):
     """{metric: Interval} of one system."""
-    value, drawn = evaluate.Measured(y, p, score, query, teacher).bootstrap(resamples, seed)
+    measured = evaluate.Measured(y, p, score, query, teacher, evaluate.GAINS)
+    value, drawn = measured.bootstrap(resamples, seed)
     return {metric: evaluate.interval(value[metric], drawn[metric]) for metric in value}
 
 
@@ -382,3 +383,33 @@ def test_match_system_reads_the_features_that_it_is_told():
 def test_expected_level():
     p = np.array([[0, 0, 0, 0.5, 0.5], [1, 0, 0, 0, 0]], np.float32)
     assert evaluate.expected_level(p).tolist() == [4.5, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_macro_f1_equals_scikit_learn(seed):
+    y, p, w = example(seed)
+    levels = np.unique(y[w > 0])
+    expected = f1_score(y, p.argmax(1) + 1, labels=levels, average="macro", sample_weight=w)
+    assert evaluate.macro_f1(y, p, w) == pytest.approx(expected)
+    micro = f1_score(y, p.argmax(1) + 1, average="micro", sample_weight=w)
+    assert evaluate.accuracy(y, p, w) == pytest.approx(micro)
+
+
+def test_given_gains():
+    """ESCI's gains, whole lists: place 21 counts."""
+    gains = evaluate.gains_of("5=1, 4=0.1,3=0.01")
+    assert gains.tolist() == [0, 0, 0.01, 0.1, 1] and evaluate.gains_of("") is None
+    y, score = np.array([1] * 20 + [5]), -np.arange(21.0)
+    assert evaluate.ndcg(y, score, None, gains) == pytest.approx(1 / np.log2(22))
+    expected = (0.1 + 1 / np.log2(3)) / (1 + 0.1 / np.log2(3))
+    assert evaluate.ndcg(np.array([4, 5]), np.array([2.0, 1.0]), None, gains) == pytest.approx(expected)
+    p = np.full((21, 5), 0.2)
+    found = evaluate.Measured(y, p, score, np.zeros(21, int), gains=gains).metrics(np.ones(1))
+    assert found["ndcg"] == pytest.approx(1 / np.log2(22)) and found["ndcg_20"] == 0
+    assert found["macro_f1"] == pytest.approx(40 / 41 / 2)  # every row is taken for level 1
+    assert (
+        not {"ndcg", "macro_f1"}
+        & evaluate.Measured(y, p, score, np.zeros(21, int)).metrics(np.ones(1)).keys()
+    )
+    for text in ("5", "6=1", "5=-1", "5=1;4=2", "5=x"):
+        assert "--gains" in stop_line(evaluate.gains_of, text)

@@ -35,12 +35,14 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one"),
+    "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one; micro-F1 too"),
     "within_one": Metric("within one %", True, "rows whose most probable level is at most one off"),
     "auroc_3": Metric("AUROC ≥3", False, "chance that P(level ≥ 3) is higher for a row of levels 3 to 5"),
     "auroc_4": Metric("AUROC ≥4", False, "chance that P(level ≥ 4) is higher for a row of level 4 or 5"),
     "auroc_5": Metric("AUROC ≥5", False, "chance that P(level = 5) is higher for a row of level 5"),
     "ndcg_20": Metric("nDCG@20", False, "gain 2^(level − 1) − 1, mean over queries that have a gain"),
+    "ndcg": Metric("nDCG, given gains", False, "likewise of all rows of a query, gains as --gains says"),
+    "macro_f1": Metric("macro-F1", False, "mean over the levels of F1 of the most probable level"),
     "ece": Metric("ECE", False, "expected calibration error of the most probable level, 15 bins"),
     "kl_to_teacher": Metric("KL to teacher", False, "mean KL(teacher ‖ student), nats"),
 }
@@ -84,7 +86,7 @@ def metrics_of(table):
 def meaningful(levels):
     """Metrics that mean something where only these levels are in use; one of AUROCs that would tell the same
     levels apart."""
-    found, splits = {"accuracy", "ndcg_20", "ece", "kl_to_teacher"}, set()
+    found, splits = {"accuracy", "ndcg_20", "ndcg", "macro_f1", "ece", "kl_to_teacher"}, set()
     if len(levels) > 2 and (np.diff(levels) == 1).any():
         found.add("within_one")
     for name in AUROCS:
