@@ -76,8 +76,8 @@ def parse(presets, argv=None, description=""):
     first.add_argument("--preset", default="toy")
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
-    if default.preset != "toy" and default.run == presets["toy"].run:
-        default = dataclasses.replace(default, run=default.run.with_name(default.preset))
+    if default is not presets["toy"] and default.run == presets["toy"].run:
+        default = dataclasses.replace(default, run=default.run.with_name(name))
     refuse_empty(sys.argv[1:] if argv is None else argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
