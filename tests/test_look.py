@@ -151,9 +151,9 @@ def test_every_column_has_a_role_and_what_is_odd_is_said(tmp_path, capsys):
     assert roles["labels.note"].startswith("left out: no number that impressions has too")
     odd = {line.split(":")[1].strip(): line.split(":")[2].strip() for line in out if line.startswith("odd")}
     assert odd == {
-        "pins.price": "numbers in another notation",
-        "pins.euro": "numbers in another notation",
-        "pins.sku": "all values differ",
+        "pins.price": "a category, for 40 of 40 cells are no plain number, the first",
+        "pins.euro": "a category, for 40 of 40 cells are no plain number, the first",
+        "pins": "no two rows share a value of 'euro', 'price', 'sku'",
         "pins.attributes": "JSON",
     }
 

@@ -913,3 +913,69 @@ def test_given_splits_that_leak(tmp_path):
         tables["queries"]["query"] = [one, other]
         line = stop_line(opened, write_dataset(tmp_path / str(i), tables))
         assert "labels.parquet" in line and "'split'" in line and "more than one split" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables of other programs, and values of another kind
+
+
+@pytest.mark.parametrize(
+    "sign, name",
+    [
+        ("_delta_log/00000.json", "Delta Lake"),
+        ("metadata/v2.metadata.json", "Iceberg"),
+        (".hoodie/hoodie.properties", "Hudi"),
+        ("_spark_metadata/0", "Spark"),
+        ("day=1/_delta_log/00000.json", "Delta Lake"),
+        ("snapshot/snapshot-1", "Paimon"),
+    ],
+)
+def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, sign, name):
+    """Rows that a later file of the log replaced were taken for live ones."""
+    tables = small_dataset()
+    impressions = tables.pop("impressions")
+    write_dataset(tmp_path, tables)
+    write_table(tmp_path / "impressions", "part-0", impressions)
+    assert opened(tmp_path)
+    write_table((tmp_path / "impressions" / sign).parent, "x", {"a": [1]}).rename(
+        tmp_path / "impressions" / sign
+    )
+    line = stop_line(opened, tmp_path)
+    assert str(tmp_path / "impressions") in line and name in line and "export" in line
+
+
+def test_labels_that_are_true_and_false(tmp_path):
+    tables = small_dataset()
+    tables["labels"]["label"] = [True, False, True]
+    data = write_dataset(tmp_path, tables)
+    line = stop_line(opened, data)
+    assert "labels.parquet" in line and "'label'" in line and "--levels" in line and "'true'" in line
+    raw = RawTables(data, levels={"true": 5, "false": 1})
+    raw.check()
+    assert rows(raw, "labels", "label") == [(5,), (1,), (5,)]
+
+
+@pytest.mark.parametrize(
+    "table, column, value",
+    [
+        ("engagements", "count", True),
+        ("link_visits", "dwell_seconds", True),
+        ("engagements", "date", 20240630),
+        ("engagements", "date", 1.7e9),
+    ],
+)
+def test_a_value_that_a_cast_would_make_another_of(tmp_path, table, column, value):
+    tables = small_dataset()
+    tables[table][column] = [value]
+    line = stop_line(opened, write_dataset(tmp_path, tables))
+    assert f"{table}.parquet" in line and f"'{column}'" in line and "1 row " in line
+
+
+def test_a_cell_of_more_than_a_line_may_hold(tmp_path):
+    """It was called an unterminated quote."""
+    write_dataset(tmp_path, small_dataset())
+    (tmp_path / "pins.parquet").unlink()
+    cell = "x" * 40_000_000
+    (tmp_path / "pins.csv").write_text(f'pin_id,title\n007,"{cell}"\np2,a\np3,b\n')
+    line = stop_line(opened, tmp_path)
+    assert "pins.csv" in line and "over 16 MiB" in line

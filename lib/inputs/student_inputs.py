@@ -34,9 +34,10 @@ class StudentInputs:
             name = path.name.removesuffix("_embedding.npy")
             self.embeddings[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         for side, table in TABLES.items():
-            for field in pq.read_schema(features / table):
+            file = pq.ParquetFile(features / table)
+            for field in file.schema_arrow:
                 if field.name not in OUR_COLUMNS[side]:
-                    column = pq.read_table(features / table, columns=[field.name])[field.name]
+                    column = file.read(columns=[field.name])[field.name]
                     self.add(f"{side}_{field.name}", column, spec, max_values)
         self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
         self.match = spec["match"] if spec else match_names(features / "labelled.parquet")

@@ -11,12 +11,22 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lib.stages.terminal import Stop, first_line
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
 NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
 FILE = "name of the file"  # a column of ours that no table has
+NAMELESS = "without a name"  # ends the name that we give to a column that has none
+# What lies in a table of a format whose log says which files count: the format, what exports its live rows.
+LOG_STRUCTURED = {
+    "_delta_log": ("Delta Lake", "DuckDB: COPY (FROM delta_scan('FOLDER')) TO 'TABLE.parquet'"),
+    "metadata/*.metadata.json": ("Iceberg", "DuckDB: COPY (FROM iceberg_scan('FOLDER')) TO 'TABLE.parquet'"),
+    ".hoodie": ("Apache Hudi", "Spark: spark.read.format('hudi').load('FOLDER').write.parquet('TABLE')"),
+    "_spark_metadata": ("Spark Streaming", "Spark: spark.read.parquet('FOLDER').write.parquet('TABLE')"),
+    "snapshot/snapshot-*": ("Apache Paimon", "its own engine, as Parquet"),
+}
 CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
     max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
 
@@ -52,6 +62,7 @@ def find_table(folder, name):
     found, others = [], []
     for path in sorted(folder.iterdir()):
         if table_name(path) == name:
+            refuse_log_structured(path)
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
             parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
@@ -70,6 +81,14 @@ def find_table(folder, name):
     if len({format_of(path) for path in files}) > 1:
         raise Stop(f"{base}: files of different kinds; a table is of one kind")
     return files, base, others
+
+
+def refuse_log_structured(folder):
+    """Stop if a folder is a table whose files are not all live: its rows are only known by its own log."""
+    for sign, (kind, export) in LOG_STRUCTURED.items():
+        if folder.is_dir() and any(folder.rglob(sign)):
+            how = f"export its live rows, with {export}"
+            raise Stop(f"{folder}/: a table of {kind}, whose log says which files count: {how}")
 
 
 def other_files(folder, names):
@@ -114,7 +133,13 @@ def plain_reader(db, files, contract, sample):
         return json_reader(db, files, options, contract, sample)
     options += ", binary_as_string = true"
     described = db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
-    return f"FROM read_parquet({options}, filename = '{FILE}')", {row[0]: row[1] for row in described}
+    types, sql = {row[0]: row[1] for row in described}, f"FROM read_parquet({options}, filename = '{FILE}')"
+    for place, name in enumerate(pq.read_schema(files[0]).names):
+        if not name and f"C{place}" in types:  # as DuckDB calls it
+            ours = f"column {place + 1} {NAMELESS}"
+            types[ours] = types.pop(f"C{place}")
+            sql = f'FROM (SELECT * RENAME ("C{place}" AS {quoted(ours)}) {sql})'
+    return sql, types
 
 
 def json_reader(db, files, options, contract, sample):
@@ -122,15 +147,18 @@ def json_reader(db, files, options, contract, sample):
     if not any(path.stat().st_size for path in files):
         raise Stop(f"{files[0]}: the table is empty")
     options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
-    guess = f"maximum_depth = 2, sample_size = {sample}, map_inference_threshold = -1"
+    guess = f"maximum_depth = 3, sample_size = {sample}, map_inference_threshold = -1"
     described = db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
     types = {row[0]: row[1] for row in described}
     begun = {column.strip().lower() for column in types}
     wanted = [*types, *(column for column in contract if column not in begun)]
     columns = {}
     for column in wanted:
-        numeric = column.lower() not in contract and NUMERIC.fullmatch(types[column])
-        columns[column] = "DOUBLE" if numeric else "VARCHAR"
+        kind, numeric = types.get(column, "VARCHAR"), column.lower() not in contract
+        if re.match(r"STRUCT|MAP|JSON|.*\]", kind):  # nested, or of several kinds
+            columns[column] = types[column] = "JSON"
+        else:
+            columns[column] = "DOUBLE" if numeric and NUMERIC.fullmatch(kind) else "VARCHAR"
     keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
     types = {column: types.get(column, "VARCHAR") for column in columns}
     return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
@@ -168,7 +196,8 @@ def csv_header(path):
     first = header.splitlines()[0] if header else ""
     delimiter = max(",\t;|", key=first.count)
     names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), None)
-    return names and (delimiter, blank_lines, *(name or f"column{i}" for i, name in enumerate(names)))
+    names = [name or f"column {place} {NAMELESS}" for place, name in enumerate(names or (), 1)]
+    return names and (delimiter, blank_lines, *names)
 
 
 def plain_names(columns, contract):
@@ -177,6 +206,8 @@ def plain_names(columns, contract):
     names, taken = {}, {}
     for column in columns:
         plain = column.strip()
+        if "\0" in column:
+            raise Stop(f"the name of the column {column!r} holds a zero byte: rename it")
         renamed = re.fullmatch(r"(.+)_\d+", plain)
         same = taken.get(plain.lower())
         if same is None and renamed and renamed[1] not in columns:
@@ -232,6 +263,8 @@ def reason(error):
         return f"{file[1]}: its lines end in different ways (LF, CRLF, CR), or a quote is not closed"
     if not line:
         return first_line(error)
+    if "unterminated quote" in text:
+        return f"{file[1]}, line {line[1]}: unterminated quote, or a line over 16 MiB"
     said = re.split(r"\n+Possible ", text)[0].strip().split("\n")[-1]
     return f"{file[1]}, line {line[1]}: {first_line(said)}"
 

@@ -4,22 +4,11 @@ names a query and a pin.
 
 from lib.stages.streams import slices
 from lib.stages.terminal import Stop
-from lib.tables.files import NUMERIC, quoted
+from lib.tables.columns import as_text
+from lib.tables.files import quoted
 from lib.tables.raw import kinds_of
 
 RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
-
-
-def is_numeric(raw, table, column):
-    """Of a column beyond the contract: True if it is numeric (stored as numbers, or in CSV written as a
-    number in every row), False if it is a category, None if there is nothing in it."""
-    c, stored = quoted(column), raw.types[table][column]
-    sql = f"""SELECT count({c}::VARCHAR) FILTER (NOT is_blank({c}::VARCHAR)), count(number({c})),
-                     count(*) FILTER (is_number({c}::VARCHAR)) FROM raw_{table}"""
-    filled, finite, numbers = raw.ask(sql)[0]
-    if NUMERIC.fullmatch(stored) or (stored == "CSV" and 0 < filled == numbers):
-        return True if finite else None
-    return False if filled else None
 
 
 def refuse_names(raw, table, reserved):
@@ -30,14 +19,14 @@ def refuse_names(raw, table, reserved):
 
 def number_rows(raw, table, side, reserved=()):
     """Makes the table SIDE_rows: the rows of raw_TABLE with SIDE_index, their row number; columns of the
-    contract, then further ones that are not empty, numeric ones as DOUBLE and others as text. reserved: names
+    contract, then further ones that are features, numeric ones as DOUBLE and others as text. reserved: names
     of ours that no further column may have."""
     refuse_names(raw, table, (f"{side}_index", *reserved))
     columns = [f"(row_number() OVER () - 1)::INTEGER AS {side}_index", *kinds_of(table)]
-    for column in raw.further(table):
-        numeric = is_numeric(raw, table, column)
-        if numeric is not None:
-            value = f"number({quoted(column)})" if numeric else f"{quoted(column)}::VARCHAR"
+    for column, about in raw.columns(table).items():
+        if about.role != "left out":
+            text = as_text(column, raw.types[table][column])
+            value = f"number({quoted(column)})" if about.role == "number" else text
             columns.append(f"{value} AS {quoted(column)}")
     raw.ask(f"CREATE TABLE {side}_rows AS SELECT {', '.join(columns)} FROM raw_{table}")
 
@@ -46,10 +35,9 @@ def pair_numbers(raw, reserved):
     """Numeric columns beyond the contract that impressions and labels both have -> their SQL, null where it
     is no number."""
     found = {}
-    labels = {column.lower(): column for column in raw.further("labels")}
-    for column in raw.further("impressions"):
-        other = labels.get(column.lower())
-        if other and is_numeric(raw, "impressions", column) and is_numeric(raw, "labels", other):
+    labels = {column.lower(): about.role for column, about in raw.columns("labels").items()}
+    for column, about in raw.columns("impressions").items():
+        if about.role == labels[column.lower()] == "number":
             refuse_name(raw, "impressions", column, (*RESERVED, *reserved))
             found[column] = f"number({quoted(column)})::FLOAT"
     return found

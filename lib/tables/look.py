@@ -7,23 +7,15 @@ import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
 from lib.stages.terminal import Stop
+from lib.tables import columns as further
 from lib.tables.files import quoted
 from lib.tables.images import load_images
-from lib.tables.indexed import is_numeric
-from lib.tables.raw import kinds_of
+from lib.tables.raw import REQUIRED, kinds_of
 
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
-FEW = 20  # values that all differ say nothing yet
 PICTURES = 200  # opened for a check
 SOUGHT = {"pins": ("title", "description", "image"), "queries": ("query", "language"), "labels": ("label",)}
-NOTATION = "[€$£¥]? ?[+-]?[0-9][0-9., \u00a0\u2019]*( ?([€$£¥%]|[A-Z]{3}))?"  # and not as SQL writes it
-ODD = {  # what nine of ten values v are like: in SQL, and what to do
-    "numbers in another notation": (
-        f"regexp_full_match(trim(v), '{NOTATION}') AND TRY_CAST(v AS DOUBLE) IS NULL",
-        "written as 1299.95 they are numbers",
-    ),
-    "JSON": ("ltrim(v)[1] IN ('{', '[')", "a column of its own for each thing in it says more"),
-}
+JSON = "ltrim(v)[1] IN ('{', '[')"  # in SQL, of a value v
 
 
 class Column(NamedTuple):
@@ -45,15 +37,15 @@ def look_at(raw):
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    tests = ["NOT is_blank(v)", *(test for test, _ in ODD.values())]
-    counts = ", ".join(f"count(*) FILTER ({test})" for test in tests)
+    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON})"
     sql = f"SELECT {counts}, count(DISTINCT v), min(v) FILTER (NOT is_blank(v)) FROM"
     for column in columns:
         some = f"(SELECT {quoted(column)}::VARCHAR AS v FROM raw_{table} LIMIT {ROWS})"
-        filled, *odd, values, example = raw.ask(f"{sql} {some}")[0]
+        filled, json, values, example = raw.ask(f"{sql} {some}")[0]
         role, is_category = role_of(raw, table, column, values)
-        say = odd_of(filled, values, odd) if is_category else None
-        yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], say)
+        odd = "JSON: a column of its own for each thing in it says more"
+        odd = odd if is_category and json >= 0.9 * filled else None
+        yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], odd)
 
 
 def role_of(raw, table, column, values):
@@ -62,24 +54,14 @@ def role_of(raw, table, column, values):
         return {"image": "picture", "label": "level"}.get(column, "text"), False
     if table in ("labels", "impressions"):
         other = {"labels": "impressions", "impressions": "labels"}[table]
-        both = {name.lower() for name in raw.further(other)}
-        if column.lower() in both and is_numeric(raw, table, column):
+        about = raw.columns(table).get(column)
+        if about and about.role == "number":
             return "number of the pair", False
         return f"left out: no number that {other} has too", False
-    numeric = is_numeric(raw, table, column)
-    if numeric is None:
-        return "left out: nothing in it", False
-    return ("number", False) if numeric else (f"category, {values:,} values", True)
-
-
-def odd_of(filled, values, odd):
-    """What is odd about a category's values, or None. odd: how many are like each of ODD."""
-    for (what, (_, advice)), count in zip(ODD.items(), odd):
-        if count >= 0.9 * filled:
-            return f"{what}: {advice}"
-    if filled == values >= FEW:
-        return "all values differ: as a category it says nothing; leave it out, or into description"
-    return None
+    about = raw.columns(table)[column]
+    if about.role == "category":
+        return f"category, {values:,} values", True
+    return about.role + f": {about.odd}" * (about.role == "left out"), False
 
 
 def lines_of(columns):
@@ -107,6 +89,9 @@ def oddities(raw, columns):
     for column in columns:
         if column.odd:
             yield f"odd: {column.name}: {column.odd}"
+    for table in REQUIRED:
+        if raw.has(table) and table not in raw.broken:
+            yield from (f"odd: {line}" for line in further.oddities(raw, table))
 
 
 def agreement(raw):

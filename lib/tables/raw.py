@@ -12,14 +12,24 @@ from pathlib import Path
 
 from lib.stages.files import fingerprint, hashed
 from lib.stages.terminal import Stop
+from lib.tables.columns import as_text, nested_in, survey
 from lib.tables.database import Database
-from lib.tables.files import find_table, one_line, other_files, plain_names, quoted, reader, text_literal
+from lib.tables.files import (
+    NUMERIC,
+    find_table,
+    one_line,
+    other_files,
+    plain_names,
+    quoted,
+    reader,
+    text_literal,
+)
 from lib.tables.names import near
 
 TABLES = {  # table: columns that it must have, columns that it may have, each with its kind
-    "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "text"}),
-    "queries": ({"query_id": "id", "query": "text"}, {"language": "text"}),
-    "labels": ({"query_id": "id", "pin_id": "id", "label": "level"}, {"split": "text", "rater": "text"}),
+    "pins": ({"pin_id": "id"}, {"title": "text", "description": "text", "image": "word"}),
+    "queries": ({"query_id": "id", "query": "text"}, {"language": "word"}),
+    "labels": ({"query_id": "id", "pin_id": "id", "label": "level"}, {"split": "word", "rater": "word"}),
     "impressions": ({"query_id": "id", "pin_id": "id"}, {}),
     "engagements": ({"query": "text", "pin_id": "id", "date": "date", "count": "whole number"}, {}),
     "boards": ({"pin_id": "id", "board_title": "text"}, {}),
@@ -35,9 +45,10 @@ LOGS = ("engagements", "boards", "link_visits")
 TWICE = "SELECT {1} FROM raw_{0} WHERE {1} IS NOT NULL GROUP BY {1} HAVING count(*) > 1"
 UNKNOWN = "SELECT {1} FROM raw_{0} ANTI JOIN raw_{2} USING ({1}) WHERE {1} IS NOT NULL"
 PAIRS = "SELECT query_id, pin_id FROM rated_labels GROUP BY query_id, pin_id, rater HAVING count({}) > 1"
-SPLITS = """SELECT first(query_id), query_key(query) FROM rated_labels JOIN raw_queries USING (query_id)
-    GROUP BY query_key(query) HAVING count(DISTINCT coalesce(split, '')) > 1"""
-DATES = "SELECT date FROM raw_engagements WHERE date > current_date + 1 OR NOT isfinite(date)"
+SPLITS = """SELECT first(l.query_id), query_key(q.query)
+    FROM rated_labels l JOIN raw_queries q ON l.query_id = q.query_id
+    GROUP BY query_key(q.query) HAVING count(DISTINCT coalesce(l.split, '')) > 1"""
+DATES = "SELECT date FROM raw_engagements WHERE date > today() + 1 OR NOT isfinite(date)"
 DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
 LEVELS = "--levels says what other labels mean"
 OUTSIDE = f"outside 1, 2, 3, 4, 5 ({LEVELS})"
@@ -62,7 +73,8 @@ RULES = [
     ("link_visits", "dwell_seconds", DWELL, "not finite"),
 ]
 
-SQL_TYPES = {"id": "VARCHAR", "text": "VARCHAR", "whole number": "BIGINT", "date": "DATE"}  # others: DOUBLE
+# Kinds: a text may be a list of texts, a word is one. Others than these are DOUBLE.
+SQL_TYPES = dict.fromkeys(("id", "text", "word"), "VARCHAR") | {"whole number": "BIGINT", "date": "DATE"}
 
 
 def kinds_of(name):
@@ -86,6 +98,7 @@ class RawTables(Database):
         self.faults, self.broken = faults, set()  # broken: tables that cannot be asked
         self.levels, self.required, self.files, self.name = levels, required, {}, {}
         self.types = {name: {} for name in TABLES}  # of the columns as stored
+        self.surveyed = {}
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             with self.noting(name):
@@ -167,26 +180,40 @@ class RawTables(Database):
     def typed(self, name, column):
         """SQL of a column of the contract as its kind; null where it is not of that kind."""
         kind, stored = kinds_of(name)[column], self.types[name].get(column)
-        if stored is None:
-            return f"NULL::{SQL_TYPES.get(kind, 'DOUBLE')}"
-        text = f"CAST({column} AS VARCHAR)"
-        if kind == "text":
-            return text
-        if stored in ("FLOAT", "DOUBLE") or stored.startswith("DECIMAL"):  # an id 1.0 is the id 1
-            text = f"digits({column})"
-        if kind == "id":
-            return text
-        if kind == "level" and self.levels:
+        sql_type = SQL_TYPES.get(kind, "DOUBLE")
+        if stored is None or is_another_kind(stored, kind, self.levels):
+            return f"NULL::{sql_type}"
+        text, nested = self.text_of(name, column), nested_in(column, stored, one=kind != "text")
+        if kind not in ("text", "word") and stored in ("FLOAT", "DOUBLE") or stored.startswith("DECIMAL"):
+            text = f"digits({column})"  # an id 1.0 is the id 1
+        source = text if stored == "JSON" else column
+        value = f"TRY_CAST({source} AS {sql_type})"
+        if sql_type == "VARCHAR":
+            value = text
+        elif kind == "level" and self.levels:
             cases = [f"WHEN {text_literal(label)} THEN {level}" for label, level in self.levels.items()]
-            return f"(CASE trim({text}) {' '.join(cases)} END)::DOUBLE"
-        if kind == "whole number":  # a cast alone would round
-            whole = f"TRY_CAST({column} AS BIGINT)"
-            return f"CASE WHEN TRY_CAST({column} AS DOUBLE) = {whole} THEN {whole} END"
-        return f"TRY_CAST({column} AS {SQL_TYPES.get(kind, 'DOUBLE')})"
+            value = f"(CASE trim({text}) {' '.join(cases)} END)::DOUBLE"
+        elif kind == "whole number":  # a cast alone would round
+            value = f"CASE WHEN TRY_CAST({source} AS DOUBLE) = {value} THEN {value} END"
+        return value if nested == "false" else f"CASE WHEN NOT coalesce({nested}, false) THEN {value} END"
+
+    def text_of(self, name, column):
+        """SQL of a column as text."""
+        return as_text(column, self.types[name][column])
 
     def further(self, name):
         """Names of the columns of a table that the contract does not name."""
         return sorted(set(self.types[name]) - set(kinds_of(name)))
+
+    def columns(self, name):
+        """{name: Column} of a table's further columns; of labels and impressions those that both have."""
+        if name not in self.surveyed:
+            wanted, other = self.further(name), {"labels": "impressions", "impressions": "labels"}.get(name)
+            if other:
+                shared = {column.lower() for column in self.further(other)}
+                wanted = [column for column in wanted if column.lower() in shared]
+            self.surveyed[name] = survey(self, name, wanted)
+        return self.surveyed[name]
 
     def fingerprints(self):
         """{"table NAME": hash of its files' content and of the folders of the dataset that they stand in}."""
@@ -235,13 +262,13 @@ class RawTables(Database):
 
     def check_kind(self, name, column, kind):
         """Stop if a value is not of its column's kind, or null or blank where it must be there."""
-        what = {"level": f"a number ({LEVELS})", "id": "text"}.get(kind, kind)
+        what = {"level": f"a number ({LEVELS})", "id": "text", "word": "one text"}.get(kind, kind)
         if kind == "level" and self.levels:
             what = f"one of {', '.join(self.levels)}"
         value = self.typed(name, column)
         if column in TABLES[name][0]:
             problem = f"empty or not {what}"
-            bad = f"{value} IS NULL OR is_blank(CAST({column} AS VARCHAR))"
+            bad = f"{value} IS NULL OR is_blank({self.text_of(name, column)})"
         else:
             problem = f"not {what}"
             bad = f"{column} IS NOT NULL AND {value} IS NULL"
@@ -255,6 +282,14 @@ class RawTables(Database):
             rows = "1 row" if count == 1 else f"{count:,} rows"
             shown = ", ".join(repr(value)[:80] for value in first)
             raise Stop(f"{self.name[name]}: column {column!r}: {rows} {problem}, the first: {shown}")
+
+
+def is_another_kind(stored, kind, levels):
+    """Would a cast make a value of this kind of what a column is stored as, though it is none?"""
+    if kind == "date":
+        return NUMERIC.fullmatch(stored) is not None
+    is_number = kind in ("number", "whole number") or (kind == "level" and not levels)
+    return is_number and re.match("BOOL|DATE|TIME|INTERVAL", stored) is not None
 
 
 def levels_of(text):

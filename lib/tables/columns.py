@@ -1,0 +1,125 @@
+"""Columns of a user's tables beyond the contract: which of them become features, and what is said of them."""
+
+import re
+from typing import NamedTuple
+
+from lib.tables.files import NAMELESS, NUMERIC, quoted
+
+# Names that programs give to row numbers; those of the second list only if row numbers stand there.
+ROW_NUMBERS = re.compile(rf"__index_level_\d+__|unnamed: ?\d+(_level_\d+)?|\.\.\.\d+|.*{NAMELESS}")
+ROW_NAMES = {"index", "level_0", "rowid", "row_id", "rownames", "row_names", "row_number", "row.names"}
+AMOUNT = r"[\p{Sc}\s+-]*[0-9][0-9.,''\s]*[\p{Sc}\s%]*"  # in SQL: a number as people write it: € 1,234.50
+ENOUGH_ROWS = 20  # with fewer, that all values differ says nothing
+AT_ONCE = 500  # columns in one query
+
+
+def as_text(column, stored):
+    """SQL of a column, stored as this type, as text: of a list of texts all of them."""
+    if stored == "VARCHAR[]":
+        return f"array_to_string({quoted(column)}, ' ')"
+    return f"words({quoted(column)})" if stored == "JSON" else f"CAST({quoted(column)} AS VARCHAR)"
+
+
+def nested_in(column, stored, one=False):
+    """SQL: does a cell of a column hold more than a text or a list of texts? one: more than one value?"""
+    if stored == "JSON":
+        return f"holds_more({quoted(column)})" + f" OR json_type({quoted(column)}) = 'ARRAY'" * one
+    if re.match(r"STRUCT|MAP|UNION|.*\]", stored) and (one or stored != "VARCHAR[]"):
+        return f"{quoted(column)} IS NOT NULL"
+    return "false"
+
+
+class Column(NamedTuple):
+    """role: "number", "category" or "left out"; why it is left out, or what is odd about it (text, or None);
+    differs: all of its values differ, and they are no measurements."""
+
+    role: str
+    odd: str | None = None
+    differs: bool = False
+
+
+def survey(raw, table, names):
+    """{name: Column} of columns of a table."""
+    found, rows = {}, raw.ask(f"SELECT count(*) FROM file_{table}", raw.name[table])[0][0]
+    for start in range(0, len(names), AT_ONCE):
+        some = names[start : start + AT_ONCE]
+        texts = ", ".join(f"{raw.text_of(table, column)} AS {quoted(column)}" for column in some)
+        rows_of_facts = raw.ask(facts_of(f"SELECT {texts} FROM file_{table}"), raw.name[table])
+        facts = {name: Facts(*values) for name, *values in rows_of_facts}
+        for column in some:
+            found[column] = judge(raw, table, column, facts.get(column, Facts()), rows)
+    return found
+
+
+class Facts(NamedTuple):
+    """What is counted of a column: cells with something in them, numbers within fp32, cells written as
+    numbers, numbers beyond fp32 and the first, cells that are no number and the first, of these the amounts,
+    about how many values differ; the least and the largest number, are all whole."""
+
+    filled: int = 0
+    numbers: int = 0
+    written: int = 0
+    beyond: int = 0
+    first_beyond: str = ""
+    odd: int = 0
+    first_odd: str = ""
+    amounts: int = 0
+    differing: int = 0
+    least: float = 0.0
+    largest: float = 0.0
+    whole: bool = False
+
+
+def facts_of(texts):
+    """SQL: a row of Facts for each column of a query `texts`. Its plan does not grow with their number."""
+    return f"""
+        SELECT name, count(*) FILTER (filled), count(number(d)), count(*) FILTER (is_number(t)),
+            count(*) FILTER (beyond), first(t) FILTER (beyond), count(*) FILTER (odd), first(t) FILTER (odd),
+            count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}')), approx_count_distinct(t),
+            min(d), max(d), bool_and(d = floor(d))
+        FROM (SELECT *, filled AND d IS NULL AS odd, NOT isnan(d) AND number(d) IS NULL AS beyond
+            FROM (SELECT *, NOT is_blank(t) AS filled, TRY_CAST(t AS DOUBLE) AS d
+                FROM (UNPIVOT ({texts}) ON * INTO NAME name VALUE t)))
+        GROUP BY name"""
+
+
+def judge(raw, table, column, about, rows):
+    """What becomes of a column of so many rows: a Column. about: its Facts."""
+    stored = raw.types[table][column]
+    run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == rows == about.filled
+    if ROW_NUMBERS.fullmatch(column.lower()) or (column.lower() in ROW_NAMES and run):
+        return Column("left out", "row numbers, or without a name")
+    nested = nested_in(column, stored)
+    if nested != "false" and raw.ask(f"SELECT 1 FROM file_{table} WHERE {nested} LIMIT 1"):
+        return Column("left out", f"nested values ({stored})")
+    is_number = NUMERIC.fullmatch(stored) or (stored == "CSV" and about.filled == about.written)
+    if not (about.numbers if is_number else about.filled):
+        return Column("left out", "nothing in it")
+    odd, unique = None, differs(raw, table, column, about, is_number and not about.whole)
+    if is_number and about.beyond:
+        many = f"{about.beyond:,} of {about.filled:,} cells are infinite or beyond 1e30"
+        odd = f"{many}, the first: {about.first_beyond}: they count as unknown"
+    elif about.odd and 2 * (about.filled - about.odd + about.amounts) > about.filled:
+        many = f"a category, for {about.odd:,} of {about.filled:,} cells are no plain number"
+        advice = "written as 1299.95 they are numbers, left empty they are unknown"
+        odd = f"{many}, the first: {about.first_odd[:80]!r}: {advice}"
+    return Column("number" if is_number else "category", odd, unique)
+
+
+def differs(raw, table, column, about, measured):
+    """Do all values of a column differ, though they are no measurements?"""
+    if measured or about.filled < ENOUGH_ROWS or about.differing < 0.8 * about.filled:
+        return False
+    sql = f"SELECT count(DISTINCT {raw.text_of(table, column)}) FROM file_{table}"
+    return raw.ask(sql, raw.name[table])[0][0] == about.filled
+
+
+def oddities(raw, table):
+    """Lines on what is odd about the further columns of a table."""
+    columns = raw.columns(table)
+    for name, about in columns.items():
+        if about.odd and about.odd != "nothing in it":
+            yield f"{table}.{name}: {'left out: ' * (about.role == 'left out')}{about.odd}"
+    names = [repr(name) for name, about in columns.items() if about.differs]
+    if names:
+        yield f"{table}: no two rows share a value of {', '.join(names)}: an id, a time? It teaches nothing"
