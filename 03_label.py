@@ -4,9 +4,13 @@ Paper: "Distill LLM into Servable Student Model". The soft labels are the softma
 on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to other
 languages.
 
+Ours, not the paper's: --pool weighs these probabilities against those of a regression on the match features.
+Where human labels are few, the teacher alone is worse than that regression.
+
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
-                        p1 … p5 float32 (p5: excellent), each row sums to 1
+                        p1 … p5 float32 (p5: excellent), the teacher's own, each row sums to 1
+                        pool.json: the two weights and the regression; 04 and 05 pool by it
 
 Toy     python 03_label.py
 Paper   accelerate launch 03_label.py --preset paper --run /runs/search      shards are dealt to processes;
@@ -25,12 +29,15 @@ import torch
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
 from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
-from lib.inputs.pairs import count_rows, write_labels
+from lib.inputs.match import match_names
+from lib.inputs.pairs import count_rows, read_labelled, write_labels
+from lib.inputs.pool import fit_pool, write_pool
 from lib.inputs.rows import PairShards, tokenized, unique_rows
 from lib.results import summary
 from lib.stages.processes import start_processes, start_stage
 from lib.stages.settings import Count, ModelSettings, Size, parse
 from lib.stages.terminal import progress_bar, run_main, stop_on_error
+from lib.tables.splits import in_hash_split
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,13 @@ class Settings(ModelSettings):
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     workers: Size = 0  # processes that tokenize ahead of the model; 0: none
+    pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
 
 
 TOY = Settings()
 SMALL = replace(TOY, preset="small", precision="auto")
-# Our choice; labels depend on the precision alone.
-PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, workers=4)
+# Our choice but for the pool, which the paper does not have; labels depend on that and the precision alone.
+PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, workers=4, pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 CHECKED_ROWS = 256  # rows labelled before and after LoRA is merged, to report how far labels move
 
@@ -135,6 +143,19 @@ def label_shards(teacher, shards, target, settings, bar):
     return counts
 
 
+def pool_labels(run, labels, split):
+    """Writes pool.json into the folder of labels, if the teacher has held-out rows to tell by. split: of
+    in_hash_split, 02's."""
+    rows, _ = read_labelled(run, labels.name)
+    held_out = in_hash_split(rows["key"], **split)
+    if not held_out.any():
+        print("not pooled: no training query was held out to weigh the teacher by")
+        return
+    pool = fit_pool(rows, held_out, match_names(run / "features" / "labelled.parquet"))
+    write_pool(pool, labels)
+    summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
+
+
 def main(argv=None):
     # 1. Settings, what is inherited, and whether anything is left to do
     settings = parse(PRESETS, argv, __doc__)
@@ -178,7 +199,11 @@ def main(argv=None):
         counts = label_shards(teacher, shards, target, settings, bar)
     accelerator.wait_for_everyone()
 
-    # 5. Summary
+    # 5. What the match features say, pooled with that (ours)
+    if is_main and settings.pool == "auto":
+        pool_labels(settings.run, work, read["teacher"]["held_out"])
+
+    # 6. Summary
     if is_main:
         summary.describe_labels(counts, [target(path) for path in paths[-100:]])
         sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}

@@ -23,9 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import NUM_LEVELS, Student, linear_warmup_decay
+from common import Student, linear_warmup_decay
 from lib.inputs.inherited import require_languages, require_pairs
-from lib.inputs.pairs import PairFiles, TrainingRows, ahead, read_labels
+from lib.inputs.pairs import PairFiles, TrainingRows, ahead
+from lib.inputs.pool import POOL
+from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import summary
 from lib.results.export import CHECKED_ROWS, save_for_serving
@@ -89,7 +91,7 @@ PAPER = replace(
     checkpoint_steps=2_000,  # our choice
 )
 PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
-READS = ("*.parquet", "*_embedding.npy")  # files of features/ and labels/
+READS = ("*.parquet", "*_embedding.npy", POOL)  # files of features/ and labels/
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,11 +122,11 @@ def human_rows(files, settings):
     """The human-labelled training rows. Their targets: with --labels human all probability on the human
     level; else its mean with the teacher's probabilities, or no rows at all (--human-rows)."""
     rows, level, is_train = files.labelled()
-    target = np.eye(NUM_LEVELS)[level - 1]
+    target = one_hot(level)
     if settings.labels == "teacher":
         if settings.human_rows == "none":
             return rows[:0]
-        target = (target + read_labels(settings.run / "labels" / "labelled.parquet", len(rows))) / 2
+        target = (target + files.soft_labels("labelled.parquet", rows)) / 2
     rows["target"] = target
     return rows[is_train]
 
@@ -242,6 +244,18 @@ def student_spec(settings, inputs, mean, std):
     }
 
 
+@torch.no_grad()
+def start_at_regression(student, human):
+    """The student starts as the regression of the human-labelled rows' targets on the match features, its
+    network at zero (ours): from few rows it learns what those do not say. human: rows."""
+    moments = student.mean.cpu().numpy(), student.std.cpu().numpy()
+    regression = fit_regression(human["match"], human["target"], moments)
+    student.linear.weight.copy_(torch.from_numpy(regression.weight))
+    student.linear.bias.copy_(torch.from_numpy(regression.bias))
+    student.mlp[-1].weight.zero_()
+    student.mlp[-1].bias.zero_()
+
+
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = with_name(parse(PRESETS, argv, __doc__))
@@ -262,6 +276,8 @@ def main(argv=None):
     # 3. The network
     torch.manual_seed(settings.seed)
     student = Student(student_spec(settings, inputs, mean, std)).to(device)
+    if len(rows.human):
+        start_at_regression(student, rows.human)
     summary.describe_student(student, rows, held_out, settings, device)
 
     # 4. Distillation

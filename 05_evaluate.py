@@ -26,7 +26,8 @@ from common import NUM_LEVELS, Student
 from lib.inputs.inherited import require_systems, students_of
 from lib.inputs.match import match_names
 from lib.inputs.pairs import read_labelled
-from lib.inputs.regression import fit_regression, stacked
+from lib.inputs.pool import POOL
+from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import cards, pictures, queries, report
 from lib.results.temperatures import at_temperature, fit_temperatures
@@ -51,7 +52,7 @@ TOY = Settings()
 SMALL = replace(TOY, preset="small")
 PAPER = replace(TOY, preset="paper", search_pages=10)  # our choice
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
-READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy")  # of features/ and labels/
+READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy", POOL)  # features/, labels/
 GAINS = 2.0 ** np.arange(NUM_LEVELS) - 1  # Burges et al., 2005, with the lowest level at gain 0
 
 
@@ -227,7 +228,7 @@ def measure(systems, rows, levels, resamples, seed, gains=None):
     for system, (p, score) in systems.items():
         for language, some in groups.items():
             y, query = rows["label"][some], rows["query_index"][some]
-            teacher = rows["teacher"][some] if system.startswith("student") else None
+            teacher = rows["learnt"][some] if system.startswith("student") else None
             measured = Measured(y, p[some], score[some], query, teacher, gains)
             value, drawn = measured.bootstrap(resamples, seed)
             for metric in value:
@@ -248,8 +249,8 @@ def differences(overall, metrics):
         value = {system: values[metric] for system, (values, _) in overall.items()}
         trained = [name for name in value if name not in ("majority", *report.UNTRAINED)]
         pairs = [(name, other) for name in trained for other in report.UNTRAINED]
-        pairs += [(name, "student_human_labels") for name in ("student", "teacher")]
-        pairs += [("teacher", "student")]
+        pairs += [(name, "student_human_labels") for name in ("student", "teacher", "pooled")]
+        pairs += [("teacher", "student"), ("pooled", "teacher")]
         for first, second in pairs:
             if first in overall and second in overall:
                 drawn = [overall[name][1][metric] for name in (first, second)]
@@ -281,7 +282,7 @@ def bm25_system(train, evaluation):
     def inputs(rows):
         return np.stack([rows["bm25"], rows["bm25"] > 0], axis=1)
 
-    p = fit_regression(inputs(train), train["label"]).probabilities(inputs(evaluation))
+    p = fit_regression(inputs(train), one_hot(train["label"])).probabilities(inputs(evaluation))
     return p, evaluation["bm25"].astype(np.float64)
 
 
@@ -294,7 +295,7 @@ def embedding_system(train, evaluation):
 
 def match_system(names, train, evaluation):
     """Regression of the human training labels on match features of these names."""
-    regression = fit_regression(stacked(train, names), train["label"])
+    regression = fit_regression(stacked(train, names), one_hot(train["label"]))
     p = regression.probabilities(stacked(evaluation, names))
     return p, expected_level(p)
 
@@ -314,9 +315,9 @@ def student_system(folder, features, rows, chunk=16_384):
 
 
 def trained_system(run, name, rows):
-    """The teacher, or the student in RUN/NAME, on rows."""
-    if name == "teacher":
-        return rows["teacher"], expected_level(rows["teacher"])
+    """The teacher, alone or pooled, or the student in RUN/NAME, on rows."""
+    if name in ("teacher", "pooled"):
+        return rows[name], expected_level(rows[name])
     return student_system(run / name, run / "features", rows)
 
 
@@ -327,7 +328,7 @@ def all_systems(run, students, train, evaluation):
     systems["embedding"] = embedding_system(train, evaluation)
     names = match_names(run / "features" / "labelled.parquet")
     systems["match"] = match_system(names, train, evaluation)
-    for name in [*students, "teacher"]:
+    for name in [*students, "teacher", *(["pooled"] if "pooled" in train else [])]:
         systems[name] = trained_system(run, name, evaluation)
     return systems
 

@@ -264,7 +264,8 @@ def linear_warmup_decay(progress, warmup):
 
 class Student(nn.Module):
     """Feed-forward network over a query's and a pin's precomputed embeddings, embedding tables for
-    categories, numbers of query and pin, and match features of the pair. spec: {"embeddings": {name: D},
+    categories, numbers of query and pin, and match features of the pair; plus a linear function of the match
+    features (ours: with few rows a network alone is worse than that). spec: {"embeddings": {name: D},
     "categories": {column: [values]}, "category_dim", "numbers": {column: [mean, std]}, "match": [names],
     "mean" [F], "std" [F], "hidden": [widths], "dropout", "input_dropout"}."""
 
@@ -292,6 +293,7 @@ class Student(nn.Module):
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(spec["dropout"])]
             width = hidden
         self.mlp = nn.Sequential(*layers, nn.Linear(width, NUM_LEVELS))
+        self.linear = nn.Linear(len(spec["match"]), NUM_LEVELS)  # 04 starts it at a regression
 
     def forward(self, inputs):
         """{name: tensor}: embeddings [B, D], category codes [B] int64, numbers and match features [B] ->
@@ -314,7 +316,7 @@ class Student(nn.Module):
         hidden = self.first_layer(parts)
         for layer in self.mlp[1:]:
             hidden = layer(hidden)
-        return hidden
+        return self.linear(parts["match"]) + hidden
 
     def first_layer(self, parts):
         """{part: [B, width], or of one query [1, width]} -> [B, H]: the sum of parts times weights."""

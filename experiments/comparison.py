@@ -84,7 +84,7 @@ def read_system(run, name):
         raise Stop(
             f"{folder} was made from other features than {features} holds now: make it again with --overwrite"
         )
-    train, rows = read_labelled(run, teacher=is_teacher)
+    train, rows = read_labelled(run, "labels" if is_teacher else None)
     p, score = evaluate.trained_system(run, name, rows)
     ids = []
     for side, table in (("pin", "pins.parquet"), ("query", "queries.parquet")):

@@ -233,7 +233,7 @@ def test_table_of_two_levels():
     y, p, score, query = sample()
     y = np.where(y > 3, 5, 1)
     language = np.array(["en", "de"], dtype=object)[query % 2]
-    rows = {"label": y, "query_index": query, "language": language, "teacher": p}
+    rows = {"label": y, "query_index": query, "language": language, "learnt": p}
     systems = {"bm25": (p, score), "student": (p, score)}
     table, compared = evaluate.measure(systems, rows, np.array([1, 5]), 10, 0)
     shared = ["accuracy", "auroc_4", "ndcg_20", "ece"]
@@ -251,7 +251,7 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     y, good, score, query = sample()
     bad = np.random.default_rng(9).dirichlet(np.ones(5), len(y))
     right = 0.5 * np.eye(5)[y - 1] + 0.5 * good
-    rows = {"label": y, "query_index": query, "teacher": good}
+    rows = {"label": y, "query_index": query, "learnt": good}
     rows["language"] = np.array(["en", "de"], dtype=object)[query % 2]
     probabilities = {"bm25": bad, "embedding": right, "match": bad, "student_human_labels": right,
                      "student": bad, "teacher": right * 0.9 + 0.02}  # fmt: skip

@@ -162,7 +162,7 @@ def test_soft_labels(pipeline):
 def test_metrics(pipeline):
     run, _ = pipeline
     systems = read_json(run / "report" / "metrics.json")["systems"]
-    assert list(systems) == SYSTEMS
+    assert list(systems) == [*SYSTEMS, "pooled"]
     names = ["accuracy", "within_one", "auroc_3", "auroc_4", "auroc_5", "ndcg_20", "ece"]
     for system, parts in systems.items():
         assert set(parts["by_language"]) == {"en", "es", "fr", "de"}

@@ -11,10 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import environment, mark_finished, stage, stop_line, synthetic
+from sklearn.linear_model import LogisticRegression
 from test_pairs import rows_of
 
 from common import Student
 from lib.inputs.match import MATCH_FEATURES
+from lib.inputs.pairs import PairFiles, read_labelled
+from lib.inputs.pool import Pool, write_pool
+from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
 from lib.stages.files import read_json, write_json, write_parquet
 
@@ -155,7 +159,8 @@ def test_student_shapes_and_unknown_category():
 @pytest.mark.parametrize("sizes", [(6, 4), (5, 5)])
 def test_student_by_hand(sizes):
     """Without hidden layers: embeddings brought to mean 0 and variance 1 each, the product of those of query
-    and pin where they have one size, categories looked up, numbers normalized, one linear layer."""
+    and pin where they have one size, categories looked up, numbers normalized, one linear layer; plus one of
+    the match features alone."""
     student = Student(spec(hidden=[], embeddings=dict(zip(("pin_text", "query_text"), sizes)))).eval()
     x, categories, numbers, match = some_inputs(3)
     tables = [t.weight.detach().numpy() for t in student.tables]
@@ -165,6 +170,8 @@ def test_student_by_hand(sizes):
     columns.append((match - [1.0, 0.5, 0.0, 2.0]) / [2.0, 0.5, 1.0, 1.0])
     weight, bias = (p.detach().numpy() for p in (student.mlp[0].weight, student.mlp[0].bias))
     expected = np.concatenate(columns, axis=1) @ weight.T + bias
+    weight, bias = (p.detach().numpy() for p in (student.linear.weight, student.linear.bias))
+    expected += columns[-1] @ weight.T + bias
     found = student(tensors(x, categories, numbers, match, student.spec)).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -401,3 +408,42 @@ def test_a_name_is_one_folder_of_a_student(tmp_path, name):
     line = stop_line(distil.main, ["--run", str(tmp_path), "--name", name, "--overwrite"])
     assert "--name" in line and "student" in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_student_starts_as_the_regression_of_its_human_rows(tmp_path, monkeypatch):
+    """What training gets is scikit-learn's regression on the match features, with human labels exactly."""
+    _, human = synthetic(tmp_path, shards=1)
+    started = []
+    monkeypatch.setattr(distil, "train", lambda student, rows, *rest: started.append((student, rows)) or [{}])
+    monkeypatch.setattr(distil, "save_for_serving", lambda *given: None)
+    distil.main(["--run", str(tmp_path), "--labels", "human", "--device", "cpu"])
+    student, rows = started[0]
+    x = rows.human["match"].astype(float)
+    z = (x - x.mean(0)) / x.std(0)
+    expected = LogisticRegression(max_iter=1_000).fit(z, rows.human["target"].argmax(1))
+    columns = distil.tensors(StudentInputs(tmp_path / "features"), rows.human, "cpu")[:-1]
+    p = student.eval()(*columns).softmax(1).detach().numpy()
+    np.testing.assert_allclose(p, expected.predict_proba(z), atol=1e-3)
+
+
+def test_pooled_labels_are_what_the_student_learns(tmp_path):
+    """Targets of impressions and, half, of human-labelled rows: by pool.json, in its languages."""
+    every, human = synthetic(tmp_path, shards=2)
+    files = PairFiles(tmp_path)
+    assert list(files.match) == list(MATCH_FEATURES)
+    alone = [files.impressions(path)["target"] for path in files.shards]
+    regression = fit_regression(np.random.default_rng(0).normal(size=(90, 4)), np.eye(5)[np.arange(90) % 5])
+    pool = Pool(0.5, 0.5, ["fr"], list(files.match), regression)
+    write_pool(pool, tmp_path / "labels")
+    language = pq.read_table(tmp_path / "features" / "queries.parquet")["language"].to_numpy(False)
+    for path, (_, p), before in zip(files.shards, every, alone):
+        rows = files.impressions(path)
+        french = language[rows["query"]] == "fr"
+        expected = np.sqrt(np.maximum(p, 1e-6) * np.maximum(regression.probabilities(rows["match"]), 1e-6))
+        expected /= expected.sum(1, keepdims=True)
+        np.testing.assert_allclose(rows["target"][french], expected[french], atol=1e-5)
+        np.testing.assert_array_equal(rows["target"][~french], before[~french])
+    rows = distil.human_rows(files, distil.TOY.__class__(run=tmp_path))
+    train, _ = read_labelled(tmp_path)
+    np.testing.assert_allclose(rows["target"], (one_hot(train["label"]) + train["pooled"]) / 2, atol=1e-5)
+    assert (train["learnt"] == train["pooled"]).all() and (train["pooled"] != train["teacher"]).any()

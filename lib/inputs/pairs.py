@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
 from lib.inputs.match import match_names
+from lib.inputs.pool import read_pool
+from lib.inputs.regression import stacked
 from lib.stages.files import write_parquet
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.splits import hash_split, in_hash_split, query_key
@@ -75,16 +77,20 @@ def read_queries(features):
     return keys, queries["language"].to_pylist()
 
 
-def read_labelled(run, teacher=True):
-    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`,
-    and the teacher's p1 … p5 as `teacher` [B, C]."""
+def read_labelled(run, labels="labels"):
+    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`.
+    Of the folder RUN/labels, unless None: the teacher's p1 … p5 as `teacher` [B, C], where 03 has pooled them
+    those as `pooled`, and what students learn of the two as `learnt`."""
     table = pq.read_table(run / "features" / "labelled.parquet")
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
-    if teacher:
-        rows["teacher"] = read_labels(run / "labels" / "labelled.parquet", len(table)).astype(np.float64)
     for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
+    if labels:
+        p, pool = read_labels(run / labels / "labelled.parquet", len(table)), read_pool(run / labels)
+        rows["teacher"] = rows["learnt"] = p.astype(np.float64)
+        if pool:
+            rows["pooled"] = rows["learnt"] = pool(p, stacked(rows, pool.names), rows["language"])
     splits = []
     for split in ("train", "eval"):
         chosen = rows["split"] == split
@@ -101,6 +107,7 @@ class PairFiles:
         self.keys, known = read_queries(features)
         wanted = set(languages or known)
         self.is_wanted = np.array([language in wanted for language in known])
+        self.languages = np.array(known, dtype=object)
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         self.match = match_names(features / "labelled.parquet")
         self.row = np.dtype(
@@ -123,11 +130,15 @@ class PairFiles:
         return rows
 
     def impressions(self, path):
-        """The wanted rows of a shard; their targets are the teacher's labels."""
+        """The wanted rows of a shard; their targets are soft labels."""
         rows = self.read(path)
-        labels = self.run / "labels" / "impressions" / path.name
-        rows["target"] = read_labels(labels, len(rows))
+        rows["target"] = self.soft_labels(f"impressions/{path.name}", rows)
         return rows[self.is_wanted[rows["query"]]]
+
+    def soft_labels(self, name, rows):
+        """What is learnt of the rows of a file: the teacher's labels [N, C], pooled where 03 says so."""
+        p, pool = read_labels(self.run / "labels" / name, len(rows)), read_pool(self.run / "labels")
+        return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
 
     def labelled(self):
         """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""

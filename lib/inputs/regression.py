@@ -1,6 +1,6 @@
 """What the match features of a pair alone say of its level: multinomial logistic regression of human labels.
 
-05 measures it as a baseline.
+05 measures it as a baseline, 03 pools it with the teacher, and the student's linear part starts there.
 """
 
 from typing import NamedTuple
@@ -33,24 +33,32 @@ def standardized(x, mean, std):
     return np.nan_to_num((x.astype(np.float64) - mean) / std)
 
 
-def fit_regression(x, level, moments=None):
-    """The Regression of levels [B] in 1..5 on features [B, F]; its penalty is scikit-learn's (half the
-    squared weights, at deviation 1). moments: mean and std to standardize by (default: those of x)."""
+def fit_regression(x, target, moments=None):
+    """The Regression of levels, given as probabilities [B, C], on features [B, F]; its penalty is
+    scikit-learn's (half the squared weights, at deviation 1). moments: mean and std to standardize by
+    (default: those of x)."""
     if moments is None:
         known = np.ma.masked_invalid(x.astype(np.float64))
         std = known.std(axis=0).filled(0)
         moments = known.mean(axis=0).filled(0), np.where(std > 1e-6, std, 1.0)
     weight, bias = np.zeros((NUM_LEVELS, x.shape[1])), np.full(NUM_LEVELS, NEVER)
-    used = np.unique(level) - 1
+    used = np.flatnonzero(target.sum(axis=0))
     bias[used] = 0
     if len(used) > 1:
-        model = LogisticRegression(max_iter=1_000).fit(standardized(x, *moments), level)
+        row, level = np.nonzero(target)
+        model = LogisticRegression(max_iter=1_000)
+        model.fit(standardized(x, *moments)[row], level, sample_weight=target[row, level])
         if len(used) == 2:  # logit of the second level alone, which a softmax shares out between both
             both = np.array([[-0.5], [0.5]])
             weight[used], bias[used] = both * model.coef_, both[:, 0] * model.intercept_
         else:
             weight[used], bias[used] = model.coef_, model.intercept_
     return Regression(*moments, weight, bias)
+
+
+def one_hot(level):
+    """Human levels [B] in 1..5 -> probabilities [B, C]."""
+    return np.eye(NUM_LEVELS)[level - 1]
 
 
 def stacked(rows, names):

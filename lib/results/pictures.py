@@ -30,6 +30,7 @@ COLORS = {
     "student_human_labels": "#56B4E9",
     "student": "#0072B2",
     "teacher": "#D55E00",
+    "pooled": "#000000",
 }
 OTHER_COLOR = "#009E73"  # of further students
 LEVEL_COLORS = {1: "#B2182B", 2: "#EF8A62", 3: "#CCCCCC", 4: "#67A9CF", 5: "#2166AC"}

@@ -22,6 +22,7 @@ AUROCS = ("auroc_4", "auroc_3", "auroc_5")  # the first that means something is 
 WHAT_TO_DO = {  # where a trained system is below another one
     "student_human_labels": "the teacher's labels cost more than they bring",
     "student": "the teacher is the weaker one: other settings of stage 02, or more labels",
+    "teacher": "03_label.py --pool none leaves the teacher alone",
     None: "serve that instead, or label more queries",
 }
 
@@ -44,7 +45,7 @@ METRICS = {
     "ndcg": Metric("nDCG, given gains", False, "likewise of all rows of a query, gains as --gains says"),
     "macro_f1": Metric("macro-F1", False, "mean over the levels of F1 of the most probable level"),
     "ece": Metric("ECE", False, "expected calibration error of the most probable level, 15 bins"),
-    "kl_to_teacher": Metric("KL to teacher", False, "mean KL(teacher ‖ student), nats"),
+    "kl_to_teacher": Metric("KL to teacher", False, "mean KL(what students learn ‖ student), nats"),
 }
 
 # Accuracy on the paper's human evaluation set: of which system here, of what there, in the paper.

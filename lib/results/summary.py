@@ -70,6 +70,13 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"parameters: {weights:,}")
 
 
+def describe_pool(pool, rows, queries):
+    """What 03 has found."""
+    weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
+    print(f"pooled: {weights}, by {rows:,} rows of {queries:,} held-out queries")
+    print(f"only for queries in languages with labels: {' '.join(pool.languages)}")
+
+
 def describe_labels(counts, paths):
     """What stage 03 has made. counts: rows and passes of the teacher, of this process; paths:
     files of labels."""

@@ -1,0 +1,80 @@
+"""The teacher's probabilities pooled with the match features: softmax(a log p_teacher + b log p_match).
+
+Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
+weights are fitted on the queries that 02 holds out: the teacher was not trained on them, nor, for that, the
+regression. A logarithmic opinion pool (Genest and Zidek, 1986).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+
+from lib.inputs.regression import Regression, fit_regression, one_hot, stacked
+from lib.stages.files import read_json, write_json
+
+POOL = "pool.json"  # in labels/
+EQUAL = 0.5  # both weights, where no row speaks against it
+SPREAD = 0.25  # standard deviation of a weight around that, in the prior
+
+
+class Pool(NamedTuple):
+    """teacher, match: the two weights; languages: of the human training labels, all others keep the teacher
+    alone; regression: of the match features `names` [F]."""
+
+    teacher: float
+    match: float
+    languages: list
+    names: list
+    regression: Regression
+
+    def __call__(self, p, x, language):
+        """The teacher's probabilities [B, C], match features [B, F] and languages [B] -> pooled [B, C]."""
+        pooled = softmax(self.teacher * log(p) + self.match * log(self.regression.probabilities(x)), axis=1)
+        return np.where(np.isin(language, self.languages)[:, None], pooled, p)
+
+
+def log(p):
+    """The logarithm of probabilities, of at least a millionth each: nobody knows better."""
+    return np.log(np.maximum(p, 1e-6))
+
+
+def fit_weights(level, query, p_teacher, p_match):
+    """The two weights, for which the cross-entropy, averaged within a query (its rows say much the same) and
+    summed over queries, plus the Gaussian prior is least. level, query [B]; probabilities [B, C]."""
+    _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
+    rows, share, logs = np.arange(len(level)), 1 / sizes[of_query], (log(p_teacher), log(p_match))
+
+    def loss(weights):
+        log_p = log_softmax(weights[0] * logs[0] + weights[1] * logs[1], axis=1)[rows, level - 1]
+        return -share @ log_p + ((weights - EQUAL) ** 2).sum() / (2 * SPREAD**2)
+
+    return minimize(loss, [EQUAL, EQUAL], bounds=[(0, None)] * 2).x
+
+
+def read_pool(labels):
+    """The Pool in the folder of labels that 03 wrote, or None."""
+    path = labels / POOL
+    if not path.exists():
+        return None
+    found = read_json(path)
+    regression = Regression(*(np.array(found["regression"][name]) for name in Regression._fields))
+    return Pool(**{**found, "regression": regression})
+
+
+def write_pool(pool, labels):
+    """pool.json in a folder of labels."""
+    numbers = {name: values.tolist() for name, values in pool.regression._asdict().items()}
+    write_json(labels / POOL, {**pool._asdict(), "regression": numbers})
+
+
+def fit_pool(rows, held_out, names):
+    """The Pool of a run. rows: its human training rows, as read_labelled() has them; held_out [B]: which the
+    teacher was not trained on, at least one; names: of the match features."""
+    x, target = stacked(rows, names), one_hot(rows["label"])
+    apart = fit_regression(x[~held_out], target[~held_out])
+    level, query, p = (rows[name][held_out] for name in ("label", "query_index", "teacher"))
+    weights = fit_weights(level, query, p, apart.probabilities(x[held_out]))
+    languages = sorted(set(rows["language"]))
+    return Pool(*weights.tolist(), languages, names, fit_regression(x, target))

@@ -1,0 +1,109 @@
+"""The teacher pooled with the regression: closed forms, what it finds, where it stays away."""
+
+import numpy as np
+import pytest
+from helpers import stage, synthetic
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+
+from lib.inputs import pool
+from lib.inputs.match import MATCH_FEATURES
+from lib.inputs.pairs import read_labelled
+from lib.inputs.regression import fit_regression, one_hot
+from lib.tables.splits import in_hash_split
+
+
+def world(seed=0, queries=400, rows=20):
+    """Levels, their query, the probabilities they are drawn from, and a second opinion that knows nothing."""
+    rng = np.random.default_rng(seed)
+    true = rng.dirichlet(np.ones(5), queries * rows)
+    level = (rng.random((len(true), 1)) > true.cumsum(1)).sum(1).clip(max=4) + 1
+    return level, np.repeat(np.arange(queries), rows), true, rng.dirichlet(np.ones(5), len(true))
+
+
+def test_pooling_by_hand():
+    """Weights 1, 0 give the teacher; 1/2, 1/2 the normalized geometric mean; another language the teacher."""
+    _, _, p, q = world(queries=2)
+    x = np.random.default_rng(1).normal(size=(len(p), 2))
+    regression = fit_regression(x, q)
+    other = regression.probabilities(x)
+    language = np.array(["en", "hi"], dtype=object)[np.arange(len(p)) % 2]
+    makes = {"languages": ["en"], "names": ["a", "b"], "regression": regression}
+    np.testing.assert_allclose(pool.Pool(1.0, 0.0, **makes)(p, x, language), p, atol=1e-5)
+    pooled = pool.Pool(0.5, 0.5, **makes)(p, x, language)
+    mean = np.sqrt(p * other)
+    np.testing.assert_allclose(pooled[::2], (mean / mean.sum(1, keepdims=True))[::2], atol=1e-6)
+    np.testing.assert_array_equal(pooled[1::2], p[1::2])
+
+
+@pytest.mark.parametrize("true", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.9)])
+def test_weights_are_found_again_where_queries_are_many(true):
+    """Levels drawn from a pool of two opinions: as softmax(a log p + b log q)."""
+    _, query, p, q = world()
+    mixed = softmax(true[0] * np.log(p) + true[1] * np.log(q), axis=1)
+    draw = np.random.default_rng(5).random((len(p), 1))
+    level = (draw > mixed.cumsum(1)).sum(1).clip(max=4) + 1
+    assert pool.fit_weights(level, query, p, q) == pytest.approx(true, abs=0.1)
+
+
+def test_without_rows_both_count_alike_and_a_query_counts_once():
+    level, query, p, q = world(queries=3)
+    none = slice(0, 0)
+    assert pool.fit_weights(level[none], query[none], p[none], q[none]) == pytest.approx([0.5, 0.5])
+    few = pool.fit_weights(level, query, p, q)
+    many = [np.repeat(column, 50, axis=0) for column in (level, query, p, q)]
+    assert pool.fit_weights(*many) == pytest.approx(few, abs=1e-3)  # the same queries, each row 50 times
+    apart = [np.concatenate([column] * 50) for column in (level, p, q)]
+    queries = np.concatenate([query + 3 * copy for copy in range(50)])
+    more = pool.fit_weights(apart[0], queries, *apart[1:])
+    assert more[0] > few[0] and more[1] < few[1] < 0.5  # 150 queries outweigh the prior
+
+
+def test_the_held_out_rows_are_not_in_the_regression_that_weighs_them(monkeypatch):
+    level, query, p, _ = world(queries=30)
+    rng = np.random.default_rng(2)
+    rows = {"label": level, "query_index": query, "teacher": p, "language": np.full(len(p), "en", object)}
+    rows |= {"a": level + rng.normal(size=len(p)), "b": rng.normal(size=len(p))}
+    held_out = query < 6
+    seen = []
+    monkeypatch.setattr(pool, "fit_weights", lambda *given: seen.append(given) or np.array([0.4, 0.6]))
+    found = pool.fit_pool(rows, held_out, ["a", "b"])
+    x = np.stack([rows["a"], rows["b"]], axis=1)
+    z = (x - x[~held_out].mean(0)) / x[~held_out].std(0)
+    apart = LogisticRegression(max_iter=1_000).fit(z[~held_out], level[~held_out])
+    np.testing.assert_allclose(seen[0][3], apart.predict_proba(z[held_out]), atol=1e-3)
+    np.testing.assert_array_equal(seen[0][2], p[held_out])
+    assert found[:4] == (0.4, 0.6, ["en"], ["a", "b"])
+    whole = fit_regression(x, one_hot(level))  # the labels are of all rows
+    np.testing.assert_allclose(found.regression.weight, whole.weight)
+
+
+def test_a_pool_is_read_as_it_was_written(tmp_path):
+    assert pool.read_pool(tmp_path) is None
+    x, target = np.random.default_rng(0).normal(size=(50, 2)), np.eye(5)[np.arange(50) % 5]
+    written = pool.Pool(0.4, 0.7, ["de", "en"], ["a", "b"], fit_regression(x, target))
+    pool.write_pool(written, tmp_path)
+    found = pool.read_pool(tmp_path)
+    assert found[:4] == written[:4]
+    for name, values in written.regression._asdict().items():
+        np.testing.assert_array_equal(getattr(found.regression, name), values)
+
+
+def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
+    synthetic(tmp_path, shards=1)
+    train, _ = read_labelled(tmp_path)
+    split = {"share": 0.3, "salt": "teacher:0"}
+    held_out = in_hash_split(train["key"], **split)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", split)
+    found = pool.read_pool(tmp_path / "labels")
+    assert found[:2] == pool.fit_pool(train, held_out, list(MATCH_FEATURES))[:2]
+    assert found.languages == ["en", "fr"] and found.names == list(MATCH_FEATURES)
+    queries = len(np.unique(train["key"][held_out]))
+    assert f"{held_out.sum()} rows of {queries} held-out queries" in capsys.readouterr().out
+
+
+def test_03_does_not_pool_without_held_out_rows(tmp_path, capsys):
+    synthetic(tmp_path, shards=1)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.0, "salt": "teacher:0"})
+    assert pool.read_pool(tmp_path / "labels") is None and "not pooled" in capsys.readouterr().out
+    assert stage("03").PAPER.pool == "none"  # the paper has no such step
