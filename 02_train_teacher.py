@@ -21,13 +21,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 
-from common import FIELDS, PairText, Teacher, linear_warmup_decay
+from common import FIELDS, RELEVANT, PairText, Teacher, at_least, linear_warmup_decay, token_batches
 from lib import models
-from lib.inputs.held_out import LOWER, held_out_scores, warn_if_useless
+from lib.inputs.held_out import auroc_of_relevant, warn_if_useless
 from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from lib.results import summary
-from lib.stages.checkpoint import CHECKPOINT, Checkpoints
+from lib.stages.checkpoint import CHECKPOINT, Checkpoints, seed_step
 from lib.stages.files import write_jsonl
 from lib.stages.finished import require_finished
 from lib.stages.processes import start_processes, start_stage
@@ -94,6 +95,7 @@ SMALL = replace(
     precision="auto",
 )
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
+LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
 
 
@@ -153,73 +155,92 @@ def make_optimizer(teacher, finetuning, settings):
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
 
-def train_step(model, rows, batch, accelerator, token_budget):
-    """Forward and backward passes of one step, dealt out to the processes; adds to the gradients. Returns the
-    loss: point-wise multi-class cross-entropy (paper), mean over the step's rows, all processes together."""
+def train_step(model, optimizer, rows, batch, lr_factor, settings, accelerator):
+    """One step on a batch of row numbers: forward and backward passes, dealt out to the processes; gradients
+    cut to norm 1; AdamW at `lr_factor` times the peak learning rates. Returns the rows' mean loss."""
+    teacher = accelerator.unwrap_model(model).train()
     rank, world = accelerator.process_index, accelerator.num_processes
-    passes = micro_batches(batch, rows.lengths, token_budget, rank, world)
+    passes = micro_batches(batch, rows.lengths, settings.batch_tokens, rank, world)
     total = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(passes, 1):
         weight = 1.0 if len(part) else 0.0  # an empty pass still takes part in the exchange of gradients
         ids, mask, levels = rows.batch(part if len(part) else batch[:1], accelerator.device)
         with contextlib.nullcontext() if number == len(passes) else accelerator.no_sync(model):
-            loss = weight * F.cross_entropy(model(ids, mask), levels, reduction="sum") / len(batch)
+            loss = weight * teacher.loss(model(ids, mask), levels) / len(batch)
             accelerator.backward(loss * world)  # data-parallel training averages over processes
         total += loss.detach()
-    return accelerator.reduce(total, "sum").item()
-
-
-def train_epoch(model, optimizer, rows, epoch, settings, accelerator, checkpoints):
-    """The steps of an epoch that are left, each a line of the log. Every so many steps a checkpoint."""
-    teacher, state = accelerator.unwrap_model(model), checkpoints.state
-    batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
-    done, steps = state["step"] - epoch * len(batches), settings.epochs * len(batches)
-    options = {"total": steps, "initial": state["step"], "unit": " steps", "disable": not checkpoints.writes}
-    with progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
-        for step, batch in enumerate(batches[done:], state["step"] + 1):
-            factor = linear_warmup_decay((step - 1) / steps, settings.warmup)
-            # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
-            torch.manual_seed(settings.seed * 1_000_003 + step * 1_009 + accelerator.process_index)
-            teacher.train()
-            loss = train_step(model, rows, rows.train[batch], accelerator, settings.batch_tokens)
-            if not math.isfinite(loss):
-                where = f"at step {step}, training rows {rows.train[batch][:8].tolist()}…"
-                raise Stop(f"the loss is {loss} {where}: {LOWER}, or use --precision fp32")
-            update_weights(teacher, optimizer, factor)
-            line = {"step": step, "epoch": epoch + 1, "loss": round(loss, 6)}
-            state["log"].append({**line, "lr_factor": round(factor, 6)})
-            state["step"] = step
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if step % settings.checkpoint_steps == 0 and step % len(batches):
-                checkpoints.save()
-
-
-def train(teacher, optimizer, rows, settings, accelerator, work):
-    """The training loop, over what is left of it. Checkpoints go into the folder `work`. Returns the log;
-    its last line has the last epoch's scores."""
-    model = accelerator.prepare(teacher)
-    checkpoints = Checkpoints(work, teacher, optimizer, {"step": 0}, accelerator.is_main_process)
-    state, epoch_steps = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
-    if checkpoints.continues:
-        accelerator.print(f"continuing at step {state['step']} of {settings.epochs * epoch_steps}")
-    for epoch in range(state["step"] // epoch_steps, settings.epochs):
-        train_epoch(model, optimizer, rows, epoch, settings, accelerator, checkpoints)
-        losses = [line["loss"] for line in state["log"] if line["epoch"] == epoch + 1]
-        scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
-        scores |= held_out_scores(teacher, rows, accelerator, settings.batch_tokens)
-        checkpoints.end_epoch(scores, step=state["step"])
-    accelerator.wait_for_everyone()
-    return state["log"]
-
-
-def update_weights(teacher, optimizer, lr_factor):
-    """The optimizer's step, at `lr_factor` times the peak learning rates. Gradients are cut to norm 1."""
+    total = accelerator.reduce(total, "sum").item()
+    if not math.isfinite(total):
+        where = f"training rows {batch[:8].tolist()}…"
+        raise Stop(f"the loss is {total} on the {where}: {LOWER}, or use --precision fp32")
     torch.nn.utils.clip_grad_norm_([p for p in teacher.parameters() if p.requires_grad], 1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.inference_mode()
+def held_out_scores(teacher, rows, settings, accelerator):
+    """Mean of -log p(label), accuracy and AUROC of P(label >= RELEVANT) on the held-out rows, each process on
+    its share; {} if there are none."""
+    teacher.eval()
+    watched = rows.held_out if len(rows.held_out) else rows.train[:64]  # these for a finite loss alone
+    mine = watched[accelerator.process_index :: accelerator.num_processes]
+    order, scored = mine[np.argsort(rows.lengths[mine], kind="stable")], []
+    for batch in token_batches(rows.lengths[order], settings.batch_tokens):
+        ids, mask, levels = rows.batch(order[batch], accelerator.device)
+        p = teacher.probabilities(teacher(ids, mask))
+        loss = F.nll_loss(p.log(), levels, reduction="none")
+        right = p.argmax(1) == levels
+        scored += zip(*(column.tolist() for column in (loss, right, levels + 1, at_least(p, RELEVANT))))
+    loss, right, level, score = zip(*gather_object(scored))
+    if not math.isfinite(sum(loss)):
+        raise Stop(f"the loss after the epoch is {sum(loss)}: {LOWER}")
+    if not len(rows.held_out):
+        return {}
+    found = {"loss": np.mean(loss), "accuracy": np.mean(right)}
+    found[f"auroc_{RELEVANT}"] = auroc_of_relevant(level, score)
+    return {f"held_out_{name}": float(value) for name, value in found.items()}
+
+
+def train_epoch(model, optimizer, rows, settings, accelerator, checkpoints):
+    """The steps of an epoch that are left, each a line of the log. Every so many steps a checkpoint."""
+    state, per_epoch = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
+    epoch, steps = state["step"] // per_epoch, settings.epochs * per_epoch
+    batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
+    options = {"total": steps, "initial": state["step"], "unit": " steps", "disable": not checkpoints.writes}
+    with progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
+        for batch in batches[state["step"] % per_epoch :]:
+            factor = linear_warmup_decay(state["step"] / steps, settings.warmup)
+            state["step"] += 1
+            seed_step(settings.seed, state["step"], accelerator.process_index)
+            loss = train_step(model, optimizer, rows, rows.train[batch], factor, settings, accelerator)
+            line = {"step": state["step"], "epoch": epoch + 1, "loss": round(loss, 6)}
+            state["log"].append({**line, "lr_factor": round(factor, 6)})
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if state["step"] % settings.checkpoint_steps == 0 and state["step"] % per_epoch:
+                checkpoints.save()
+
+
+def train(teacher, optimizer, rows, settings, accelerator, folder):
+    """The training loop, over what is left of it. Checkpoints go into `folder`. Returns the log; its last
+    line has the last epoch's scores."""
+    model = accelerator.prepare(teacher)
+    checkpoints = Checkpoints(folder, teacher, optimizer, {"step": 0}, accelerator.is_main_process)
+    state, per_epoch = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
+    if checkpoints.continues:
+        accelerator.print(f"continuing at step {state['step']} of {settings.epochs * per_epoch}")
+    for epoch in range(state["step"] // per_epoch, settings.epochs):
+        train_epoch(model, optimizer, rows, settings, accelerator, checkpoints)
+        losses = [line["loss"] for line in state["log"] if line["epoch"] == epoch + 1]
+        scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
+        scores |= held_out_scores(teacher, rows, settings, accelerator)
+        checkpoints.end_epoch(scores, step=state["step"])
+    accelerator.wait_for_everyone()
+    return state["log"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Stage 03: the teacher labels every impression with a probability for each of the five levels.
 
-Paper: "Distill LLM into Servable Student Model". The soft labels are the softmax of the teacher's five logits
-on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to other
-languages.
+Paper: "Distill LLM into Servable Student Model". The soft labels are the teacher's probabilities of the
+levels on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to
+other languages.
 
 Ours, not the paper's: --pool weighs these probabilities against those of a regression on the match features.
 Where human labels are few, the teacher alone is worse than that regression.
@@ -67,7 +67,7 @@ CHECKED_ROWS = 256  # rows labelled before and after LoRA is merged, to report h
 
 @torch.inference_mode()
 def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
-    """softmax(logits) of N rows of token ids (arrays [T]): float32 [N, C], in the rows' order.
+    """The teacher's probabilities of N rows of token ids (arrays [T]): float32 [N, C], in the rows' order.
 
     A batch holds at most `token_budget` tokens of rows of about one length: almost no padding.
     on_batch: called with each batch's number of rows."""
@@ -79,7 +79,7 @@ def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
         batch = longest_first[numbers]
         ids, mask = pad_rows([rows[row] for row in batch], pad_id)
         logits = teacher(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
-        labels[batch] = logits.double().softmax(dim=1).float().cpu().numpy()
+        labels[batch] = teacher.probabilities(logits).float().cpu().numpy()
         if on_batch is not None:
             on_batch(len(batch))
     return labels

@@ -22,8 +22,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import Student, linear_warmup_decay
+from common import Student, at_temperature, linear_warmup_decay
 from lib.inputs.inherited import require_languages, require_pairs
 from lib.inputs.pairs import PairFiles, TrainingRows, ahead
 from lib.inputs.pool import POOL
@@ -98,20 +99,14 @@ READS = ("*.parquet", "*_embedding.npy", POOL)  # files of features/ and labels/
 # The loss
 
 
-def soften(p, temperature):
-    """Probabilities [B, C] at temperature T: p^(1/T), normalized, as a softmax over logits / T gives them."""
-    return (p.log() / temperature).softmax(dim=1)
-
-
 def distillation_loss(logits, soft_labels, temperature=1.0):
     """KL(teacher || student), mean over rows: student logits [B, C], teacher probabilities [B, C] -> scalar.
 
     Both are softened by the temperature T, and the loss is multiplied by T^2 so that its gradient keeps its
     size (Hinton et al., 2015, section 2). With one-hot labels and T = 1 this is cross-entropy."""
-    target = soft_labels if temperature == 1 else soften(soft_labels, temperature)
+    target = at_temperature(soft_labels, temperature)
     log_student = (logits / temperature).log_softmax(dim=1)
-    negative_entropy = torch.special.xlogy(target, target)
-    return temperature**2 * (negative_entropy - target * log_student).sum(dim=1).mean()
+    return temperature**2 * F.kl_div(log_student, target, reduction="batchmean")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from sklearn.metrics import ndcg_score
 
-from common import NUM_LEVELS, Student
+from common import NUM_LEVELS, THRESHOLDS, Student, at_least, at_temperature, expected_level
 from lib.inputs.inherited import require_systems, students_of
 from lib.inputs.match import match_names
 from lib.inputs.pairs import read_labelled
@@ -30,7 +30,7 @@ from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import cards, pictures, queries, report
-from lib.results.temperatures import at_temperature, fit_temperatures
+from lib.results.temperatures import fit_temperatures
 from lib.stages.files import write_json
 from lib.stages.settings import Range, Size, StageSettings, parse
 from lib.stages.stage import Stage
@@ -153,9 +153,8 @@ class Measured:
         if gains is not None:
             self.ndcg["ndcg"] = np.array([ndcg(y[rows], score[rows], None, gains) for rows in rows_of])
         self.ranks = {}
-        for level in (3, 4, 5):
-            at_least = p[:, level - 1 :].sum(1)  # P(label >= level)
-            self.ranks[level] = ranked(at_least)
+        for level in THRESHOLDS:
+            self.ranks[level] = ranked(at_least(p, level))
 
     def metrics(self, weight):
         """Weight of each query [Q] -> {metric: value}."""
@@ -262,12 +261,6 @@ def differences(overall, metrics):
 # Systems: probabilities [B, C] and ranking score [B] on the evaluation rows
 
 
-def expected_level(p):
-    """Ranking score of a system that gives probabilities: the expected level."""
-    levels = np.arange(1, NUM_LEVELS + 1)
-    return p.astype(np.float64) @ levels
-
-
 def majority_system(train_labels, rows):
     """The shares of the levels among the training labels, for every row."""
     counts = np.bincount(train_labels - 1, minlength=NUM_LEVELS)
@@ -339,7 +332,7 @@ def calibrated(systems, temperatures, y, query, settings):
     scaled = {}
     for name, fitted in temperatures.items():
         p = systems[name][0]
-        scaled[name] = at_temperature(p, fitted["temperature"])
+        scaled[name] = at_temperature(torch.from_numpy(p), fitted["temperature"]).numpy()
         for error, probabilities in (("ece", p), ("ece_at_temperature", scaled[name])):
             measured = Measured(y, probabilities, expected_level(probabilities), query)
             value, drawn = measured.bootstrap(settings.resamples, settings.seed)

@@ -27,6 +27,8 @@ from lib.stages.terminal import Stop
 
 LEVELS = {5: "excellent", 4: "good", 3: "complementary", 2: "poor", 1: "highly irrelevant"}
 NUM_LEVELS = len(LEVELS)
+THRESHOLDS = (3, 4, 5)  # paper: AUROC of label >= 3, 4, 5
+RELEVANT = 4  # a pin of this level or above is relevant
 
 # The six text sources of the paper in the order they are read. Each is a column of features/pins.parquet.
 FIELDS = ("title", "description", "caption", "queries", "boards", "links")
@@ -42,6 +44,22 @@ def share_budget(lengths, budget):
         allowed[field] = min(lengths[field], left // (len(lengths) - rank))
         left -= allowed[field]
     return allowed
+
+
+def at_least(p, level):
+    """Probabilities [B, C], an array or a tensor -> P(label >= level) [B]."""
+    return p[:, level - 1 :].sum(1)
+
+
+def expected_level(p):
+    """Probabilities [B, C], an array or a tensor -> expected level [B], to rank by."""
+    return sum(level * p[:, level - 1] for level in range(1, NUM_LEVELS + 1))
+
+
+def at_temperature(p, temperature):
+    """Probabilities [B, C] -> p^(1/T), normalized: the softmax of the logits divided by T (Hinton et al.,
+    2015, section 2; Guo et al., 2017, section 4.2)."""
+    return (p.log() / temperature).softmax(dim=1)
 
 
 class PairText:
@@ -187,8 +205,7 @@ class Teacher(nn.Module):
     """Cross-encoder: backbone -> first or last token -> fully connected head -> logits of the five levels.
 
     The head ("several fully connected layers", the paper; two hidden ones of at most 1,024, our choice) is
-    built outside the backbone, always fp32, never quantized, and saved in a file of its own: the classic
-    ways to lose it are closed."""
+    built outside the backbone, always fp32, never quantized, and saved in a file of its own."""
 
     def __init__(self, backbone, kind, dtype=torch.float32, dropout=0.1):
         """dtype: of the backbone's computation; its weights may have another."""
@@ -218,6 +235,17 @@ class Teacher(nn.Module):
     def forward(self, input_ids, attention_mask):
         """Token ids and mask [B, T] -> logits [B, C], fp32."""
         return self.head(self.represent(input_ids, attention_mask))
+
+    @staticmethod
+    def loss(logits, level):
+        """Point-wise multi-class cross-entropy (paper), summed over the rows: logits [B, C], levels [B] from
+        0 for level 1 -> scalar."""
+        return F.cross_entropy(logits, level, reduction="sum")
+
+    @staticmethod
+    def probabilities(logits):
+        """Logits [B, C] -> probabilities of the levels [B, C], float64."""
+        return logits.double().softmax(dim=1)
 
     def save(self, folder, about):
         """Writes adapter/ or backbone/, head.safetensors and teacher.json.

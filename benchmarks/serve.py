@@ -29,7 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import FIELDS, PairText, Student, Teacher  # noqa: E402
+from common import FIELDS, PairText, Student, Teacher, expected_level  # noqa: E402
 from lib import models  # noqa: E402
 from lib.results.export import ONNX, OUTPUTS, open_onnx  # noqa: E402
 from lib.stages.files import write_json  # noqa: E402
@@ -73,7 +73,7 @@ class Students:
     def torch_order(self, inputs):
         """Inputs -> order by expected level, PyTorch."""
         p = self.network(inputs).softmax(dim=1)
-        return torch.argsort(p @ torch.arange(1.0, p.shape[1] + 1), descending=True, stable=True)
+        return torch.argsort(expected_level(p), descending=True, stable=True)
 
 
 class TeacherOnOneCore:
@@ -95,8 +95,7 @@ class TeacherOnOneCore:
         query = self.text.queries([text])[0]
         ids = [self.text.pair(query, self.pins[row]) for row in rows]
         labels = stage_03.soft_labels(self.teacher, ids, self.text.tokenizer.pad_token_id, 8_192)
-        level = labels @ np.arange(1, labels.shape[1] + 1)
-        return np.argsort(-level, kind="stable")
+        return np.argsort(-expected_level(labels), kind="stable")
 
 
 def tensors(feed):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import NUM_LEVELS  # noqa: E402
+from common import expected_level  # noqa: E402
 from lib.inputs.inherited import require_pairs  # noqa: E402
 from lib.inputs.pairs import read_labels  # noqa: E402
 from lib.stages.files import whole_file  # noqa: E402
@@ -64,7 +64,7 @@ def of_run(run, which, expected):
             ratings.append(rows["label"].to_numpy())
             continue
         p = read_labels(run / "labels" / path.relative_to(features), len(rows))
-        ratings.append(p @ np.arange(1, NUM_LEVELS + 1) if expected else p.argmax(1) + 1)
+        ratings.append(expected_level(p) if expected else p.argmax(1) + 1)
     keys, first = np.unique(np.concatenate(keys), return_index=True)
     rating = np.concatenate(ratings)[first]
     queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query"]).to_pylist()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 
+from common import RELEVANT
 from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, in_percent, picture_file
 from lib.results.report import ALL, cell, escaped, markdown_table
@@ -47,7 +48,7 @@ FINDINGS = {
 }
 # Accuracy in the paper, of base sizes and of Llama-3-8B with QLoRA
 PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}
-COMPARED = {"accuracy": "accuracy %", "auroc_4": "AUROC ≥4", "ndcg_20": "nDCG@20"}
+COMPARED = {"accuracy": "accuracy %", f"auroc_{RELEVANT}": f"AUROC ≥{RELEVANT}", "ndcg_20": "nDCG@20"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
@@ -343,7 +344,8 @@ def compare(key, conditions, into, resamples=1_000, title=None):
     title = title or FINDINGS[key][0]
     made = {label: [system.facts["made"] for system in systems] for label, systems in read.items()}
     rows = next(iter(read.values()))[0].rows
-    shown = "accuracy" if len(np.unique(rows["label"])) > 2 else "auroc_4"  # of two levels it says little
+    two_levels = len(np.unique(rows["label"])) == 2  # accuracy says little then
+    shown = f"auroc_{RELEVANT}" if two_levels else "accuracy"
     identity = hashed([title, list(made.items()), resamples, shown])
     if findings.get(key, {}).get("identity") == identity and plot.exists():
         print(f"{into}: finding {key} was measured before on the same conditions, nothing to do")

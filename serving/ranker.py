@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
-from common import NUM_LEVELS, side_of
+from common import NUM_LEVELS, at_temperature, expected_level, side_of
 from lib.results.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
 from lib.stages.finished import require_finished
@@ -94,9 +95,8 @@ class Ranker:
         """The student on B pins of one query: probabilities [B, C] and expected level [B]."""
         p, level = self.session.run(OUTPUTS, feed)
         if self.temperature != 1:
-            p = p ** (1 / self.temperature)
-            p /= p.sum(axis=1, keepdims=True)
-            level = p @ np.arange(1, NUM_LEVELS + 1, dtype=np.float32)
+            p = at_temperature(torch.from_numpy(p), self.temperature).numpy()
+            level = expected_level(p)
         return p, level
 
     def fill(self, scores, at, query, pins, rows, engaged):

@@ -1,46 +1,14 @@
-"""Rows of queries that stage 02 does not train on: how the teacher does on them, beside one that knows the
-labels' shares alone. No choice rests on them.
-"""
+"""Rows of queries that stage 02 does not train on: what a teacher has to beat there. They choose nothing."""
 
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from sklearn.metrics import roc_auc_score
 
-from common import NUM_LEVELS, token_batches
+from common import NUM_LEVELS, RELEVANT, at_least
 from lib.inputs.regression import fit_regression
-from lib.stages.terminal import Stop
-
-LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
-
-
-@torch.inference_mode()
-def held_out_scores(teacher, rows, accelerator, token_budget):
-    """{"held_out_loss" (cross-entropy), "held_out_accuracy", "held_out_auroc_4"} on the held-out rows, each
-    process on its share; {} if there are none. AUROC of P(label >= 4); NaN without both kinds."""
-    teacher.eval()
-    watched = rows.held_out if len(rows.held_out) else rows.train[:64]  # these for a finite loss alone
-    mine = watched[accelerator.process_index :: accelerator.num_processes]
-    order = mine[np.argsort(rows.lengths[mine], kind="stable")]
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    scored = []
-    for batch in token_batches(rows.lengths[order], token_budget):
-        ids, mask, levels = rows.batch(order[batch], accelerator.device)
-        logits = teacher(ids, mask)
-        sums[0] += F.cross_entropy(logits, levels, reduction="sum")
-        sums[1] += (logits.argmax(1) == levels).sum()
-        scored += zip((levels >= 3).tolist(), logits.softmax(1)[:, 3:].sum(1).tolist())
-    loss, accuracy = (accelerator.reduce(sums, "sum") / len(watched)).tolist()
-    if not math.isfinite(loss):
-        raise Stop(f"the loss after the epoch is {loss}: {LOWER}")
-    relevant, score = zip(*gather_object(scored))
-    if not len(rows.held_out):
-        return {}
-    auroc = roc_auc_score(relevant, score) if len(set(relevant)) == 2 else math.nan
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_auroc_4": float(auroc)}
 
 
 def prior_scores(rows):
@@ -66,14 +34,21 @@ def describe_held_out(rows):
 
 
 def untrained_scores(rows, x):
-    """Loss, accuracy and AUROC of P(label >= 4) on the held-out rows of a regression of the training rows'
-    labels on features x [N, F]."""
+    """Loss, accuracy and AUROC of P(label >= RELEVANT) on the held-out rows: of a regression of the training
+    rows' labels on features x [N, F]."""
     level = rows.levels.numpy() + 1
     regression = fit_regression(x[rows.train], level[rows.train])
     p, level = regression.probabilities(x[rows.held_out]), level[rows.held_out]
     loss = -np.log(p[np.arange(len(p)), level - 1]).mean()
-    auroc = roc_auc_score(level >= 4, p[:, 3:].sum(1)) if len(set(level >= 4)) == 2 else math.nan
-    return {"loss": loss, "accuracy": (p.argmax(1) + 1 == level).mean(), "AUROC >= 4": auroc}
+    right = (p.argmax(1) + 1 == level).mean()
+    auroc = auroc_of_relevant(level, at_least(p, RELEVANT))
+    return {"loss": loss, "accuracy": right, f"AUROC >= {RELEVANT}": auroc}
+
+
+def auroc_of_relevant(level, score):
+    """AUROC of a score [N] for labels [N] >= RELEVANT; NaN without both kinds."""
+    relevant = np.asarray(level) >= RELEVANT
+    return float(roc_auc_score(relevant, score)) if len(set(relevant)) == 2 else math.nan
 
 
 def warn_if_useless(rows, scores):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import NUM_LEVELS, side_of
+from common import NUM_LEVELS, expected_level, side_of
 from lib.inputs.match import MATCH_FEATURES
 from lib.models import public_name
 from lib.stages.files import whole_file
@@ -49,11 +49,6 @@ def input_names(spec):
         if name in names[:place]:
             raise Stop(f"two inputs of the student are called {name!r}: rename that column of the raw tables")
     return names
-
-
-def expected_level(p):
-    """Probabilities [B, C] -> expected level [B]; a product with a vector is slow in onnxruntime."""
-    return (p * torch.arange(1.0, NUM_LEVELS + 1)).sum(dim=1)
 
 
 class Served(nn.Module):
@@ -141,7 +136,7 @@ def compare(expected, found, path):
     """Greatest difference between probabilities [B, C] and those of an ONNX file's outputs."""
     p, level = found
     difference = float(np.abs(p - expected).max())
-    level_difference = float(np.abs(level - expected @ np.arange(1, NUM_LEVELS + 1)).max())
+    level_difference = float(np.abs(level - expected_level(expected)).max())
     if not (difference <= TOLERANCE and level_difference <= 10 * TOLERANCE):
         raise Stop(
             f"{path}: onnxruntime's probabilities are off by up to {difference:.2g} from PyTorch's: "

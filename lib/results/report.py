@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import RELEVANT, THRESHOLDS
 from lib.stages.files import read_json
 
 ALL = ""  # "language" of a metric over all rows
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
 FEW_QUERIES = 30  # an interval on fewer is marked
-AUROCS = ("auroc_4", "auroc_3", "auroc_5")  # the first that means something is the one to compare by
+# Systems are compared by the first of these that means something.
+AUROCS = {f"auroc_{level}": level for level in (RELEVANT, *THRESHOLDS)}
 WHAT_TO_DO = {  # where a trained system is below another one
     "student_human_labels": "the teacher's labels cost more than they bring",
     "student": "the teacher is the weaker one: other settings of stage 02, or more labels",
@@ -35,12 +37,11 @@ class Metric(NamedTuple):
     meaning: str
 
 
+ABOVE = "chance that P(level ≥ {0}) of a row of a level ≥ {0} is higher than that of another row"
 METRICS = {
     "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one; micro-F1 too"),
     "within_one": Metric("within one %", True, "rows whose most probable level is at most one off"),
-    "auroc_3": Metric("AUROC ≥3", False, "chance that P(level ≥ 3) is higher for a row of levels 3 to 5"),
-    "auroc_4": Metric("AUROC ≥4", False, "chance that P(level ≥ 4) is higher for a row of level 4 or 5"),
-    "auroc_5": Metric("AUROC ≥5", False, "chance that P(level = 5) is higher for a row of level 5"),
+    **{f"auroc_{k}": Metric(f"AUROC ≥{k}", False, ABOVE.format(k)) for k in THRESHOLDS},
     "ndcg_20": Metric("nDCG@20", False, "gain 2^(level − 1) − 1, mean over queries that have a gain"),
     "ndcg": Metric("nDCG, given gains", False, "likewise of all rows of a query, gains as --gains says"),
     "macro_f1": Metric("macro-F1", False, "mean over the levels of F1 of the most probable level"),
@@ -90,8 +91,8 @@ def meaningful(levels):
     found, splits = {"accuracy", "ndcg_20", "ndcg", "macro_f1", "ece", "kl_to_teacher"}, set()
     if len(levels) > 2 and (np.diff(levels) == 1).any():
         found.add("within_one")
-    for name in AUROCS:
-        above = sum(used >= int(name[-1]) for used in levels)
+    for name, level in AUROCS.items():
+        above = sum(used >= level for used in levels)
         if 0 < above < len(levels) and above not in splits:
             found.add(name)
             splits.add(above)
@@ -263,7 +264,7 @@ def by_language(table, evaluation):
 
 def beside_the_paper(table):
     """The paper's figures, where five levels make them comparable at all."""
-    if {"auroc_3", "auroc_4", "auroc_5"} - set(metrics_of(table)):
+    if AUROCS.keys() - set(metrics_of(table)):
         return []
     lines = ["## Beside the paper", "", "The paper's rows are its own data and models; they are here for "
              "orientation, not for comparison of the numbers."]  # fmt: skip

@@ -5,26 +5,21 @@ Ours: the paper ranks by scores, and needs no calibrated ones.
 """
 
 import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 
+from common import at_temperature
 from lib.inputs.inherited import students_of
 from lib.tables.splits import in_hash_split
 
 
-def at_temperature(p, temperature):
-    """Probabilities [B, C] -> p^(1/T), normalized: the softmax of the logits divided by T."""
-    log_p = np.log(np.maximum(p, 1e-12)) / temperature
-    p = np.exp(log_p - log_p.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
 def fit_temperature(y, p):
     """The temperature that makes labels [B] most probable (Guo et al., 2017, section 4.2)."""
-    rows = np.arange(len(y))
+    p, rows = torch.from_numpy(p).clamp(min=1e-12), np.arange(len(y))
 
     def loss(log_temperature):
         scaled = at_temperature(p, np.exp(log_temperature))
-        return -np.log(scaled[rows, y - 1]).mean()
+        return -scaled[rows, y - 1].log().mean().item()
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 

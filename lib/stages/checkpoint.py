@@ -7,6 +7,7 @@ from lib.stages.files import whole_file
 from lib.stages.terminal import Stop
 
 CHECKPOINT = "checkpoint.pt"  # what a finished stage does not need any more
+SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # primes: one number for each (seed, step, process)
 
 
 class Checkpoints:
@@ -32,6 +33,12 @@ class Checkpoints:
             print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items()))
         self.state["log"].append({**line, **scores})
         self.save()
+
+
+def seed_step(seed, step, process=0):
+    """Seeds a training step's dropout, each step of each process by a number of its own: a resumed run equals
+    an undisturbed one."""
+    torch.manual_seed(seed * SEED_STRIDE + step * STEP_STRIDE + process)
 
 
 def save_checkpoint(path, model, optimizer, train_state):
