@@ -1,7 +1,8 @@
 """What the paper's method would cost on your data: parameters, memory, hours, money, disk. Loads no weights.
 
     python benchmarks/plan.py                                                 six teachers, the paper's rows
-    python benchmarks/plan.py --data DATASET_DIR --model google-t5/t5-base    your rows, one teacher
+    python benchmarks/plan.py --data DATASET_DIR --model google-t5/t5-base    your rows, one teacher; and
+                                                                              minutes of preset small here
     python benchmarks/plan.py --run RUN                                       rows of features that are there
 
 Speeds are those measured of Llama-3-8B's shape on one H200 (benchmarks/RESULTS.md); another teacher's follow
@@ -29,6 +30,7 @@ from lib.stages.settings import NonNegative, Positive  # noqa: E402
 from lib.stages.terminal import run_main  # noqa: E402
 from lib.tables.raw import RawTables  # noqa: E402
 
+this_machine = importlib.import_module("benchmarks.this_machine")
 stage02, stage03 = importlib.import_module("02_train_teacher"), importlib.import_module("03_label")
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())  # as published with the weights
 LLAMA_LINEAR = 6.98e9  # weights in the linear layers of Llama-3-8B: what the speeds are of
@@ -59,7 +61,7 @@ def counted(plan):
     if plan.data is not None:
         tables = RawTables(plan.data)
         train = "WHERE split = 'train'" if "split" in tables.types["labels"] else ""
-        labels = tables.ask(f"SELECT count(*) FROM raw_labels {train}")[0][0]
+        labels = int(tables.ask(f"SELECT count(*) FROM raw_labels {train}")[0][0])
         impressions = tables.count_rows()["impressions"]
         return replace(plan, labels=labels, impressions=impressions), str(plan.data)
     return plan, "the paper's, or as given"
@@ -154,6 +156,20 @@ def main(argv=None):
     for number, found in parts.items() if len(plan.model) == 1 else ():
         for part, what in found:
             print(f"{number}: {part / 1e9:6.2f} GB  {what}")
+
+    # 4. Preset small on this machine
+    if plan.data is not None:
+        for line in here(plan):
+            print(line)
+
+
+def here(plan):
+    """Minutes of preset small on this machine, with the encoder --model, or the preset's own."""
+    one = plan.model[0] if len(plan.model) == 1 else None
+    config = models.load_config(one) if one else AutoConfig.for_model(**this_machine.SHAPE)
+    if models.backbone_kind(config) == "decoder":
+        return ["preset small has an encoder as teacher: --model ENCODER reckons its minutes on this machine"]
+    return this_machine.minutes(RawTables(plan.data), plan, one or "a multilingual MiniLM", config)
 
 
 if __name__ == "__main__":

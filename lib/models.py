@@ -107,13 +107,18 @@ def is_model(model, trained_fingerprint):
         return False
 
 
-def empty_backbone(config, dtype=torch.float32):
-    """The backbone on the device "meta": its shapes alone."""
+def random_backbone(config, dtype=torch.float32):
+    """The backbone with random weights."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
+    return without_pooler(auto_class.from_config(config, dtype=dtype))
+
+
+def empty_backbone(config, dtype=torch.float32):
+    """The backbone on the device "meta": its shapes alone."""
     with torch.device("meta"):
-        return without_pooler(auto_class.from_config(config, dtype=dtype))
+        return random_backbone(config, dtype)
 
 
 def position_limit(config):

@@ -57,14 +57,30 @@ def test_one_teacher_in_parts_and_a_speed_of_ones_own(capsys):
     assert float(table(out)["meta-llama/Meta-Llama-3-8B"][6]) == pytest.approx(83.3, abs=0.2)
 
 
-def test_rows_are_those_of_the_run_or_of_the_dataset(run, toy, models, capsys):
+def test_rows_are_those_of_the_run_or_of_the_dataset(run, toy, models, capsys, monkeypatch):
     before = sorted(run.rglob("*"))
     plan.main(["--run", str(run), "--model", str(models["llama"])])
     out = capsys.readouterr().out
     assert f"300 labelled, 2,000 impressions ({run / 'features'})" in out and str(models["llama"]) in out
     assert sorted(run.rglob("*")) == before
+    monkeypatch.setattr(plan.this_machine, "seconds_of", lambda step, at_least=0: step() or 0.5)
     plan.main(["--data", str(toy), "--model", str(models["bert"])])
-    assert f"300 labelled, 2,000 impressions ({toy})" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"300 labelled, 2,000 impressions ({toy})" in out
+    cells = table(out.partition("on this machine")[2])
+    assert cells["02, 3 epochs"] == ["900", "64", "0.2"]  # 32 rows a step of half a second
+    assert cells["04, 20 epochs"][:2] == ["46,000", "512"] and "captions are not in it" in out
+    plan.main(["--data", str(toy), "--model", str(models["llama"])])
+    assert "has an encoder as teacher" in capsys.readouterr().out
+
+
+def test_tokens_of_a_pair_are_reckoned_by_characters(toy):
+    raw = plan.RawTables(toy)
+    queries, pins = (raw.ask(f"SELECT * FROM raw_{name}") for name in ("queries", "pins"))
+    query = sum(len(row[1]) for row in queries) / len(queries) / 4 + 2
+    pin = sum(min(len(row[1] or "") + len(row[2] or ""), 512) for row in pins) / len(pins) / 4 + 2
+    assert plan.this_machine.mean_tokens(raw, 128) == [int(query), int(pin), int(query + pin)]
+    assert plan.this_machine.mean_tokens(raw, 5) == [5, 5, 5]
 
 
 def test_a_model_that_is_not_the_papers(tmp_path, capsys):
