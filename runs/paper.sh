@@ -35,6 +35,9 @@
 #     fewer impressions   a tenth of them costs a tenth in 03; 04 --rows N shows what more of them would bring
 #     several machines    accelerate launch's own flags (--num_machines, --machine_rank, --main_process_ip);
 #                         RUN on a shared disk
+#     two processes on CPUs, of 02 and 03:
+#         accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
+#             --dynamo_backend no 03_label.py --device cpu
 [ $# -ge 1 ] || { echo "usage: bash runs/paper.sh DATASET_DIR"; exit 2; }
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 DATA="$(from_here "$1")"

@@ -135,7 +135,7 @@ def test_a_launch_that_starts_one_process_is_refused(monkeypatch, tmp_path):
 
 
 def test_torchrun_takes_run_for_its_own_option_unless_dashes_stand_before(tmp_path):
-    """README's line for CPUs."""
+    """The line for CPUs in runs/paper.sh."""
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1:])")
     code, log = launched(tmp_path, ["torch.distributed.run"], "--", script, "--run", "X")
