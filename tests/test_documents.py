@@ -71,7 +71,7 @@ def test_where_the_paper_is_in_the_code():
     for row in re.findall(r"^\|.*\|.*\|(.*)\|$", table, re.MULTILINE):
         path = None
         for name in re.findall(r"`([^`]*)`", row):
-            if "." in name or name.isdigit():
+            if name.endswith(".py") or name.isdigit():
                 [path] = ROOT.glob(f"{name}_*.py") if name.isdigit() else [ROOT / name]
                 assert path.exists(), name
             else:
