@@ -1,19 +1,15 @@
 """Amazon's Shopping Queries Dataset, ESCI (Reddy et al., 2022, arXiv 2206.06588, Apache-2.0) -> raw tables.
 
-    python data/from_esci.py SOURCE_DIR                    the reduced version, of task 1 (ranking)
-    python data/from_esci.py SOURCE_DIR --version large    all, of task 2 (classification)
+    python data/from_esci.py SOURCE_DIR --out data/esci
 
-SOURCE_DIR holds shopping_queries_dataset_examples.parquet and shopping_queries_dataset_products.parquet of
-github.com/amazon-science/esci-data, from its folder shopping_queries_dataset/.
+SOURCE_DIR holds the two Parquet files of github.com/amazon-science/esci-data, shopping_queries_dataset/.
 
-    title; brand, colour, bullet points, description     title; description, both without HTML
-    brand, colour                                        brand, color: categories
+    title; brand, colour, bullet points, description     title; description, without HTML; brand, color
     exact, substitute, complement, irrelevant            labels, as --levels says
     split test, of every locale                          labels to evaluate
     split train, of --train-locales; of other locales    labels to train; impressions, their labels hidden
 
-A product is one a locale, LOCALE-ASIN. A text that evaluates in one locale does not train in another: such
-rows are impressions. All is streamed: 1.8 million products need no more memory than --memory.
+A product is one a locale, LOCALE-ASIN. A text that evaluates in a locale trains in none: it is impressions.
 """
 
 import html
@@ -57,17 +53,16 @@ class Settings:
 EXAMPLES = """
     CREATE TABLE examples AS
     SELECT query_id::VARCHAR AS query_id, query, product_locale || '-' || product_id AS pin_id,
-           CASE product_locale {languages} END AS language, CASE esci_label {levels} END AS label,
+           MAP {languages}[product_locale] AS language, CASE esci_label {levels} ELSE NULL END AS label,
            CASE WHEN split = 'test' THEN 'eval'
-                WHEN product_locale IN ({trains}) AND NOT is_evaluated THEN 'train' END AS split
+                WHEN product_locale IN {trains} AND NOT is_evaluated THEN 'train' END AS split
     FROM (SELECT *, bool_or(split = 'test') OVER (PARTITION BY query_key(query)) AS is_evaluated
-          FROM {examples} WHERE {version}_version = 1 AND product_locale IN ({locales})
-          AND md5_number_lower(query_key(query)) % 1000000 < {share} * 1000000)
-    ORDER BY example_id"""
+          FROM {examples} WHERE {version}_version = 1 AND product_locale IN {locales}
+          AND md5_number_lower(query_key(query)) % 1000000 < {share} * 1000000) ORDER BY example_id"""
 TABLES = {
-    "pins": """SELECT product_locale || '-' || product_id AS pin_id, product_title AS title, concat_ws(' ',
-            product_brand, product_color, product_bullet_point, product_description) AS description,
-            product_brand AS brand, product_color AS color
+    "pins": """SELECT product_locale || '-' || product_id AS pin_id, product_title AS title,
+            product_brand AS brand, product_color AS color,
+            concat_ws(' ', brand, color, product_bullet_point, product_description) AS description
         FROM {products} WHERE pin_id IN (SELECT pin_id FROM examples)""",
     "queries": "SELECT DISTINCT query_id, query, language FROM examples ORDER BY ALL",
     "labels": "SELECT query_id, pin_id, label, split FROM examples WHERE split IS NOT NULL",
@@ -93,17 +88,16 @@ def without_html(batch):
 
 
 def convert(raw, settings):
-    """The two files -> tables in settings.out. raw: a Database."""
-    told = {"version": settings.version, "share": settings.share}
+    """The two files -> tables in settings.out."""
+    told = {"version": settings.version, "share": settings.share, "languages": LANGUAGE}
+    told |= {"locales": [*settings.locales], "trains": [*settings.train_locales]}  # written as in SQL
     for name in ("examples", "products"):
         path = settings.source / f"shopping_queries_dataset_{name}.parquet"
         if not path.is_file():
             raise Stop(f"{path}: missing; get it from github.com/amazon-science/esci-data")
         told[name] = f"read_parquet({listed([path])})"
-    for name, meaning in (("languages", LANGUAGE), ("levels", levels_of(settings.levels))):
-        told[name] = " ".join(f"WHEN {text_literal(key)} THEN {value!r}" for key, value in meaning.items())
-    for name, locales in (("locales", settings.locales), ("trains", settings.train_locales)):
-        told[name] = ", ".join(map(text_literal, locales))
+    levels = (levels_of(settings.levels) or {}).items()
+    told["levels"] = " ".join(f"WHEN {text_literal(label)} THEN {level}" for label, level in levels)
     raw.ask(EXAMPLES.format(**told))
     for name, sql in TABLES.items():
         if not raw.ask(f"SELECT 1 FROM ({sql.format(**told)}) LIMIT 1"):

@@ -2,7 +2,7 @@
 
     python data/from_ubi.py EXPORT.ndjson.gz … --out data/mine
 
-EXPORT     documents of ubi_queries and ubi_events, an object a line; other lines of a bulk request between
+EXPORT     documents of ubi_queries and ubi_events, one a line, as they are, as a bulk request, or as hits
 data/mine  a dataset that holds its pins, under the ids of the events' objects
 
     a search (ubi_queries, or an event's user_query,       queries: one a text, under the dataset's id, or one
@@ -40,20 +40,19 @@ class Settings:
     memory: str = "4GB"  # DuckDB's memory limit
 
 
-# A document's fields, however old its generation of the format. A bulk request's lines have none of them.
+# A document's fields, however old its generation of the format; a bulk request's lines have none of them.
 DOCUMENTS = """
     CREATE TABLE documents AS
-    SELECT query_id AS search, action_name AS action, TRY_CAST(query_response_hit_ids AS VARCHAR[]) AS hits,
-           nullif(event_attributes ->> '$.object.object_id', '') AS pin_id,
-           coalesce(user_query, CASE WHEN message_type = 'QUERY' THEN message END) AS text,
-           (action_name IS NOT NULL)::INT + (user_query IS NULL)::INT AS doubt,
-           coalesce(TRY_CAST(timestamp AS TIMESTAMPTZ) AT TIME ZONE 'UTC',
-               epoch_ms(TRY_CAST(timestamp AS BIGINT) * if(length(timestamp) < 12, 1000, 1))) AS moment
-    FROM read_json({files}, format = 'newline_delimited', maximum_object_size = 67108864, columns = {{
-        query_id: 'VARCHAR', action_name: 'VARCHAR', user_query: 'VARCHAR', message: 'VARCHAR',
-        message_type: 'VARCHAR', timestamp: 'VARCHAR', event_attributes: 'JSON',
-        query_response_hit_ids: 'JSON'}})
-    WHERE query_id IS NOT NULL OR action_name IS NOT NULL"""
+    SELECT d ->> 'query_id' AS search, d ->> 'action_name' AS action, d ->> 'timestamp' AS stamp,
+           nullif(d ->> '$.event_attributes.object.object_id', '') AS pin_id,
+           TRY_CAST(d -> 'query_response_hit_ids' AS VARCHAR[]) AS hits, d ->> 'user_query' AS typed,
+           coalesce(typed, CASE WHEN d ->> 'message_type' = 'QUERY' THEN d ->> 'message' END) AS text,
+           (action IS NOT NULL)::INT + (typed IS NULL)::INT AS doubt,
+           coalesce(TRY_CAST(stamp AS TIMESTAMPTZ) AT TIME ZONE 'UTC',
+               epoch_ms(TRY_CAST(stamp AS BIGINT) * if(length(stamp) < 12, 1000, 1))) AS moment
+    FROM (SELECT coalesce(json -> '_source', json) AS d
+          FROM read_ndjson_objects({files}, maximum_object_size = 67108864))
+    WHERE search IS NOT NULL OR action IS NOT NULL"""
 # One text a search: rather that of ubi_queries than an event's, rather user_query than a message.
 SEARCHES = """
     CREATE TABLE searches AS

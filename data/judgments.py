@@ -153,7 +153,7 @@ def write_judgments(path, judgments, name):
             FORMATS[name][2](file, judgments)
         except ValueError as error:
             raise Stop(f"{path}: {error}") from None
-    print(f"{path}: {name}")
+    print(f"wrote {path}, {name}")
 
 
 def main(argv=None):

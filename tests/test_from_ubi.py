@@ -58,7 +58,10 @@ def export(path, documents, bulk=True):
     lines = []
     for document in documents:
         index = "ubi_events" if "action_name" in document else "ubi_queries"
-        lines += [json.dumps({"index": {"_index": index, "_id": "1"}})] if bulk else []
+        if bulk:
+            lines.append(json.dumps({"index": {"_index": index, "_id": "1"}}))
+        else:  # as hits of a search
+            document = {"_index": index, "_id": "1", "_source": document}
         lines.append(json.dumps(document, ensure_ascii=False))
     text = ("\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
