@@ -278,7 +278,7 @@ def test_presets_are_what_they_say():
         }
     small = trainer.PRESETS["small"]
     assert small.encoder_lr == 1e-4 and small.head_lr == 1e-3
-    assert small.epochs == 3 and replace(trainer.TOY) == trainer.PRESETS["toy"]
+    assert small.epochs is None and replace(trainer.TOY) == trainer.PRESETS["toy"]
 
 
 # ------------------------------------------------------------------------------------------------------------

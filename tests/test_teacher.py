@@ -452,6 +452,14 @@ def test_epochs_and_seeds_shuffle_anew_and_batches_have_little_padding():
     assert 1.2 * lengths.sum() < positions(np.array_split(np.arange(2_000), 63))
 
 
+def test_few_rows_have_more_epochs():
+    """About 400 steps; 3 epochs where these are more."""
+    assert trainer.passes_over(100_000, 32) == trainer.passes_over(32 * 133, 32) == 3
+    assert trainer.passes_over(32 * 100, 32) == 4
+    assert trainer.passes_over(476, 32) * 15 == 405
+    assert trainer.passes_over(7, 32) == 400
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 300), st.integers(1, 5))
 def test_micro_batches(lengths, budget, world):
     lengths = np.array(lengths)
