@@ -13,12 +13,12 @@ for are listed in its skipped_judgments.csv.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import expected_level  # noqa: E402
@@ -39,8 +39,8 @@ READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "impressions/*")
 class Settings:
     """What is converted, and how."""
 
-    source: Positional[Path]  # a file, a run, or a dataset with labels
-    target: Positional[Path]  # a file, or a dataset with pins
+    source: Positional[Annotated[Path, arg(metavar="FROM")]]  # a file, a run, or a dataset with labels
+    target: Positional[Annotated[Path, arg(metavar="TO")]]  # a file, or a dataset with pins
     format: Literal[tuple(FORMATS)] | None = None  # of a file whose name does not say it; of two: the source
     labels: Literal["teacher", "human"] = "teacher"  # of a run: 03's or people's
     levels: str = ""  # what ratings in a file mean, such as 100=5,10=4,1=3,0=1 (default: they are levels)

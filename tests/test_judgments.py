@@ -160,6 +160,7 @@ def test_the_answer_to_a_search_for_a_list_is_read(tmp_path):
     assert read_judgments(path) == [Judgment(CHAIR, "red chair", "p1", 3)]
 
 
+RATED = '{"judgmentRatings": [{"query": "a", "ratings": [{"docId": "%s", "rating": %s}]}]}'
 WRONG = [  # format, what is in the file, what the line says
     ("qrels", "q1 0 p1 1\nq1 0 pin one 1\n", "line 2"),
     ("qrels", "q1 0 p1 high\n", "high"),
@@ -180,6 +181,8 @@ WRONG = [  # format, what is in the file, what the line says
     ("workbench", "[]", "workbench"),
     ("workbench", "[" * 100_000, "workbench"),
     ("workbench", '{"name": "x"}', "judgmentRatings"),
+    ("workbench", RATED % ("\\ud800", "1"), "utf-8"),  # half a character
+    ("workbench", RATED % ("p", "1" + 400 * "0"), "too large"),
     ("workbench", '{"judgmentRatings": [{"query": "a", "ratings": [{"docId": null, "rating": 1}]}]}', "None"),
     (
         "workbench",

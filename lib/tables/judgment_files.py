@@ -180,6 +180,7 @@ def checked(judgment):
     """A rated Judgment as a reader finds it -> one with numbers and plain texts, or ValueError."""
     query_id, query, pin, rating, title = judgment
     pin, number, query = pin.strip(), float(rating), query and query.strip()
+    f"{pin}{query}".encode()  # JSON may hold halves of characters, UTF-8 has none
     if not pin or not math.isfinite(number) or not (query or query_id):
         raise ValueError(f"no query, no id or no rating: {tuple(judgment)}")
     return Judgment(query_id or query_id_of(query), query, pin, number, title)
@@ -188,9 +189,9 @@ def checked(judgment):
 def read_judgments(path, name=None):
     """A file's Judgments, those of a query together, each pair once. A query whose text is known is this text
     (query_key), whatever its id; without an id it has one made of it."""
-    ids, found, unrated = {}, {}, 0
+    name, ids, found, unrated = format_of(path, name), {}, {}, 0
     try:
-        for judgment in FORMATS[format_of(path, name)][1](path):
+        for judgment in FORMATS[name][1](path):
             if judgment.rating is None or judgment.rating == "":
                 unrated += 1
                 continue
@@ -201,9 +202,9 @@ def read_judgments(path, name=None):
             first = found.setdefault((key, judgment.pin_id), judgment)
             if first.rating != judgment.rating:
                 raise ValueError(f"two ratings of a pair: {tuple(first)}, {tuple(judgment)}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except Exception as error:  # of decoding, csv, json, float, or content of another shape
         problem = f"no {error}" if isinstance(error, LookupError) else first_line(error)
-        raise Stop(f"{path}: not read as {format_of(path, name)} ({problem})") from None
+        raise Stop(f"{path}: not read as {name} ({problem})") from None
     if not found:
         raise Stop(f"{path}: no judgment in it")
     left_out = f"; {unrated:,} without a rating" if unrated else ""
