@@ -32,10 +32,11 @@ from lib.inputs.inherited import require_teacher, require_trained_on, teacher_id
 from lib.inputs.match import match_names
 from lib.inputs.pairs import count_rows, read_labelled, write_labels
 from lib.inputs.pool import fit_pool, write_pool
-from lib.inputs.rows import PairShards, tokenized, unique_rows
+from lib.inputs.rows import tokenized_shards, unique_rows
 from lib.results import summary
 from lib.stages.processes import start_processes, start_stage
-from lib.stages.settings import Count, ModelSettings, Size, parse
+from lib.stages.settings import Count, ModelSettings, parse
+from lib.stages.streams import ahead
 from lib.stages.terminal import progress_bar, run_main, stop_on_error
 from lib.tables.splits import in_hash_split
 
@@ -49,14 +50,13 @@ class Settings(ModelSettings):
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
-    workers: Size = 0  # processes that tokenize ahead of the model; 0: none
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
 
 
 TOY = Settings()
 SMALL = replace(TOY, preset="small", precision="auto")
 # Our choice but for the pool, which the paper does not have; labels depend on that and the precision alone.
-PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, workers=4, pool="none")
+PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 CHECKED_ROWS = 256  # rows labelled before and after LoRA is merged, to report how far labels move
 
@@ -131,11 +131,11 @@ def open_text(settings, about, model):
     return text
 
 
-def label_shards(teacher, shards, target, settings, bar):
+def label_shards(teacher, shards, pad_id, target, settings, bar):
     """Labels shard after shard into target(path of the shard), each written whole or not at all. Returns the
     numbers of rows and of passes of the teacher."""
-    counts, pad_id = np.zeros(2, np.int64), shards.text.tokenizer.pad_token_id
-    for path, rows in tokenized(shards, settings.workers):
+    counts = np.zeros(2, np.int64)
+    for path, rows in ahead(shards, depth=1):
         labels, passes = label_shard(teacher, rows, pad_id, settings.batch_tokens, bar.update)
         write_labels(target(path), labels)
         bar.update(len(rows) - passes)
@@ -183,7 +183,7 @@ def main(argv=None):
     accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same list
 
     # 3. The teacher, LoRA merged
-    [(_, rows)] = PairShards(features, text, [labelled])
+    [(_, rows)] = tokenized_shards(features, text, [labelled])
     require_trained_on(settings.run, read["teacher"], rows)
     pad_id = text.tokenizer.pad_token_id
     teacher, moved = load_teacher(settings, rows[:CHECKED_ROWS], pad_id, accelerator.device, dtype)
@@ -194,9 +194,10 @@ def main(argv=None):
         print(f"shards: {len(paths)}, of which {len(todo)} to label; {processes}")
 
     # 4. Soft labels, one output shard an input shard
-    shards = PairShards(features, text, todo[accelerator.process_index :: accelerator.num_processes])
-    with progress_bar(total=count_rows(shards.paths), unit=" rows", disable=not is_main) as bar:
-        counts = label_shards(teacher, shards, target, settings, bar)
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    shards = tokenized_shards(features, text, mine)
+    with progress_bar(total=count_rows(mine), unit=" rows", disable=not is_main) as bar:
+        counts = label_shards(teacher, shards, pad_id, target, settings, bar)
     accelerator.wait_for_everyone()
 
     # 5. What the match features say, pooled with that (ours)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from common import Student, at_temperature, linear_warmup_decay
 from lib.inputs.inherited import require_languages, require_pairs
-from lib.inputs.pairs import PairFiles, TrainingRows, ahead
+from lib.inputs.pairs import PairFiles, TrainingRows
 from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
@@ -47,6 +47,7 @@ from lib.stages.settings import (
     parse,
 )
 from lib.stages.stage import Stage
+from lib.stages.streams import ahead
 from lib.stages.terminal import Stop, progress_bar, run_main
 
 
@@ -195,7 +196,7 @@ def train(student, rows, inputs, held_out, settings, device, work):
         print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")
     for epoch in range(state["epoch"], settings.epochs):
         steps = rows.batches(epoch, skip=state["step"])
-        batches = ahead(tensors(inputs, batch, device) for batch in steps)
+        batches = ahead((tensors(inputs, batch, device) for batch in steps), depth=4)
         loss = train_epoch(student, optimizer, batches, settings, planned, checkpoints)
         scores = {"epoch": epoch + 1, "loss": loss / rows.total}
         scores |= held_out_scores(student, inputs, held_out, device)

@@ -44,7 +44,6 @@ class Settings(StageSettings):
     resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
     gains: str = ""  # 5=1,4=0.1,3=0.01: adds nDCG of whole lists with these gains of levels, and macro-F1
-    temperatures: bool = False  # measure probabilities at the temperatures fitted on held-out queries
     seed: Size = 0  # of the bootstrap
 
 
@@ -365,8 +364,6 @@ def main(argv=None):
     # 3. Temperatures
     temperatures = fit_temperatures(read, train, run, trained_system)
     scaled = calibrated(systems, temperatures, y, query, settings)
-    if settings.temperatures:
-        systems |= {name: (p, expected_level(p)) for name, p in scaled.items()}
 
     # 4. Metrics
     levels = np.union1d(train["label"], y)
@@ -386,7 +383,7 @@ def main(argv=None):
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")
     cards.write_cards(run, read, table, stage.work / "cards")
-    stage.finish(rows=counts, temperatures=temperatures)
+    stage.finish(rows=counts)
     print(f"report: {stage.folder / 'report.md'}")
 
 

@@ -378,8 +378,8 @@ class Student(nn.Module):
         try:
             student = cls(read_json(Path(folder) / "features.json"))
             student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise Stop(f"{folder}: no student of this version; run 04 again with --overwrite") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Stop(f"{folder}: no student of this version; run 04 again with --overwrite") from error
         return student.eval()
 
 

@@ -408,7 +408,7 @@ def measure_labels(args, impressions, run, model, line):
     if impressions > args.label_rows or "03" not in args.stages:
         random_labels(run)
         return
-    seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768, "--workers", 1])
+    seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
     line("03, one-layer teacher", impressions / seconds, seconds, peak)
 
 

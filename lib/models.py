@@ -20,17 +20,17 @@ from torch.nn.utils.rnn import pad_sequence
 from lib.stages.files import fingerprint, read_json
 from lib.stages.terminal import Stop, stop_on_error
 
-# On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a shape,
-# about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers of a batch
-# share a few. Read at the first product; both limits are needed.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-
 
 def quiet_libraries():
-    """Turns off what libraries print beside the point (load reports, advisories, progress bars)."""
+    """Turns off what libraries print beside the point (load reports, advisories, progress bars), and bounds
+    what they keep. For a main(), before a model computes."""
     import transformers
 
+    # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a
+    # shape, about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers
+    # of a batch share a few. Read at the first product; both limits are needed.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

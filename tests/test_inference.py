@@ -1,11 +1,9 @@
-"""Stage 03's own functions: LoRA merged, bf16 on every CPU, shards tokenized ahead by workers."""
+"""Stage 03's own functions: LoRA merged, bf16 on every CPU, shards tokenized ahead."""
 
-import pickle
 import subprocess
 import sys
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,8 +11,8 @@ from helpers import environment, stage, stop_line
 
 from common import PairText, Teacher
 from lib import models as loading
-from lib.inputs.rows import PairShards, tokenized
-from lib.stages.terminal import Stop
+from lib.inputs.rows import read_fields, tokenized_shards
+from lib.stages.streams import ahead
 
 labeller = stage("03")
 
@@ -62,82 +60,30 @@ def test_merging_is_the_formula(models, tmp_path, dtype, quantize):
     assert exact.dtype == torch.float32 and torch.equal(teacher.backbone.rotary_emb.inv_freq, exact)
 
 
-@pytest.fixture
-def shards(features, models):
+def test_a_query_that_does_not_fit_is_one_line_from_the_thread_too(features, models):
     tokenizer = loading.load_tokenizer(models["bert"], loading.load_config(models["bert"]))
-    text = PairText(tokenizer, "encoder", ("title", "boards"), 48)
-    return PairShards(features, text, sorted(features.glob("impressions/part-*.parquet")))
+    text = PairText(tokenizer, "encoder", ("title", "boards"), 3)
+    shards = tokenized_shards(features, text, sorted(features.glob("impressions/part-*.parquet")))
+    assert "tokens" in stop_line(lambda: list(ahead(shards, depth=1)))
 
 
-def test_shards_tokenized_by_workers_are_those_of_none(shards):
-    alone, ahead = (list(tokenized(shards, workers)) for workers in (0, 2))
-    assert [path for path, _ in alone] == [path for path, _ in ahead] == shards.paths
-    for (path, one), (_, other) in zip(alone, ahead):
-        assert len(one) == len(other) == pq.read_metadata(path).num_rows
-        assert all(np.array_equal(a, b) for a, b in zip(one, other))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_stop_in_a_worker_is_one_line(shards, workers):
-    shards.text.max_tokens = 3
-    line = stop_line(lambda: list(tokenized(shards, workers)))
-    assert "tokens" in line and "Traceback" not in line
-    assert issubclass(Stop, Exception)
-
-
-KILLED = {
-    "03": """
-import pickle
-from lib.inputs.rows import tokenized
-made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
-""",
-    "01": """
-from lib.inputs.bm25 import mapped
-made = mapped(len, ["pin" * 1_000_000] * 50, workers=2)
-""",
-}
-
-
-@pytest.mark.parametrize("which", KILLED)
-def test_workers_end_with_a_stage_that_is_killed(shards, tmp_path, which):
-    """Also one whose next shard nobody takes: more than a pipe holds. The pipe of the stage's output is at
-    its end only when nobody has it any more."""
-    pairs = pa.table({"query_index": np.zeros(20_000, np.int32), "pin_index": np.zeros(20_000, np.int32)})
-    pq.write_table(pairs, tmp_path / "part.parquet")
-    shards.paths = [tmp_path / "part.parquet"] * 9
-    (tmp_path / "shards").write_bytes(pickle.dumps(shards))
-    code = "import sys" + KILLED[which] + "next(made)\nprint('made', flush=True)\nsys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path / "shards")]
+def test_processes_that_count_words_end_with_a_stage_that_is_killed():
+    """The pipe of the stage's output is at its end only when nobody has it any more."""
+    code = """if True:
+    import sys
+    from lib.inputs.bm25 import mapped
+    made = mapped(len, ["pin" * 1_000_000] * 50, workers=2)
+    next(made)
+    print('made', flush=True)
+    sys.stdin.read()"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=environment(1), text=True) as killed:
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, env=environment(1), text=True) as killed:
         assert killed.stdout.readline() == "made\n"
         killed.kill()
         assert killed.communicate(timeout=60)[0] == ""
 
 
-def test_a_worker_that_is_killed_is_one_line(shards, tmp_path):
-    shards.paths = shards.paths * 9
-    (tmp_path / "shards").write_bytes(pickle.dumps(shards))
-    code = """
-import multiprocessing, os, pickle, signal, sys
-from lib.inputs.rows import tokenized
-from lib.stages.terminal import run_main
-
-def main():
-    made = tokenized(pickle.load(open(sys.argv[1], "rb")), workers=1)
-    next(made)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    list(made)
-
-run_main(main)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "shards")]
-    done = subprocess.run(command, env=environment(1), text=True, capture_output=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: DataLoader worker") and "--workers" in done.stderr
-
-
-def test_pins_are_read_group_by_group(shards):
-    pins = pq.read_table(shards.features / "pins.parquet")
-    some = np.array([0, 3, 4, 50, 99])
-    assert shards.read_pins(some) == {name: pins[name].take(some).to_pylist() for name in ("title", "boards")}
+def test_pins_are_read_group_by_group(features):
+    path, fields = features / "pins.parquet", ("title", "boards")
+    pins, some = pq.read_table(path), np.array([0, 3, 4, 50, 99])
+    assert read_fields(path, fields, some) == {name: pins[name].take(some).to_pylist() for name in fields}

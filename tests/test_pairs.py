@@ -11,6 +11,7 @@ from helpers import stage, stop_line, synthetic
 
 from lib.inputs import pairs
 from lib.inputs.match import MATCH_FEATURES
+from lib.stages import streams
 from lib.stages.files import write_parquet
 from lib.tables.database import Database
 from lib.tables.splits import hash_split, in_hash_split, query_key
@@ -308,8 +309,8 @@ def test_labels_that_are_no_numbers_are_named(tmp_path, name, value):
 
 
 def test_prepared_ahead_in_order_and_errors_arrive():
-    assert list(pairs.ahead(iter(range(20)), depth=3)) == list(range(20))
-    assert list(pairs.ahead(iter([]))) == []
+    assert list(streams.ahead(iter(range(20)), depth=3)) == list(range(20))
+    assert list(streams.ahead(iter([]), depth=4)) == []
 
     def fail():
         yield from range(5)
@@ -317,7 +318,7 @@ def test_prepared_ahead_in_order_and_errors_arrive():
 
     got = []
     with pytest.raises(RuntimeError, match="broken shard"):
-        for x in pairs.ahead(fail()):
+        for x in streams.ahead(fail(), depth=4):
             got.append(x)
     assert got == list(range(5))
 
@@ -331,5 +332,5 @@ def test_no_more_is_prepared_than_asked_for():
             made.append(x)
             yield x
 
-    for x in pairs.ahead(batches(), depth=3):
+    for x in streams.ahead(batches(), depth=3):
         assert len(made) <= x + 1 + 3

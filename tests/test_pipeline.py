@@ -145,7 +145,7 @@ def test_soft_labels(pipeline):
     tokenizer = load_tokenizer(run / "teacher" / "tokenizer", load_config(about["model"]))
     text = common.PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"])
     paths = [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]
-    for path, rows in stage("03").PairShards(features, text, paths):
+    for path, rows in stage("03").tokenized_shards(features, text, paths):
         labels = table(run / "labels" / path.relative_to(features))
         assert labels.column_names == ["p1", "p2", "p3", "p4", "p5"]
         assert {str(kind) for kind in labels.schema.types} == {"float"}

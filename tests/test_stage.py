@@ -23,7 +23,7 @@ from lib.stages.hardware import pick_device
 from lib.stages.processes import start_stage
 from lib.stages.settings import Count, Share, Size, StageSettings, parse
 from lib.stages.stage import Stage
-from lib.stages.terminal import Stop, run_main
+from lib.stages.terminal import Stop, run_main, stop_on_error
 
 
 @dataclass(frozen=True)
@@ -465,6 +465,18 @@ def test_what_went_wrong_is_one_line(tmp_path, capsys):
     )
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         run_main(raises(ZeroDivisionError()))
+
+
+def test_debug_shows_what_lies_behind_a_line(monkeypatch):
+    def main():
+        with stop_on_error("no model"):
+            raise KeyError("hidden_size")
+
+    assert ended(main) == "error: no model ('hidden_size')"
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(Stop) as shown:
+        run_main(main)
+    assert isinstance(shown.value.__cause__, KeyError)
 
 
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 from common import NUM_LEVELS, RELEVANT, at_least
-from lib.inputs.regression import fit_regression
+from lib.inputs.regression import fit_regression, one_hot
 
 
 def prior_scores(rows):
@@ -37,7 +37,7 @@ def untrained_scores(rows, x):
     """Loss, accuracy and AUROC of P(label >= RELEVANT) on the held-out rows: of a regression of the training
     rows' labels on features x [N, F]."""
     level = rows.levels.numpy() + 1
-    regression = fit_regression(x[rows.train], level[rows.train])
+    regression = fit_regression(x[rows.train], one_hot(level[rows.train]))
     p, level = regression.probabilities(x[rows.held_out]), level[rows.held_out]
     loss = -np.log(p[np.arange(len(p)), level - 1]).mean()
     right = (p.argmax(1) + 1 == level).mean()

@@ -5,8 +5,6 @@ of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C
 """
 
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -268,13 +266,3 @@ def moments_of(match):
     values = np.where(known, match, 0).astype(np.float64)
     squares = values**2
     return np.stack([known.sum(0), values.sum(0), squares.sum(0)])
-
-
-def ahead(batches, depth=4):
-    """What a generator yields, made by a thread up to `depth` items before its use (while NumPy gathers,
-    other threads run)."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(next, batches, None))
-            yield batch

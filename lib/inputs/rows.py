@@ -1,22 +1,17 @@
-"""Rows of token ids for the teacher: read and tokenized ahead of it, compared, dealt out to steps, processes
-and forward passes. Stages 02 and 03.
+"""Rows of token ids for the teacher: read and tokenized, compared, dealt out to steps, processes and forward
+passes. Stages 02 and 03.
 
 With any batches of the same rows a step has the same gradients.
 """
 
+import functools
 import hashlib
-import multiprocessing
-import os
-import threading
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common import pad_rows
-from lib.models import quiet_libraries
-from lib.stages.terminal import Stop
 from lib.tables.splits import hash_split, in_hash_split, query_key
 
 
@@ -75,67 +70,29 @@ def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
     return [text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin)]
 
 
-class PairShards(IterableDataset):
-    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs. Of several workers each one
-    takes its share of the shards."""
-
-    def __init__(self, features, text, paths):
-        self.features, self.text, self.paths = features, text, paths
-
-    def __iter__(self):
-        worker = get_worker_info()
-        if worker is not None:
-            quiet_libraries()
-        queries = pq.read_table(self.features / "queries.parquet", columns=["query"])["query"]
-        for path in self.paths if worker is None else self.paths[worker.id :: worker.num_workers]:
-            pairs = pq.read_table(path, columns=["query_index", "pin_index"])
-            query_index, pin_index = pairs["query_index"].to_numpy(), pairs["pin_index"].to_numpy()
-            try:
-                yield path, tokenize_pairs(self.text, queries, self.read_pins, query_index, pin_index)
-            except Stop as error:  # a worker's exception would come with its traceback
-                yield path, error
-
-    def read_pins(self, pins):
-        """Text columns of pins (sorted row numbers), one row group in memory at a time."""
-        columns = {name: [] for name in self.text.fields}
-        file, start = pq.ParquetFile(self.features / "pins.parquet", memory_map=True), 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            inside = pins[(pins >= start) & (pins < end)] - start
-            if len(inside):
-                table = file.read_row_group(group, columns=list(columns)).take(inside)
-                for name, values in columns.items():
-                    values += table[name].to_pylist()
-            start = end
-        return columns
+def tokenized_shards(features, text, paths):
+    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs."""
+    queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
+    read_pins = functools.partial(read_fields, features / "pins.parquet", text.fields)
+    for path in paths:
+        pairs = pq.read_table(path, columns=["query_index", "pin_index"])
+        query_index, pin_index = pairs["query_index"].to_numpy(), pairs["pin_index"].to_numpy()
+        yield path, tokenize_pairs(text, queries, read_pins, query_index, pin_index)
 
 
-def tokenized(shards, workers):
-    """What the shards yield, in their order, made ahead of its use by `workers` processes."""
-    workers = min(workers, len(shards.paths))
-    context = "spawn" if workers else None
-    options = {"batch_size": None, "collate_fn": as_it_is, "worker_init_fn": end_with_parent}
-    for path, rows in DataLoader(shards, num_workers=workers, multiprocessing_context=context, **options):
-        if isinstance(rows, Stop):
-            raise rows
-        yield path, rows
-
-
-def end_with_parent(number):
-    """In a worker process: ends it when its parent is gone, however that ended. By itself it would wait for
-    ever for somebody to take what it has made. number: the worker's, of no use here."""
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def as_it_is(shard):
-    """Keeps DataLoader from turning arrays into tensors."""
-    return shard
+def read_fields(path, fields, pins):
+    """Text columns of pins (sorted row numbers) of pins.parquet, one row group in memory at a time."""
+    columns = {name: [] for name in fields}
+    file, start = pq.ParquetFile(path, memory_map=True), 0
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        inside = pins[(pins >= start) & (pins < end)] - start
+        if len(inside):
+            table = file.read_row_group(group, columns=list(columns)).take(inside)
+            for name, values in columns.items():
+                values += table[name].to_pylist()
+        start = end
+    return columns
 
 
 def hash_rows(rows, *columns):

@@ -282,7 +282,7 @@ def of_temperatures(temperatures):
         return [*lines, "No training query was held out to tell, or there were too few.", ""]
     lines += [
         "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
-        "on. It is in temperatures.json; `05_evaluate.py --temperatures` measures with it."
+        "on. It is in temperatures.json; a service takes it (`Ranker(…, temperature=…)`)."
     ]
     body = []
     for system, found in temperatures.items():

@@ -1,7 +1,5 @@
 """What stages 02, 03 and 04 print before and after their work."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -11,12 +9,8 @@ from lib.inputs.pairs import mean_label
 from lib.results.export import input_names
 from lib.stages.hardware import dtype_name
 
+TOY_WEIGHTS = 10_000_000  # of a larger model the learning rates of --preset toy are too high
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
-
-
-def is_stand_in(model):
-    """Is this one of the toy's models, data/toy/models/NAME?"""
-    return (Path(model).parent / "figures.json").exists()
 
 
 def count_weights(model, trained=False):
@@ -31,9 +25,9 @@ def describe_teacher(teacher, finetuning, rows, settings):
     how, dtype = FINETUNING[finetuning], dtype_name(teacher.dtype)
     print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
     print(f"{how}: {weights:,} weights; {dtype}")
-    if settings.preset == "toy" and not is_stand_in(settings.model):
+    if settings.preset == "toy" and count_weights(teacher) > TOY_WEIGHTS:
         rate = settings.encoder_lr if finetuning == "full" else settings.lr
-        print(f"--preset toy, learning rate {rate:g}, is for the toy's stand-in models: try --preset small")
+        print(f"--preset toy, learning rate {rate:g}, is for tiny models: try --preset small")
     describe_rows(rows, settings.max_tokens)
     describe_held_out(rows)
 

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,16 @@ def slices(tables, rows):
             waiting = waiting.slice(rows)
     if waiting is not None and len(waiting):
         yield waiting
+
+
+def ahead(items, depth):
+    """What a generator yields, made by a thread up to `depth` items before its use: while that computes, the
+    libraries of the one or the other let Python run."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
 
 
 def chosen(lists, choice, size):

@@ -15,8 +15,11 @@ class Stop(Exception):
 
 
 def run_main(main):
-    """Runs a script's main(). What went wrong: one line on stderr and exit status 1 (interrupted: 130)."""
+    """Runs a script's main(). What went wrong: one line on stderr and exit status 1 (interrupted: 130). With
+    DEBUG=1 in the environment: its traceback."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if os.environ.get("DEBUG"):
+        return main()
     try:
         main()
     except Stop as error:
@@ -32,8 +35,6 @@ def run_main(main):
             sys.exit("error: the disk is full; what was finished is whole, the same command continues")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
-        if str(error).startswith("DataLoader worker"):  # the system kills one where memory runs out
-            sys.exit(f"error: {first_line(error)} Too little memory? Fewer --workers need less")
         if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
         if number in (errno.ENAMETOOLONG, errno.ELOOP):
