@@ -203,10 +203,24 @@ def test_kappa_is_that_of_both_orders(tmp_path):
     assert f"agree in 67%, weighted kappa {kappa:.2f}" in line
 
 
-def test_a_rater_rates_a_pair_once(tmp_path):
+def test_all_ratings_of_a_pair_count_and_without_raters_there_is_one(tmp_path):
     ratings = [("q1", "007", "ann", 5), ("q1", "007", "ann", 4), ("q2", "p3", "bob", 1)]
-    with pytest.raises(Stop, match="'q1', '007'"):
-        rated(tmp_path, ratings)
+    raw = rated(tmp_path / "raters", ratings)
+    assert raw.ask("SELECT label FROM raw_labels ORDER BY ALL") == [(1,), (4,)]
+    tables = small_dataset()
+    tables["labels"] = {"query_id": ["q1", "q1"], "pin_id": ["007", "007"], "label": [5, 4]}
+    line = stop_line(RawTables(write_dataset(tmp_path / "none", tables)).check)
+    assert "'q1', '007'" in line and "A column 'rater' names them" in line
+
+
+def test_the_labels_that_there_are_are_named(tmp_path):
+    tables = small_dataset()
+    tables["labels"]["label"] = ["yes", "no", "partly"]
+    line = stop_line(RawTables(write_dataset(tmp_path / "words", tables)).check)
+    assert "--levels says what other labels mean" in line and line.endswith("there are no, partly, yes")
+    tables["labels"]["label"] = [0, 3, 1]
+    line = stop_line(RawTables(write_dataset(tmp_path / "numbers", tables)).check)
+    assert "outside 1, 2, 3, 4, 5" in line and line.endswith("there are 0, 1, 3")
 
 
 def test_a_rating_outside_the_levels_is_said_though_the_median_is_inside(tmp_path):

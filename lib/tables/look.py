@@ -15,6 +15,7 @@ from lib.tables.raw import REQUIRED, kinds_of
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
 SOUGHT = {"pins": ("title", "description", "image"), "queries": ("query", "language"), "labels": ("label",)}
+URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
 JSON = "ltrim(v)[1] IN ('{', '[')"  # in SQL, of a value v
 
 
@@ -75,8 +76,7 @@ def lines_of(columns):
 def oddities(raw, columns):
     """Lines on what is odd: URLs as pictures, one text of several queries, and what look_at() has found."""
     if raw.broken.isdisjoint({"pins"}):
-        urls = "count(*) FILTER (regexp_matches(image, '^\\s*(https?|ftp)://'))"
-        count, images = raw.ask(f"SELECT {urls}, count(image) FROM raw_pins")[0]
+        count, images = raw.ask(f"SELECT count(*) FILTER ({URL}), count(image) FROM raw_pins")[0]
         if count:
             what = f"{count:,} of {images:,} are URLs, which are not fetched"
             advice = "leave the column out, or download the files and give their paths"
@@ -100,19 +100,15 @@ def agreement(raw):
     if "rater" not in raw.types["labels"] or not raw.broken.isdisjoint({"labels"}):
         return
     two = raw.table("""
-        SELECT a.label AS first, b.label AS second FROM rated_labels a
+        SELECT a.label AS one, b.label AS other FROM rated_labels a
         JOIN rated_labels b USING (query_id, pin_id)
         WHERE a.rater < b.rater AND a.label + b.label IS NOT NULL""")
-    raters, ratings, pairs = raw.ask(
-        "SELECT count(DISTINCT rater), count(*), count(DISTINCT (query_id, pin_id)) FROM rated_labels"
-    )[0]
-    line = (
-        f"raters: {raters}, {ratings:,} ratings of {pairs:,} pairs; a pair's label is their median, ties down"
-    )
+    counts = "count(DISTINCT rater), count(*), count(DISTINCT (query_id, pin_id))"
+    raters, ratings, pairs = raw.ask(f"SELECT {counts} FROM rated_labels")[0]
+    line = f"raters: {raters}, {ratings:,} ratings of {pairs:,} pairs, of which the median counts, ties down"
     if len(two):
-        first, second = (
-            np.concatenate([two[a], two[b]]) for a, b in (("first", "second"), ("second", "first"))
-        )
+        first = np.concatenate([two["one"], two["other"]])
+        second = np.concatenate([two["other"], two["one"]])
         kappa = cohen_kappa_score(first, second, weights="quadratic")
         line += f"; two of one pair agree in {(first == second).mean():.0%}, weighted kappa {kappa:.2f}"
     yield line
@@ -122,7 +118,8 @@ def try_pictures(raw):
     """A line on pictures that cannot be read, of the first PICTURES; or none."""
     if not raw.broken.isdisjoint({"pins"}):
         return
-    images = raw.ask(f"SELECT image FROM raw_pins WHERE NOT is_blank(image) LIMIT {PICTURES}")
+    sql = f"SELECT image FROM raw_pins WHERE NOT is_blank(image) AND NOT {URL} LIMIT {PICTURES}"
+    images = raw.ask(sql)
     found = load_images(raw.folder, [image for (image,) in images])
     bad = [(image, why) for (image,), why in zip(images, found) if isinstance(why, str)]
     if bad:

@@ -44,7 +44,7 @@ LOGS = ("engagements", "boards", "link_visits")
 # What must hold beyond types: (table, column, SQL that finds the rows that break it, what is wrong with them)
 TWICE = "SELECT {1} FROM raw_{0} WHERE {1} IS NOT NULL GROUP BY {1} HAVING count(*) > 1"
 UNKNOWN = "SELECT {1} FROM raw_{0} ANTI JOIN raw_{2} USING ({1}) WHERE {1} IS NOT NULL"
-PAIRS = "SELECT query_id, pin_id FROM rated_labels GROUP BY query_id, pin_id, rater HAVING count({}) > 1"
+PAIRS = "SELECT query_id, pin_id FROM raw_labels GROUP BY query_id, pin_id HAVING count({}) > 1"
 SPLITS = """SELECT first(l.query_id), query_key(q.query)
     FROM rated_labels l JOIN raw_queries q ON l.query_id = q.query_id
     GROUP BY query_key(q.query) HAVING count(DISTINCT coalesce(l.split, '')) > 1"""
@@ -55,7 +55,7 @@ OUTSIDE = f"outside 1, 2, 3, 4, 5 ({LEVELS})"
 NO_SPLIT = "neither 'train' nor 'eval'"
 NO_QUERY, NO_PIN = "with an id that {queries} does not have", "with an id that {pins} does not have"
 REPEATED = "with an id that stands more than once"
-DIFFERENT = "(pairs) labelled twice with different labels (several raters: a column 'rater' names them)"
+DIFFERENT = "(pairs) labelled twice with different labels (by several raters? A column 'rater' names them)"
 RULES = [
     ("pins", "pin_id", TWICE.format("pins", "pin_id"), REPEATED),
     ("queries", "query_id", TWICE.format("queries", "query_id"), REPEATED),
@@ -281,7 +281,13 @@ class RawTables(Database):
         if count:
             rows = "1 row" if count == 1 else f"{count:,} rows"
             shown = ", ".join(repr(value)[:80] for value in first)
-            raise Stop(f"{self.name[name]}: column {column!r}: {rows} {problem}, the first: {shown}")
+            labels = f"; there are {self.labels_found()}" if LEVELS in problem else ""
+            raise Stop(f"{self.name[name]}: column {column!r}: {rows} {problem}, the first: {shown}{labels}")
+
+    def labels_found(self, most=8):
+        """The different labels as they stand in the table, in words."""
+        found = self.ask(f"SELECT DISTINCT label::VARCHAR AS l FROM file_labels ORDER BY l LIMIT {most + 1}")
+        return ", ".join(str(label)[:20] for (label,) in found[:most]) + ", …" * (len(found) > most)
 
 
 def is_another_kind(stored, kind, levels):
