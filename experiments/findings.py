@@ -37,7 +37,7 @@ STAGES = {stage[:2]: ROOT / stage for stage in ("02_train_teacher.py", "03_label
 
 @dataclass(frozen=True)
 class Settings:
-    """What the experiments are told."""
+    """Settings of the experiments."""
 
     run: Path = TOY_RUN  # a run that has been through the five stages
     findings: tuple[Literal["a", "b", "c", "d"], ...] = ("a", "b", "c", "d")  # those to be measured

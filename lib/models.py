@@ -95,7 +95,7 @@ def full_name(model):
 
 
 def public_name(model):
-    """A hub id as it is, a model folder by its last name: where it stands is nobody's business."""
+    """A hub id as it is, a model folder by its last name, without its path."""
     return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
 
 

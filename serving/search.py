@@ -26,7 +26,7 @@ GRID = 5  # pictures side by side
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command is told."""
+    """Settings of the search."""
 
     query: tyro.conf.Positional[str]  # what is searched
     run: Path = ROOT / "outputs" / "toy"  # run directory, through stage 04

@@ -331,7 +331,7 @@ def test_several_threads_at_once(ranker):
 
 
 def test_a_student_of_other_statistics_is_refused(run, tmp_path):
-    """BM25's or the graph's statistics made anew: the student would be silently worse."""
+    """BM25's or the graph's statistics rebuilt: the student would be silently worse."""
     (tmp_path / "features").symlink_to(run / "features")
     for file in (run / "student").iterdir():
         (tmp_path / "student").mkdir(exist_ok=True)

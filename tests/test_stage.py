@@ -398,7 +398,7 @@ def test_one_writes_or_many_read(tmp_path):
     assert "another process" in line and str(folder) in line
     del one, two
     stage = Stage(folder, overwrite, {"data": "d"})
-    assert "making it anew" in stop_line(require_finished, folder, "01.py")
+    assert "rebuilding it" in stop_line(require_finished, folder, "01.py")
     assert "another process" in stop_line(Stage, folder, overwrite, {"data": "d"})
     del stage
     assert require_finished(folder, "01.py")
@@ -427,7 +427,7 @@ def test_another_process_is_seen(tmp_path):
     )
     try:
         assert other.stdout.readline() == "held\n"
-        assert "making it anew" in stop_line(require_finished, folder, "01.py")
+        assert "rebuilding it" in stop_line(require_finished, folder, "01.py")
     finally:
         other.kill()
         other.wait()

@@ -285,7 +285,7 @@ class Corpus:
                 )
             )
             body.append(np.arange(len(seqs[-1])) >= pre)
-        T = -(-max(map(len, seqs)) // 4) * 4  # few different shapes: oneDNN prepares each one anew
+        T = -(-max(map(len, seqs)) // 4) * 4  # few different shapes: oneDNN prepares each one
 
         def pad(xs, value):
             return torch.from_numpy(

@@ -60,7 +60,7 @@ def fonts_for(characters):
 
 
 def drawable(text):
-    """Anybody's text on one line, with □ for what no font draws."""
+    """A text on one line, with □ for what no font draws."""
     text = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
     _, missing = fonts_for("".join(sorted(set(text))))
     return "".join("□" if c in missing else c for c in text)

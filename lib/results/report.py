@@ -123,7 +123,7 @@ def cell(m, percent=True):
 
 
 def escaped(text):
-    """Anybody's text as plain text on one line of Markdown: no table, heading, link or HTML comes of it."""
+    """Escapes a text for one line of Markdown: no table, heading, link or HTML comes of it."""
     text = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
 

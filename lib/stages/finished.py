@@ -39,7 +39,7 @@ def check_files(folder, about, reads, command=None):
     pattern of `reads` is not what the stage wrote. Without a command: the stage itself was asked again."""
     again = f"make it again with: python {command} --overwrite"
     if command is None:
-        again = "--overwrite makes all of it anew"
+        again = "--overwrite rebuilds all of it"
     for name, made in about["outputs"].items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
             path = folder / name
@@ -92,7 +92,7 @@ def hold(folder, mode):
     try:
         (lock.acquire_write if mode == "write" else lock.acquire_read)()
     except filelock.Timeout:
-        other = "is at work here or reads it" if mode == "write" else "is making it anew"
+        other = "is at work here or reads it" if mode == "write" else "is rebuilding it"
         raise Stop(f"{folder}: another process {other}; wait for it, or use another --run") from None
     except (sqlite3.DatabaseError, ValueError) as error:  # filelock's file is a database, nothing is in it
         raise Stop(f"{path}: no lock of ours ({first_line(error)}); remove this file") from None

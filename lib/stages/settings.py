@@ -48,23 +48,23 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 @dataclasses.dataclass(frozen=True)
 class StageSettings:
-    """What every stage is told."""
+    """Settings of every stage."""
 
     preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
     run: Path = ROOT / "outputs" / "toy"  # run directory (default: outputs/PRESET)
-    overwrite: bool = False  # make this stage's folder anew; the old one stays until the new one is finished
+    overwrite: bool = False  # rebuild this stage's folder; the old one stays until the new one is finished
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSettings(StageSettings):
-    """What a stage is told besides that runs a model."""
+    """Settings of every stage that runs a model."""
 
     device: Device = "auto"  # where models run
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings(DeviceSettings):
-    """What a stage is told besides that runs pre-trained models."""
+    """Settings of every stage that runs pre-trained models."""
 
     precision: Precision = "fp32"  # of computation and frozen weights; auto: bf16 where the hardware has it
 

@@ -77,12 +77,12 @@ class Stage:
             changes = "; ".join(changes_between(before, self.about).values())
             raise Stop(
                 f"{self.folder} was made with other settings or inputs ({changes}); "
-                "--overwrite makes it anew, another --run keeps both"
+                "--overwrite rebuilds it, another --run keeps both"
             )
         check_files(self.folder, before, ["*"])
         self.done = True
         same = "finished before with the same arguments and inputs, nothing to do"
-        print(f"{self.folder}: {same} (--overwrite makes it anew)")
+        print(f"{self.folder}: {same} (--overwrite rebuilds it)")
 
     def finish(self, without=(), **facts):
         """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
@@ -114,10 +114,10 @@ class Stage:
 
 
 def refuse_strangers(folder, overwrite):
-    """Stop if a folder is a link to another run's, or somebody's own."""
+    """Stop if a folder is a link to another run's, or holds what no stage wrote."""
     if folder.is_symlink() and overwrite:
         owner = folder.resolve()
-        raise Stop(f"{folder} is a link to {owner}: make it anew there (--run {owner.parent})")
+        raise Stop(f"{folder} is a link to {owner}: rebuild it there (--run {owner.parent})")
     if folder.exists() and not (folder / "stage.json").exists() and any(folder.iterdir()):
         raise Stop(f"{folder} is there and no stage made it: move it away, or use another --run")
 

@@ -59,7 +59,7 @@ def first_line(error):
 
 
 def progress_bar(**options):
-    """tqdm; where nobody watches (output into a file), a line every half minute."""
+    """tqdm; into a file a line every half minute."""
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed}, {rate_fmt}{postfix}\n"
         options = {"mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
