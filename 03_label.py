@@ -10,6 +10,8 @@ Where human labels are few, the teacher alone is worse than that regression.
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
                         p1 … p5 float32 (p5: excellent), the teacher's own, each row sums to 1
+                        known.arrow: the same by what decides a label, so that a pair is labelled once, here
+                        and in the runs that build on this one
                         pool.json: the two weights and the regression; 04 and 05 pool by it
 
 Toy     python 03_label.py
@@ -20,6 +22,7 @@ Shapes: N rows of a shard, B rows of a batch, T tokens, C = 5 levels.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,11 +32,13 @@ import torch
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
 from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
+from lib.inputs.known import FILE, KnownLabels, different, label_keys, merge_own, tables_of
 from lib.inputs.match import match_names
-from lib.inputs.pairs import count_rows, read_labelled, write_labels
+from lib.inputs.pairs import count_labels, count_rows, read_labelled, write_labels
 from lib.inputs.pool import fit_pool, write_pool
-from lib.inputs.rows import tokenized_shards, unique_rows
+from lib.inputs.rows import tokenized_shards
 from lib.results import summary
+from lib.stages.files import hashed
 from lib.stages.processes import start_processes, start_stage
 from lib.stages.settings import Count, ModelSettings, parse
 from lib.stages.streams import ahead
@@ -49,6 +54,8 @@ class Settings(ModelSettings):
     merge: bool = True  # add LoRA into plain weights; --no-merge keeps NF4, for small memory
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
+    teacher: Path | None = None  # teacher/ of another run (default: RUN's own)
+    known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN's base, its base …)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
 
@@ -85,12 +92,17 @@ def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
     return labels
 
 
-def label_shard(teacher, rows, pad_id, token_budget, on_batch=None):
-    """Soft labels [N, C] of a shard's rows. Equal rows share one pass of the teacher. Returns also how many
-    passes those are."""
-    different, which = unique_rows(rows)
-    labels = soft_labels(teacher, different, pad_id, token_budget, on_batch)
-    return labels[which], len(different)
+def label_shard(teacher, rows, name, known, pad_id, token_budget, on_batch=None):
+    """Soft labels [N, C] of the rows of a shard of this name: looked up where a pair is known, else by one
+    pass of the teacher for each different pair. Returns also where they are from (write_labels)."""
+    keys, first, which = different(label_keys(rows, known.decided_by))
+    labels, source = known.find(keys)
+    new = np.flatnonzero(source < 0)
+    new = new[np.argsort(first[new])]  # in the rows' order
+    labels[new] = soft_labels(teacher, [rows[row] for row in first[new]], pad_id, token_budget, on_batch)
+    known.add(name, keys[source != 0], labels[source != 0])
+    looked_up = {run: int((source == number).sum()) for number, run in enumerate(known.earlier, 1)}
+    return labels[which], {"rows": len(rows), "passes": len(new), "looked_up": looked_up}
 
 
 def merge_lora(teacher, adapter):
@@ -105,10 +117,9 @@ def merge_lora(teacher, adapter):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_teacher(settings, sample, pad_id, device, dtype):
-    """The teacher ready to label, and how far merging LoRA moved the labels of `sample`, rows of token ids
-    (None: nothing was merged)."""
-    folder = settings.run / "teacher"
+def load_teacher(folder, settings, sample, pad_id, device, dtype):
+    """The teacher in `folder`, ready to label, and how far merging LoRA moved the labels of `sample`, rows of
+    token ids (None: nothing was merged)."""
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
@@ -120,9 +131,9 @@ def load_teacher(settings, sample, pad_id, device, dtype):
     return teacher, {**moved, "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
 
 
-def open_text(settings, about, model):
-    """The PairText of the pairs, as in training; all queries are checked before the first shard."""
-    folder = settings.run / "teacher"
+def open_text(folder, settings, about, model):
+    """The PairText of the pairs, as the teacher in `folder` read it; all queries are checked before the first
+    shard."""
     tokenizer = models.load_tokenizer(folder / "tokenizer", models.load_config(model))
     cut = (settings.long_queries or about["long_queries"]) == "cut"
     text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"], cut)
@@ -131,16 +142,13 @@ def open_text(settings, about, model):
     return text
 
 
-def label_shards(teacher, shards, pad_id, target, settings, bar):
-    """Labels shard after shard into target(path of the shard), each written whole or not at all. Returns the
-    numbers of rows and of passes of the teacher."""
-    counts = np.zeros(2, np.int64)
+def label_shards(teacher, shards, known, pad_id, target, settings, bar):
+    """Labels shard after shard into target(path of the shard), each written whole or not at all."""
     for path, rows in ahead(shards, depth=1):
-        labels, passes = label_shard(teacher, rows, pad_id, settings.batch_tokens, bar.update)
-        write_labels(target(path), labels)
-        bar.update(len(rows) - passes)
-        counts += [len(rows), passes]
-    return counts
+        of_rows = path.stem, known, pad_id, settings.batch_tokens
+        labels, counts = label_shard(teacher, rows, *of_rows, bar.update)
+        write_labels(target(path), labels, counts)
+        bar.update(len(rows) - counts["passes"])
 
 
 def pool_labels(run, labels, split):
@@ -162,31 +170,34 @@ def main(argv=None):
     models.quiet_libraries()
     accelerator, dtype, hardware = start_processes(settings)
     is_main = accelerator.is_main_process
-    features = settings.run / "features"
-    read, about, model = require_teacher(settings.run, settings.model)
+    features, folder = settings.run / "features", settings.teacher or settings.run / "teacher"
+    read, about, model = require_teacher(settings.run, folder, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs["teacher"] = teacher_identity(read["teacher"])
     inputs["precision"] = hardware
-    folder = settings.run / "labels"
-    output, work = start_stage(accelerator, folder, settings, inputs)
+    output, work = start_stage(accelerator, settings.run / "labels", settings, inputs)
     if work is None:
         return
 
-    # 2. The text of the pairs, and the shards that are left to label
+    # 2. The text of the pairs, the shards that are left to label, and labels that are known
     def target(path):
         return work / path.relative_to(features)
 
-    text = open_text(settings, about, model)
+    text = open_text(folder, settings, about, model)
     labelled, impressions = features / "labelled.parquet", sorted(features.glob("impressions/part-*.parquet"))
     paths = [labelled] if settings.only_labelled else [labelled, *impressions]
     todo = [path for path in paths if not target(path).exists()]
-    accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same list
+    own, decided_by = work / "known", hashed([inputs["teacher"], inputs["text"], hardware, settings.merge])
+    earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
+    known = KnownLabels(earlier, own, decided_by, todo)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same files
 
     # 3. The teacher, LoRA merged
     [(_, rows)] = tokenized_shards(features, text, [labelled])
-    require_trained_on(settings.run, read["teacher"], rows)
+    if settings.teacher is None:
+        require_trained_on(settings.run, read["teacher"], rows)
     pad_id = text.tokenizer.pad_token_id
-    teacher, moved = load_teacher(settings, rows[:CHECKED_ROWS], pad_id, accelerator.device, dtype)
+    teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], pad_id, accelerator.device, dtype)
     if is_main:
         print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}")
         print(f"LoRA merged: {moved}" if moved else "nothing merged")
@@ -197,7 +208,7 @@ def main(argv=None):
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     shards = tokenized_shards(features, text, mine)
     with progress_bar(total=count_rows(mine), unit=" rows", disable=not is_main) as bar:
-        counts = label_shards(teacher, shards, pad_id, target, settings, bar)
+        label_shards(teacher, shards, known, pad_id, target, settings, bar)
     accelerator.wait_for_everyone()
 
     # 5. What the match features say, pooled with that (ours)
@@ -206,9 +217,12 @@ def main(argv=None):
 
     # 6. Summary
     if is_main:
-        summary.describe_labels(counts, [target(path) for path in paths[-100:]])
+        table, made = merge_own(own, work / FILE), [target(path) for path in paths]
+        counts = count_labels(made)
+        summary.describe_labels(counts, table, made[-100:])
         sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
-        output.finish(rows=sizes, merge=moved)
+        whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
+        output.finish(["known"], rows=sizes, merge=moved, labels=counts, teacher=whose)
     accelerator.wait_for_everyone()
 
 

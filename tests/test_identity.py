@@ -1,5 +1,5 @@
-"""What 02 and 03 read is their identity: moved folders change nothing; equal pairs are labelled once; what
-is not a number or too long stops in time."""
+"""What 02 and 03 read is their identity: moved folders change nothing. What is not a number, or too long, stops
+in time."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from test_kill import content, start, warm  # noqa: F401
 from lib.inputs import rows as rows_module
 from lib.inputs.held_out import prior_scores, untrained_scores, warn_if_useless
 from lib.inputs.pairs import read_labels
-from lib.inputs.rows import LabelledRows, hash_rows, unique_rows
+from lib.inputs.rows import LabelledRows
 from lib.stages import hardware
 from lib.stages.files import read_json, write_parquet
 from lib.stages.finished import hold
@@ -99,26 +99,6 @@ def test_the_precision_that_auto_came_to_is_part_of_the_identity(run, monkeypatc
     monkeypatch.setattr(hardware, "pick_dtype", lambda name, device: torch.bfloat16)
     line = stop_line({"02": train, "03": label}[number], run, "--precision", "auto")
     assert "float32 on cpu" in line and "bfloat16 on cpu" in line
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A pair is labelled once
-
-
-def test_equal_rows_share_one_pass():
-    rows = [np.array(row, np.int32) for row in ([1, 2], [3], [1, 2], [2, 1], [3], [1, 2])]
-    different, which = unique_rows(rows)
-    assert [row.tolist() for row in different] == [[1, 2], [3], [2, 1]] and which.tolist() == [
-        0,
-        1,
-        0,
-        2,
-        1,
-        0,
-    ]
-    assert unique_rows([]) == ([], pytest.approx([]))
-    assert hash_rows(rows) != hash_rows([*rows[1:], rows[0]])
-    assert hash_rows([np.array([1, 2], np.int32)]) != hash_rows([np.array([n], np.int32) for n in (1, 2)])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ from lib.stages.finished import require_finished
 from lib.stages.terminal import Stop
 
 
-def require_teacher(run, model=None):
+def require_teacher(run, folder, model=None):
     """What stage 03 reads, {"features", "teacher": stage.json}; teacher.json; and where the teacher's model
-    is (`model`, if it was moved), which must be the one that 02 trained on."""
+    is (`model`, if it was moved), which must be the one that 02 trained on. folder: the teacher's."""
     read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}")}
-    read["teacher"] = require_finished(run / "teacher", f"02_train_teacher.py --run {run}")
-    about = read_json(run / "teacher" / "teacher.json")
+    read["teacher"] = require_finished(folder, f"02_train_teacher.py --run {folder.parent}")
+    about = read_json(folder / "teacher.json")
     if about["finetuning"] == "full":
-        return read, about, run / "teacher" / "backbone"
+        return read, about, folder / "backbone"
     model = model or about["model"]  # LoRA stands beside a model that somebody may have changed or moved
     if not models.is_model(model, read["teacher"]["inputs"]["model"]):
         raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
@@ -30,7 +30,7 @@ def require_teacher(run, model=None):
 def teacher_identity(trained):
     """Hash of what decides a teacher's labels. trained: stage.json of 02."""
     weights = {name: file["hash"] for name, file in trained["outputs"].items() if "safetensors" in name}
-    return hashed([trained["inputs"], trained["arguments"], weights])
+    return hashed([trained["identity"], weights])
 
 
 def require_trained_on(run, trained, rows):

@@ -4,9 +4,11 @@ In 04 a row is a NumPy record with the fields query, pin (row numbers
 of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C] (probability of each level).
 """
 
+import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common import NUM_LEVELS
@@ -26,14 +28,16 @@ HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 # Files of labels
 
 
-def write_labels(path, labels):
-    """Soft labels [N, C] -> columns p1 … p5. Stop where a label is no probability: nothing is written."""
+def write_labels(path, labels, counts):
+    """Soft labels [N, C] -> columns p1 … p5. counts: where they are from, {"rows", "passes", "looked_up":
+    {run: labels}}. Stop where a label is no probability: nothing is written."""
     is_finite = np.isfinite(labels).all(axis=1)
     bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "--precision fp32, or another teacher"
         raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
-    write_parquet(path, dict(zip(COLUMNS, labels.T)))
+    table = pa.table(dict(zip(COLUMNS, labels.T)))
+    write_parquet(path, table.replace_schema_metadata({"counts": json.dumps(counts)}))
 
 
 def read_labels(path, rows=None):
@@ -47,6 +51,18 @@ def read_labels(path, rows=None):
     if bad:
         raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
     return p
+
+
+def count_labels(paths):
+    """Where the labels of files are from: the sum of their counts (write_labels)."""
+    total = {"rows": 0, "passes": 0, "looked_up": {}}
+    for path in paths:
+        counts = json.loads(pq.read_metadata(path).metadata[b"counts"])
+        total["rows"] += counts["rows"]
+        total["passes"] += counts["passes"]
+        for run, labels in counts["looked_up"].items():
+            total["looked_up"][run] = total["looked_up"].get(run, 0) + labels
+    return total
 
 
 def mean_label(paths):

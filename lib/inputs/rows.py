@@ -105,18 +105,6 @@ def hash_rows(rows, *columns):
     return digest.hexdigest()
 
 
-def unique_rows(rows):
-    """The different rows of token ids in the order of their first appearance, and for each row its number
-    among them [N]."""
-    numbers, different = {}, []
-    which = np.empty(len(rows), np.int64)
-    for row, ids in enumerate(rows):
-        which[row] = numbers.setdefault(ids.tobytes(), len(numbers))
-        if which[row] == len(different):
-            different.append(ids)
-    return different, which
-
-
 def epoch_batches(lengths, batch_size, seed, epoch, pool=16):
     """One epoch's batches of row numbers: shuffled, then sorted by length inside pools of `pool` batches, so
     that a batch has little padding, then the batches shuffled. Depends on seed and epoch alone: a resumed run

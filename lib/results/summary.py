@@ -71,11 +71,19 @@ def describe_pool(pool, rows, queries):
     print(f"only for queries in languages with labels: {' '.join(pool.languages)}")
 
 
-def describe_labels(counts, paths):
-    """What stage 03 has made. counts: rows and passes of the teacher, of this process; paths:
-    files of labels."""
-    rows, passes = counts
-    print(f"this process: {rows:,} rows, {passes:,} passes")
+def whence(counts):
+    """In words, where labels are from: counts of count_labels()."""
+    looked_up = [f"{labels:,} looked up in {run}" for run, labels in counts["looked_up"].items()]
+    made = [f"{counts['passes']:,} by a pass of the teacher", *looked_up]
+    again = counts["rows"] - counts["passes"] - sum(counts["looked_up"].values())
+    return f"{counts['rows']:,} rows, {', '.join(made)}, {again:,} of pairs that stand several times"
+
+
+def describe_labels(counts, table, paths):
+    """What stage 03 has made. counts: of count_labels(); table: the run's LabelTable; paths: files of
+    labels."""
+    print(f"labels: {whence(counts)}")
+    print(f"{table.path.name}: {table.rows:,} different pairs, {table.path.stat().st_size / 1e6:.1f} MB")
     percent = 100 * mean_label(paths)
     shares = [f"{level}: {share:.0f} %" for level, share in enumerate(percent, 1)]
     print("mean soft label:", ", ".join(shares))

@@ -1,0 +1,186 @@
+"""Labels that are known: a pair is labelled once, on whatever day, in whatever place of whatever file.
+
+A label's key is what decides it: teacher, template, precision, token ids. A table of labels is an Arrow file
+of rows sorted by key. It is read a batch at a time: memory does not grow with what is known.
+
+Shapes: N keys of 16 bytes, uint64 [N, 2]; C = 5 levels.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import pyarrow as pa
+
+from common import NUM_LEVELS
+from lib.inputs.base import bases_of
+from lib.stages.files import whole_file
+from lib.stages.finished import require_finished
+from lib.stages.streams import slices, vector_column
+from lib.stages.terminal import Stop
+
+BATCH = 1 << 20  # rows of a table that are in memory at once, 36 MB
+FILE = "known.arrow"  # of RUN/labels
+DECIDED_BY = b"decided by"  # in a table's metadata
+
+
+def label_keys(rows, decided_by):
+    """Keys [N, 2] of rows of token ids (N arrays [T] int32). decided_by: hash, in hex, of what else decides
+    their labels."""
+    person = bytes.fromhex(decided_by)
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=16, person=person).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+def different(keys):
+    """The different ones of N keys, sorted [n, 2]; the first row of each [n]; for each row its number among
+    them [N]."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ranked = keys[order]
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    which = np.empty(len(keys), np.int64)
+    which[order] = np.cumsum(is_first) - 1
+    return ranked[is_first], order[is_first], which
+
+
+def batch_of(keys, labels):
+    """Keys [n, 2] and labels [n, C] -> an Arrow batch of a table."""
+    columns = [pa.array(keys[:, 0]), pa.array(keys[:, 1]), vector_column(np.ascontiguousarray(labels))]
+    return pa.record_batch(columns, ["key", "key_end", "label"])
+
+
+def write_table(path, batches, decided_by):
+    """A stream of batches in the order of their keys -> a table. The same rows give the same bytes."""
+    with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        schema = batch_of(np.empty((0, 2), np.uint64), np.empty((0, NUM_LEVELS), np.float32)).schema
+        with pa.ipc.new_file(file, schema.with_metadata({DECIDED_BY: decided_by})) as writer:
+            for rows in slices(batches, BATCH):
+                writer.write_batch(rows.combine_chunks().to_batches()[0])
+    return LabelTable(path)
+
+
+class LabelTable:
+    """Labels by key, in a file. rows: how many; firsts: the first half of each batch's first key."""
+
+    def __init__(self, path):
+        self.path = path
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            self.decided_by = reader.schema.metadata[DECIDED_BY].decode()
+            self.firsts = np.array([batch["key"][0].as_py() for batch in batches], np.uint64)
+            self.rows = sum(len(batch) for batch in batches)
+
+    def read(self, number):
+        """A batch: first and second halves of its keys [n], labels [n, C]. Mapped, not read: its pages leave
+        memory with it."""
+        with pa.memory_map(str(self.path)) as file:
+            batch = pa.ipc.open_file(file).get_batch(number)
+        labels = batch["label"].flatten().to_numpy().reshape(-1, NUM_LEVELS)
+        return batch["key"].to_numpy(), batch["key_end"].to_numpy(), labels
+
+    def find(self, keys, labels):
+        """Looks n sorted keys up. Fills in `labels` [n, C] those that are here; returns which ones these are
+        [n]."""
+        found = np.zeros(len(keys), bool)
+        ends = [*np.searchsorted(keys[:, 0], self.firsts[1:]), len(keys)]
+        for number, start, end in zip(range(len(self.firsts)), [0, *ends], ends):
+            if start < end:
+                first, second, known = self.read(number)
+                wanted = np.ascontiguousarray(keys[start:end].T)
+                place = np.minimum(np.searchsorted(first, wanted[0]), len(first) - 1)
+                hit = np.flatnonzero((first[place] == wanted[0]) & (second[place] == wanted[1]))
+                labels[start + hit] = known[place[hit]]
+                found[start + hit] = True
+        return found
+
+    def between(self, low, high):
+        """Copies of the keys whose first half is in [low, high), and of their labels."""
+        keys, labels = [np.empty((0, 2), np.uint64)], [np.empty((0, NUM_LEVELS), np.float32)]
+        for number in range(len(self.firsts)):
+            ends = self.firsts[number + 1 : number + 2]
+            if self.firsts[number] < high and (not len(ends) or ends[0] >= low):
+                first, second, known = self.read(number)
+                rows = slice(*np.searchsorted(first, [low, high]))
+                keys.append(np.stack([first[rows], second[rows]], axis=1))
+                labels.append(known[rows].copy())
+        return np.concatenate(keys), np.concatenate(labels)
+
+
+def merge(tables, path):
+    """Tables -> one at `path`; of a key that stands in several of them the label of the first counts."""
+    parts = math.ceil(sum(table.rows for table in tables) / BATCH)
+    bounds = np.array([number * 2**64 // parts for number in range(parts)] + [2**64 - 1], np.uint64)
+
+    def batches():
+        for low, high in zip(bounds, bounds[1:]):
+            found = [table.between(low, high) for table in tables]
+            keys, labels = (np.concatenate(columns) for columns in zip(*found))
+            keys, rows, _ = different(keys)
+            yield batch_of(keys, labels[rows])
+
+    return write_table(path, batches(), tables[0].decided_by)
+
+
+class KnownLabels:
+    """What a process looks labels up in: the tables of earlier runs, {name: LabelTable}, and those of this
+    run in the folder `own`, where it keeps what it has labelled or found itself, shard by shard."""
+
+    def __init__(self, earlier, own, decided_by, todo):
+        """todo: shards without labels; one that was killed may have left a table of such a shard."""
+        self.earlier, self.own, self.decided_by = earlier, own, decided_by
+        names = {path.stem for path in todo}
+        self.before = [LabelTable(path) for path in sorted(own.glob("*.arrow")) if path.stem not in names]
+        self.since = []  # so that every table is twice as large as the next one, or larger
+
+    def find(self, keys):
+        """Looks n sorted keys up. Returns labels [n, C], and where each is from [n]: 0, this run; i, the i-th
+        earlier one; -1: it is not known."""
+        labels, source = np.zeros((len(keys), NUM_LEVELS), np.float32), np.full(len(keys), -1, np.int32)
+        tables = [(0, table) for table in (*self.before, *self.since)]
+        for number, table in [*tables, *enumerate(self.earlier.values(), 1)]:
+            missing = np.flatnonzero(source < 0)
+            some = labels[missing]
+            found = table.find(keys[missing], some)
+            labels[missing], source[missing[found]] = some, number
+        return labels, source
+
+    def add(self, name, keys, labels):
+        """Keeps n sorted keys and their labels, under the name of a shard. Shards before it are written."""
+        while len(self.since) > 1 and self.since[-2].rows < 2 * self.since[-1].rows:
+            pair = self.since[-2:]
+            names = [part for table in pair for part in table.path.stem.split("+")]
+            self.since[-2:] = [merge(pair, self.own / f"{names[0]}+{names[-1]}.arrow")]
+            for table in pair:
+                table.path.unlink()
+        if len(keys):
+            table = write_table(self.own / f"{name}.arrow", [batch_of(keys, labels)], self.decided_by)
+            self.since.append(table)
+
+
+def merge_own(own, path):
+    """The tables of all processes of a run, in its folder `own` -> one at `path`."""
+    return merge([LabelTable(table) for table in sorted(own.glob("*.arrow"))], path)
+
+
+def tables_of(runs, run, decided_by, say):
+    """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
+    runs: None: those that RUN builds on. Also locks on their labels, held as long as they live."""
+    tables, locks = {}, []
+    for earlier in bases_of(run) if runs is None else runs:
+        folder = earlier / "labels"
+        try:
+            about = require_finished(folder, f"03_label.py --run {earlier}", [FILE])
+            if FILE not in about["outputs"]:
+                raise Stop(f"{folder}: made by an older stage 03")
+            table = LabelTable(folder / FILE)
+            if table.decided_by != decided_by:
+                raise Stop(f"{folder}: of another teacher, template or precision")
+        except Stop as why:
+            if say:
+                say(f"not looked up: {why}")
+            continue
+        tables[str(earlier)] = table
+        locks.append(about)
+    return tables, locks
