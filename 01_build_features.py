@@ -11,6 +11,7 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
 Toy     python data/toy/make_toy.py && python 01_build_features.py
 Yours   python 01_build_features.py --check --data DIR      in seconds: all that is wrong or odd in the tables
 Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
+Later   the same with --base /runs/search --run /runs/tuesday: the next day
 """
 
 import functools
@@ -25,6 +26,7 @@ import torch
 
 from common import FIELDS
 from lib import models
+from lib.inputs.base import open_base
 from lib.inputs.bm25 import PairBM25, tokenize
 from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
 from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
@@ -48,6 +50,7 @@ from lib.tables.splits import in_hash_split
 class Settings(ModelSettings):
     """The flags of stage 01; these are the toy's values."""
 
+    base: Path | None = None  # run to build on: its statistics, so that its student reads these features
     data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
     check: bool = False  # look at the tables alone: what is wrong or odd, what becomes of each column
     levels: str = ""  # what labels other than 1 to 5 mean: E=5,S=4,C=3,I=1, or 0=1,1=2,2=4,3=5 (no level 3)
@@ -261,9 +264,9 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     return captions, {"captioned": captioned, "skipped": skipped}
 
 
-def make_embeddings(raw, settings, own, device, dtype, out):
+def make_embeddings(raw, settings, own, hardware, out, base):
     """Every *_embedding.npy: the user's own, else ours. Prints which rows have none."""
-    encoder = None
+    encoder, (device, dtype) = None, hardware
     for side, table, texts in (("query", "queries", query_texts), ("pin", "pins", pin_texts)):
         ids = pq.read_table(out / f"{table}.parquet", columns=[f"{side}_id"])[f"{side}_id"].combine_chunks()
         for name in own:
@@ -276,16 +279,21 @@ def make_embeddings(raw, settings, own, device, dtype, out):
                 size = settings.text_tokens, settings.token_batch
                 encoder = TextEncoder(settings.text_encoder, *size, device, dtype)
             path, parts = out / f"{side}_text_embedding.npy", out / "work" / f"{side}_text"
-            embed_texts(encoder, texts(out / f"{table}.parquet"), CHUNK, parts, path, len(ids))
+            known = base.known_texts(side, texts, out) if base else None
+            embed_texts(encoder, texts(out / f"{table}.parquet"), (CHUNK, parts), path, len(ids), known)
     if "pin_graph" not in own:
-        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out)
+        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out, base)
 
 
-def open_match_features(out, workers):
-    """MatchFeatures over the texts and embeddings of a features folder. Writes bm25.parquet."""
+def open_match_features(out, workers, base=None):
+    """MatchFeatures over the texts and embeddings of a features folder, with the statistics of the base if
+    there is one. Writes bm25.parquet."""
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
     bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
-    bm25.save(out / "bm25.parquet")
+    if base:
+        base.drift |= bm25.use(base.bring("bm25.parquet", out))
+    else:
+        bm25.save(out / "bm25.parquet")
     vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
     return MatchFeatures(bm25, *vectors)
 
@@ -365,11 +373,12 @@ def main(argv=None):
     raw.check()
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
+    base = open_base(settings, inputs)
     work = Stage(settings.run / "features", settings, inputs)
     if work.done:
         return
     out = work.work
-    reuse_captions(work.old, out)
+    reuse_captions([work.old, base and base.folder], out)
     raw.spill_to(out / "work" / "spill")
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
@@ -388,16 +397,18 @@ def main(argv=None):
     write_pins(raw, captions, out / "pins.parquet")
 
     # 3. Embeddings, once a query and once a pin
-    make_embeddings(raw, settings, own, device, dtype, out)
+    make_embeddings(raw, settings, own, (device, dtype), out, base)
+    if base:
+        base.complete(out, numbers)
 
     # 4. Match features of every labelled and unlabelled pair
-    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1)
+    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1, base)
     features_of = functools.partial(pair_features, match, list(numbers))
     splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
     write_impressions(raw, features_of, numbers, out, settings.shard_rows)
 
     # 5. Summary
-    facts = summary(raw, settings, counts, splits, as_of)
+    facts = summary(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})
     raw.db.close()
     work.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
 

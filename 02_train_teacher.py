@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 
 from common import FIELDS, RELEVANT, PairText, Teacher, at_least, linear_warmup_decay, token_batches
 from lib import models
+from lib.inputs.base import bases_of
 from lib.inputs.held_out import auroc_of_relevant, warn_if_useless
 from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from lib.results import summary
@@ -296,7 +297,8 @@ def main(argv=None):
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
     inputs["precision"] = hardware
-    output, work = start_stage(accelerator, settings.run / "teacher", settings, inputs)
+    folder, earlier = settings.run / "teacher", bases_of(settings.run)
+    output, work = start_stage(accelerator, folder, settings, inputs, earlier)
     if work is None:
         return
     text.queries(rows.queries)  # those of impressions too: better now than halfway through stage 03

@@ -1,5 +1,5 @@
-"""What 02 and 03 read is their identity: moved folders change nothing. What is not a number, or too long, stops
-in time."""
+"""What 02 and 03 read is their identity: moved folders change nothing. What is not a number, or too long,
+stops in time."""
 
 import math
 import shutil

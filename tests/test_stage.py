@@ -301,7 +301,7 @@ def test_a_cache_is_reused(tmp_path):
     (folder / "captions" / "m" / "part-1").write_text("9\n")
     (folder / "captions" / "m" / "part-9").write_text("of nobody")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
-    reuse_captions(stage.old, stage.work)
+    reuse_captions([stage.old, None], stage.work)
     assert names(stage.work) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
 
 

@@ -260,20 +260,21 @@ def test_a_number_that_never_changes_does_not_divide_by_zero(tmp_path):
     assert StudentInputs(tmp_path / "features").numbers == {"pin_price": [7.0, 1.0]}
 
 
-def test_value_not_in_the_spec_is_unknown_and_other_features_are_refused(tmp_path):
+def test_a_students_own_inputs_are_read_whatever_else_is_there(tmp_path):
+    """A value or a column that its features did not have is unknown; other embeddings are refused."""
     synthetic(tmp_path)
     features = tmp_path / "features"
     made = StudentInputs(features)
-    categories = {"query_interest": ["home", "garden"], "pin_kind": ["a"]}
-    later = {"embeddings": made.dims, "categories": categories, "numbers": {}, "match": []}
+    categories = {"pin_colour": ["red"], "query_interest": ["home", "garden"]}
+    numbers = {"pin_price": [5.0, 1.0], "pin_kind": [0.0, 1.0]}
+    later = {"embeddings": {"pin_text": 6}, "categories": categories, "numbers": numbers, "match": []}
     gathered = StudentInputs(features, later).gather(np.arange(4), np.zeros(4, int), np.zeros((4, 4)))
+    assert gathered.keys() == {"pin_text", *categories, *numbers}
     assert gathered["query_interest"].tolist() == [1, 1, 0, 0]  # home; food and null are unknown
-    for what, other in (
-        ("categories", {"query_interest": ["home"]}),
-        ("embeddings", {"pin_text": 6}),
-        ("numbers", {"pin_price": [0.0, 1.0]}),
-    ):
-        assert what in stop_line(StudentInputs, features, {**later, what: other})
+    assert gathered["pin_colour"].tolist() == [0] * 4
+    assert all(gathered[name].isnan().all() for name in numbers)
+    for other in ({"pin_text": 7}, {**made.dims, "pin_visual": 6}):
+        assert "embeddings" in stop_line(StudentInputs, features, {**later, "embeddings": other})
 
 
 def test_an_id_column_is_no_category(tmp_path):

@@ -70,16 +70,17 @@ def captions_of(pictures, cache, out):
     return pa.array(captions, pa.string()), pa.array(reasons, pa.string())
 
 
-def reuse_captions(old, out):
-    """Brings the captions of the features `old`, if there are any, into the folder `out`, by hard links if
-    possible; without files that are not what stage 01 wrote."""
-    if old is None or (out / "captions").exists():
-        return
+def reuse_captions(folders, out):
+    """Brings the captions of the first of some folders of features (None: none) that has any into the folder
+    `out`, by hard links if possible; without files that are not what stage 01 wrote."""
     temporary = out / ".captions.tmp"
-    for name, made in read_about(old, damaged_is_fine=True).get("outputs", {}).items():
-        if name.startswith("captions/") and is_as_made(old / name, made):
-            target = temporary / Path(name).relative_to("captions")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(old / name, target)
-    if temporary.exists():
-        os.replace(temporary, out / "captions")
+    for old in [folder for folder in folders if folder]:
+        if (out / "captions").exists():
+            return
+        for name, made in read_about(old, damaged_is_fine=True).get("outputs", {}).items():
+            if name.startswith("captions/") and is_as_made(old / name, made):
+                target = temporary / Path(name).relative_to("captions")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(old / name, target)
+        if temporary.exists():
+            os.replace(temporary, out / "captions")

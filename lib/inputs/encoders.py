@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from common import pad_rows, token_batches
+from common import pad_rows
 from lib import models
 from lib.stages.streams import chosen, keep_chunks, matrix_of, new_matrix, vector_column
 from lib.stages.terminal import Stop, stop_on_error
@@ -77,15 +77,15 @@ class TextEncoder:
         self.dim = config.hidden_size
 
     @torch.inference_mode()
-    def __call__(self, texts):
-        """B texts -> float16 [B, D]. Batches hold `token_batch` tokens, from rows sorted by length."""
+    def __call__(self, texts, multiple=1):
+        """B texts -> float16 [B, D]. A batch holds texts of one length, `token_batch` tokens of them, filled
+        up to a multiple of rows. With 8 a vector depends on its text alone, to the last bit (seen on CPUs, in
+        fp32): a matrix product adds up in another order where only a few rows are left."""
         options = {"truncation": True, "max_length": self.max_tokens, "return_attention_mask": False}
         rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
         lengths = np.array([len(row) for row in rows])
-        order = np.argsort(lengths, kind="stable")
         out = np.empty((len(texts), self.dim), dtype=np.float16)
-        for batch in token_batches(lengths[order], self.token_batch):
-            batch = order[batch]
+        for batch in one_length_batches(lengths, self.token_batch, multiple):
             ids, mask = pad_rows([rows[row] for row in batch], self.tokenizer.pad_token_id)
             mask = mask.to(self.device)
             hidden = self.model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state.float()
@@ -95,16 +95,31 @@ class TextEncoder:
 
     def columns(self, texts):
         """Columns of a chunk's file."""
-        return {"vector": vector_column(self(texts))}
+        return {"vector": vector_column(self(texts, multiple=8))}
 
 
-def embed_texts(encoder, texts, chunk, parts, path, total):
-    """Texts, a stream of lists -> `path` [total, D]. A file of `chunk` texts in the folder `parts` survives a
-    kill."""
-    start = 0
+def one_length_batches(lengths, token_budget, multiple):
+    """Row numbers of texts of such lengths, in batches of one length and about `token_budget` tokens. Each
+    has a multiple of so many rows: the last row of a length is repeated for that."""
+    order = np.argsort(lengths, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        size = max(token_budget // (multiple * max(lengths[rows[0]], 1)), 1) * multiple
+        rows = np.append(rows, np.repeat(rows[-1:], -len(rows) % multiple))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def embed_texts(encoder, texts, chunks, path, total, known=None):
+    """Texts, a stream of lists -> `path` [total, D]. chunks: (texts a file, folder of files): such a file
+    survives a kill. known: vectors that are there [M, D], and for each text its row there, or -1 [total]."""
+    vectors, place = known or (None, np.full(total, -1))
+    rows, start, (size, parts) = np.flatnonzero(place < 0), 0, chunks
     with new_matrix(path, total, encoder.dim) as out:
-        chunks = chosen(texts, np.ones(total, bool), chunk)
-        for part in keep_chunks(parts, chunks, encoder.columns, total, path.stem):
+        for first in range(0, total if known else 0, 65_536):
+            some = place[first : first + 65_536]
+            out[first : first + 65_536][some >= 0] = vectors[some[some >= 0]]
+        new = chosen(texts, place < 0, size)
+        for part in keep_chunks(parts, new, encoder.columns, len(rows), path.stem):
             made = matrix_of(pq.read_table(part)["vector"])
-            out[start : start + len(made)] = made
+            out[rows[start : start + len(made)]] = made
             start += len(made)

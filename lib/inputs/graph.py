@@ -7,7 +7,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from lib.stages.files import write_parquet
-from lib.stages.streams import new_matrix, vector_column
+from lib.stages.streams import matrix_of, new_matrix, vector_column
 
 
 def board_titles(raw, most=200_000):
@@ -38,17 +38,21 @@ def svd_axes(weights, dim, seed, fit_rows=200_000):
     return TruncatedSVD(dim, random_state=seed).fit(weights[sample]).components_.astype(np.float32)
 
 
-def graph_embedding(raw, pins, dim, seed, out):
-    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage. Writes
-    pin_graph_embedding.npy [pins, D] and graph.parquet: of every board title its idf and its place on each
-    axis, what a new pin needs. Nothing if no pin is on a board."""
+def graph_embedding(raw, pins, dim, seed, out, base=None):
+    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with a Base
+    on its axes. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board title its idf and
+    its place on each axis, what a new pin needs. Nothing if no pin (of the base) is on a board."""
     titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
-    counts = board_counts(raw, titles, pins)
-    if not counts.nnz:
-        print("no boards: no graph embedding")
+    graph = base.graph if base else None
+    counts = board_counts(raw, titles if graph is None else graph["board_title"], pins)
+    if graph is not None:
+        tfidf.idf_, axes = graph["idf"].to_numpy(), matrix_of(graph["axes"]).T
+    elif base or not counts.nnz:
+        print(f"no boards{' in the base' if base else ''}: no graph embedding")
         return
-    tfidf.fit(counts)
-    axes = svd_axes(tfidf.transform(counts), dim, seed)
+    else:
+        tfidf.fit(counts)
+        axes = svd_axes(tfidf.transform(counts), dim, seed)
     weights, explained = tfidf.transform(counts), 0.0
     with new_matrix(out / "pin_graph_embedding.npy", pins, len(axes)) as matrix:
         for start in range(0, pins, 65_536):
@@ -56,6 +60,10 @@ def graph_embedding(raw, pins, dim, seed, out):
             matrix[start : start + 65_536] = block
             explained += np.square(block).sum(dtype=np.float64)
     explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
+    if graph is not None:
+        base.note_boards(raw, titles, explained)
+        base.bring("graph.parquet", out)
+        return
     columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
     table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
     write_parquet(out / "graph.parquet", table)

@@ -168,7 +168,11 @@ def tables_of(runs, run, decided_by, say):
     """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
     runs: None: those that RUN builds on. Also locks on their labels, held as long as they live."""
     tables, locks = {}, []
-    for earlier in bases_of(run) if runs is None else runs:
+    if runs is None:
+        runs = bases_of(run)
+        if runs and not runs[0].exists():
+            raise Stop(f"{runs[0]}: missing, {run} builds on it; --known says where labels are")
+    for earlier in runs:
         folder = earlier / "labels"
         try:
             about = require_finished(folder, f"03_label.py --run {earlier}", [FILE])

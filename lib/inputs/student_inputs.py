@@ -24,50 +24,46 @@ class StudentInputs:
     query and once a pin: pairs are never widened on disk."""
 
     def __init__(self, features, spec=None, max_values=1000):
-        """spec: a trained student's, whose categories are used; without it, the most frequent values of the
-        columns."""
-        features = Path(features)
+        """spec: a trained student's: its inputs and the values of its categories are used, whatever else is
+        there; a column that is not there is unknown for every row. Without it all columns, and their most
+        frequent values."""
+        features, columns = Path(features), {}
         self.embeddings, self.resident = {}, {}
         self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
         self.numbers, self.values = {}, {}  # column -> [mean, std], each row's value
         for path in sorted(features.glob("*_embedding.npy")):
             name = path.name.removesuffix("_embedding.npy")
-            self.embeddings[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        for side, table in TABLES.items():
-            file = pq.ParquetFile(features / table)
-            for field in file.schema_arrow:
-                if field.name not in OUR_COLUMNS[side]:
-                    column = file.read(columns=[field.name])[field.name]
-                    self.add(f"{side}_{field.name}", column, spec, max_values)
+            if spec is None or name in spec["embeddings"]:
+                self.embeddings[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
+        if spec is not None and self.dims != spec["embeddings"]:
+            trained = f"the student was trained on the embeddings {spec['embeddings']}"
+            raise Stop(f"{trained}, {features} has {self.dims}: run 04 again with --overwrite")
         self.match = spec["match"] if spec else match_names(features / "labelled.parquet")
-        if spec is not None:
-            self.compare(spec, features)
+        files = {side: pq.ParquetFile(features / table) for side, table in TABLES.items()}
+        for side, file in files.items():
+            further = [name for name in file.schema_arrow.names if name not in OUR_COLUMNS[side]]
+            columns |= {f"{side}_{name}": name for name in further}
+        for name in columns if spec is None else (*spec["categories"], *spec["numbers"]):
+            file = files[side_of(name)]
+            column = unknown(file.metadata.num_rows)
+            if name in columns:
+                column = file.read(columns=[columns[name]])[columns[name]]
+            self.add(name, column, spec, max_values)
 
     def add(self, name, column, spec, max_values):
-        """A numeric column becomes numbers, another one a category."""
-        if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-            self.values[name] = column.cast(pa.float32()).to_numpy()  # NaN where it is null
+        """A numeric column becomes numbers, another one a category; with a spec, what they are there."""
+        is_number = pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+        if is_number if spec is None else name in spec["numbers"]:
+            known = column.cast(pa.float32()) if is_number else unknown(len(column))
+            self.values[name] = known.to_numpy()  # NaN where it is null
             self.numbers[name] = mean_and_std(self.values[name])
         else:
             column = column.cast(pa.string())
-            known = spec["categories"].get(name, []) if spec else frequent_values(column, max_values)
+            known = spec["categories"][name] if spec else frequent_values(column, max_values)
             self.categories[name] = known
             codes = pc.index_in(column, pa.array(known, pa.string()))
             self.codes[name] = (codes.fill_null(-1).to_numpy() + 1).astype(np.int64)
-
-    def compare(self, spec, features):
-        """Stop unless the features have what the student was trained on."""
-        for what, trained, found in (
-            ("embeddings", sorted(spec["embeddings"]), sorted(self.embeddings)),
-            ("categories", list(spec["categories"]), list(self.categories)),
-            ("numbers", list(spec["numbers"]), list(self.numbers)),
-        ):
-            if trained != found:
-                raise Stop(
-                    f"the student was trained on the {what} {trained}, {features} has {found}: "
-                    "run 04 again with --overwrite"
-                )
 
     def to(self, device, share=0.5):
         """On a GPU: moves the embeddings there if they take at most `share` of its free memory."""
@@ -91,6 +87,11 @@ class StudentInputs:
                 gathered[name] = some if name in self.codes else some.float()
         columns = torch.from_numpy(np.ascontiguousarray(match)).unbind(dim=1)
         return gathered | dict(zip(self.match, columns))
+
+
+def unknown(rows):
+    """A column of nulls (Arrow)."""
+    return pa.chunked_array([pa.nulls(rows, pa.float32())])
 
 
 def mean_and_std(values):

@@ -21,13 +21,16 @@ def start_processes(settings):
     return Accelerator(cpu=device.type == "cpu"), dtype, hardware
 
 
-def start_stage(accelerator, folder, settings, inputs):
+def start_stage(accelerator, folder, settings, inputs, earlier=()):
     """The Stage of several processes: the main one takes the lock and decides for all. Returns it (None on
-    the others) and the folder to write into (None: nothing to do)."""
+    the others) and the folder to write into (None: nothing to do). earlier: run directories; what one of them
+    has that is the same is linked."""
     stage, error, work = None, None, None
     if accelerator.is_main_process:
         try:
             stage = Stage(folder, settings, inputs)
+            for run in () if settings.overwrite else earlier:
+                stage.link(run / stage.folder.name)
             work = None if stage.done else stage.work
         except (Stop, OSError) as problem:
             error = problem

@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from lib.stages.files import hashed, list_files, read_json, remove, write_json
+from lib.stages.files import hashed, link_or_copy, list_files, read_json, remove, write_json
 from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
@@ -83,6 +83,27 @@ class Stage:
         self.done = True
         same = "finished before with the same arguments and inputs, nothing to do"
         print(f"{self.folder}: {same} (--overwrite rebuilds it)")
+
+    def link(self, other):
+        """Is done if the folder `other`, of another run, is what is asked for: its files become ours, by hard
+        links if possible."""
+        if self.done or not (other / "stage.json").exists():
+            return
+        about = read_about(other)
+        if about["identity"] == self.about["identity"]:
+            lock, linked = hold(other, "read"), self.work.with_name(f"{self.work.name}-linked")
+            check_files(other, about, ["*"])
+            remove(linked)
+            for name in about["outputs"]:
+                (linked / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(other / name, linked / name)
+            del lock
+            write_json(linked / "stage.json", about)
+            remove(self.work)  # nothing is written over a file that is another run's too
+            os.replace(linked, self.work)
+            self.move_into_place()
+            self.done = True
+            print(f"{self.folder}: the same as {other}, linked")
 
     def finish(self, without=(), **facts):
         """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
