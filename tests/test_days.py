@@ -1,0 +1,199 @@
+"""Four days of a shop, each a run of its own on the one before (01 --base): what the teacher has labelled it
+never labels again, yesterday's student reads today's features, what is looked up is what would be made."""
+
+import days
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from days import build, read_tables, write_tables
+from finished_run import student_seed
+from helpers import stage
+from PIL import Image
+
+from common import PairText
+from lib.inputs import base as base_module
+from lib.inputs import captions
+from lib.inputs.known import FILE, LabelTable
+from lib.inputs.pairs import read_labels
+from lib.inputs.rows import PairShards
+from lib.models import load_config, load_tokenizer
+from lib.stages.files import read_json
+from serving.ranker import Ranker
+
+trainer, labeller = stage("02"), stage("03")
+QUICK = ["--rows", "48", "--epochs", "1", "--batch-size", "16", "--max-tokens", "48", "--lora-rank", "4"]
+
+
+def train(run, models, *more):
+    trainer.main(["--run", str(run), "--model", str(models["llama"]), *QUICK, *map(str, more)])
+
+
+def label(run, *more):
+    """Stage 03; returns the token ids that went through the teacher, as bytes, in their order."""
+    passes, original = [], labeller.soft_labels
+
+    def counted(teacher, rows, pad_id, budget, on_batch=None):
+        if on_batch is not None:  # not the sample on which LoRA's merge is measured
+            passes.extend(row.tobytes() for row in rows)
+        return original(teacher, rows, pad_id, budget, on_batch)
+
+    labeller.soft_labels = counted
+    try:
+        labeller.main(["--run", str(run), "--device", "cpu", *map(str, more)])
+    finally:
+        labeller.soft_labels = original
+    return passes
+
+
+def pairs_of(run, teacher):
+    """The different pairs of a run, as the token ids that the teacher reads, in bytes."""
+    about = read_json(teacher / "teacher.json")
+    tokenizer = load_tokenizer(teacher / "tokenizer", load_config(about["model"]))
+    text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"])
+    features = run / "features"
+    paths = [features / "labelled.parquet", *features.glob("impressions/*")]
+    return {row.tobytes() for _, rows in PairShards(features, text, paths) for row in rows}
+
+
+def labels_of(run):
+    return {path.name: read_labels(path) for path in sorted(run.glob("labels/**/*.parquet"))}
+
+
+def column(run, table, name):
+    return pq.read_table(run / "features" / f"{table}.parquet")[name].to_pylist()
+
+
+@pytest.fixture(scope="module")
+def shop(features, toy, models, tmp_path_factory):
+    """Monday's run, through 04, and the runs of the days after it, through 01."""
+    root = tmp_path_factory.mktemp("shop")
+    tables = read_tables(toy)
+    (root / "monday").mkdir()
+    (root / "monday" / "features").symlink_to(features)
+    train(root / "monday", models)
+    label(root / "monday")
+    quick = ["--epochs", "2", "--seed", str(student_seed(features)), "--device", "cpu"]
+    stage("04").main(["--run", str(root / "monday"), *quick])
+    write_tables(days.tuesday(tables), toy / "images", root / "data2")
+    build(root / "data2", root / "tuesday", models["bert"], "--base", root / "monday")
+    write_tables(days.wednesday(tables), toy / "images", root / "data3")
+    path = dict(zip(tables["pins"]["pin_id"].to_pylist(), tables["pins"]["image"].to_pylist()))[
+        days.REPAINTED
+    ]
+    Image.new("RGB", (64, 64), "purple").save(root / "data3" / path)
+    build(root / "data3", root / "wednesday", models["bert"], "--base", root / "tuesday")
+    return root
+
+
+def test_four_days(shop, models, toy, tmp_path, capsys):
+    """Passes of the teacher are the different pairs whose token ids nobody has labelled, exactly."""
+    monday, tuesday, wednesday = (shop / name for name in ("monday", "tuesday", "wednesday"))
+    teacher = monday / "teacher"
+    seen = pairs_of(monday, teacher)
+    train(tuesday, models)  # no training row has changed
+    assert f"the same as {teacher}, linked" in capsys.readouterr().out
+    weights = next((tuesday / "teacher").rglob("adapter_model.safetensors"))
+    assert weights.stat().st_nlink > 1
+    passes = label(tuesday)
+    said = capsys.readouterr().out
+    assert len(passes) == len(set(passes)) and set(passes) == pairs_of(tuesday, teacher) - seen
+    assert 8 <= len(passes) < 80 and f"{len(passes):,} by a pass of the teacher" in said
+    about = read_json(tuesday / "labels" / "stage.json")["labels"]
+    assert about["passes"] == len(passes) and list(about["looked_up"]) == [str(monday)]
+    assert f"looked up in {monday}" in said and "known.arrow: " in said
+
+    seen |= pairs_of(tuesday, teacher)
+    passes = label(wednesday, "--teacher", teacher)
+    assert set(passes) == pairs_of(wednesday, teacher) - seen and len(passes) == len(set(passes)) > 5
+    back = read_json(wednesday / "labels" / "stage.json")["labels"]["looked_up"]
+    assert [*back] == [str(tuesday), str(monday)] and back[str(tuesday)] > 100
+    assert back[str(monday)] > 1_000  # they were absent on Tuesday
+    assert LabelTable(wednesday / "labels" / FILE).rows == len(pairs_of(wednesday, teacher))
+
+    for run in (tuesday, wednesday):  # the same with nothing looked up
+        alone = tmp_path / f"{run.name} alone"
+        alone.mkdir()
+        (alone / "features").symlink_to(run / "features")
+        passes = label(alone, "--teacher", teacher, "--known")
+        assert set(passes) == pairs_of(run, teacher) and len(passes) == len(set(passes))
+        one, other = labels_of(run), labels_of(alone)
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], atol=1e-6)
+
+    tables = read_tables(shop / "data3")
+    query, pin = "new", days.RETITLED
+    new = {"query_id": query, "pin_id": pin, "label": "5", "split": "train"}
+    tables["labels"] = days.with_rows(tables["labels"], [new])
+    write_tables(tables, shop / "data3" / "images", tmp_path / "data4")
+    thursday = shop / "thursday"
+    build(tmp_path / "data4", thursday, models["bert"], "--base", wednesday)
+    train(thursday, models)
+    assert "linked" not in capsys.readouterr().out
+    passes = label(thursday)
+    assert set(passes) == pairs_of(thursday, thursday / "teacher")  # another teacher: nothing is known
+    assert "of another teacher" in capsys.readouterr().out
+
+
+def test_yesterdays_student_reads_todays_features(shop, capsys):
+    """Without a column that it knows, and with one that it does not."""
+    for name in ("tuesday", "wednesday"):
+        if not (shop / name / "student").exists():
+            (shop / name / "student").symlink_to(shop / "monday" / "student")
+        then, now = Ranker(shop / "monday"), Ranker(shop / name)
+        same = [pin for pin in then.ids if pin in now.ids and pin not in (days.RETITLED, days.REPAINTED)]
+        one, other = (ranker.rank("red chair", candidates=same) for ranker in (then, now))
+        assert len(same) == 97 and one.pins == other.pins
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
+        assert {"new1", "new2"} <= set(now.rank("small oak desk").pins)
+        new = ("bm25.parquet", "graph.parquet")
+        assert all((shop / name / "features" / file).read_bytes() == (then.new.folder / file).read_bytes()
+                   for file in new)  # fmt: skip
+        del then, now  # their locks
+
+
+def test_what_is_looked_up_is_what_would_be_made(shop, models, tmp_path, monkeypatch):
+    """Byte for byte, but for the cache of captions."""
+    made = []
+
+    def none_known(self, side, texts, out):
+        made.append(side)
+        vectors, place = original(self, side, texts, out)
+        assert (place >= 0).sum() > 25
+        return vectors, np.full_like(place, -1)
+
+    original = base_module.Base.known_texts
+    monkeypatch.setattr(base_module.Base, "known_texts", none_known)
+    monkeypatch.setattr(stage("01"), "reuse_captions", lambda folders, out: None)
+    build(shop / "data2", tmp_path / "run", models["bert"], "--base", shop / "monday")
+    one, other = content(shop / "tuesday" / "features"), content(tmp_path / "run" / "features")
+    assert made == ["query", "pin"] and one.keys() == other.keys() and len(one) > 10
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def content(folder):
+    """{file: bytes} of features, without the cache of captions and what stage.json says of time and files."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: path.read_bytes() for name, path in files.items() if not name.startswith("captions/")}
+    about = read_json(folder / "stage.json")
+    return {**found, "stage.json": {k: about[k] for k in about if k not in ("seconds", "digest", "outputs")}}
+
+
+def test_nothing_known_is_made_again(shop, models, tmp_path, monkeypatch, capsys):
+    """Only new texts are embedded and new pictures captioned."""
+    texts, encoder, images = [], stage("01").TextEncoder.__call__, []
+
+    def counted(self, some, **options):
+        texts.extend(some)
+        return encoder(self, some, **options)
+
+    def captioned(self, some):
+        images.extend(some)
+        return captioner(self, some)
+
+    captioner = captions.Captioner.__call__
+    monkeypatch.setattr(stage("01").TextEncoder, "__call__", counted)
+    monkeypatch.setattr(captions.Captioner, "__call__", captioned)
+    build(shop / "data3", tmp_path / "run", models["bert"], "--base", shop / "tuesday")
+    assert len(images) == 1 and 2 <= len(texts) <= 3  # the picture's pin, the one with an engagement
+    assert "all below 10%: the statistics serve" in capsys.readouterr().out
