@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.inputs.match import MATCH_FEATURES
-from lib.inputs.regression import match_names
+from lib.inputs.match import MATCH_FEATURES, match_names
 from lib.inputs.student_inputs import OUR_COLUMNS, TABLES
 from lib.stages.files import link_or_copy, remove
 from lib.stages.finished import read_about, require_finished
