@@ -30,8 +30,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoTokenizer, BertModel
 
 import common
-from lib.inputs.match import MATCH_FEATURES, MatchFeature
-from lib.inputs.regression import match_names
+from lib.inputs.match import MATCH_FEATURES, MatchFeature, match_names
 from lib.results.export import contract
 from lib.stages import streams
 from lib.stages.files import read_json
