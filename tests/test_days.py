@@ -15,7 +15,7 @@ from lib.inputs import base as base_module
 from lib.inputs import captions
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
-from lib.inputs.rows import PairShards
+from lib.inputs.rows import tokenized_shards
 from lib.models import load_config, load_tokenizer
 from lib.stages.files import read_json
 from serving.ranker import Ranker
@@ -52,7 +52,7 @@ def pairs_of(run, teacher):
     text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"])
     features = run / "features"
     paths = [features / "labelled.parquet", *features.glob("impressions/*")]
-    return {row.tobytes() for _, rows in PairShards(features, text, paths) for row in rows}
+    return {row.tobytes() for _, rows in tokenized_shards(features, text, paths) for row in rows}
 
 
 def labels_of(run):
