@@ -59,8 +59,8 @@ def first_line(error):
 
 
 def progress_bar(**options):
-    """tqdm; into a file a line every half minute."""
+    """tqdm; into a file a line every half minute, and none before."""
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed}, {rate_fmt}{postfix}\n"
-        options = {"mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
+        options = {"delay": 30, "mininterval": 30, "maxinterval": 60, "bar_format": line, **options}
     return tqdm(**options)

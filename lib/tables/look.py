@@ -43,6 +43,7 @@ def look_at_table(raw, table, columns):
     for column in columns:
         some = f"(SELECT {quoted(column)}::VARCHAR AS v FROM raw_{table} LIMIT {ROWS})"
         filled, json, values, example = raw.ask(f"{sql} {some}")[0]
+        example = raw.labels_found() if column == "label" and table == "labels" else example
         role, is_category = role_of(raw, table, column, values)
         odd = "JSON: a column of its own for each thing in it says more"
         odd = odd if is_category and json >= 0.9 * filled else None
