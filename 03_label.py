@@ -142,6 +142,11 @@ def open_text(folder, settings, about, model):
     return text
 
 
+def what_decides(trained, hardware, merge):
+    """Hash of what decides a pair's label, beside its token ids. trained: stage.json of 02."""
+    return hashed([teacher_identity(trained), trained["text"], hardware, merge])
+
+
 def label_shards(teacher, shards, known, pad_id, target, settings, bar):
     """Labels shard after shard into target(path of the shard), each written whole or not at all."""
     for path, rows in ahead(shards, depth=1):
@@ -187,7 +192,7 @@ def main(argv=None):
     labelled, impressions = features / "labelled.parquet", sorted(features.glob("impressions/part-*.parquet"))
     paths = [labelled] if settings.only_labelled else [labelled, *impressions]
     todo = [path for path in paths if not target(path).exists()]
-    own, decided_by = work / "known", hashed([inputs["teacher"], inputs["text"], hardware, settings.merge])
+    own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
     known = KnownLabels(earlier, own, decided_by, todo)
     accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same files

@@ -42,7 +42,9 @@ class Settings:
     source: Positional[Annotated[Path, arg(metavar="FROM")]]  # a file, a run, or a dataset with labels
     target: Positional[Annotated[Path, arg(metavar="TO")]]  # a file, or a dataset with pins
     format: Literal[tuple(FORMATS)] | None = None  # of a file whose name does not say it; of two: the source
-    labels: Literal["teacher", "human"] = "teacher"  # of a run: 03's or people's
+    labels: Literal["teacher", "human", "bm25", "text_cosine"] = (
+        "teacher"  # of a run: 03's, people's, features
+    )
     levels: str = ""  # what ratings in a file mean, such as 100=5,10=4,1=3,0=1 (default: they are levels)
     queries: Path | None = None  # dataset by which queries in a file have their ids and texts
     split: Literal["train", "eval"] | None = None  # of labels in a dataset (default: by a hash of the query)
@@ -55,13 +57,13 @@ def of_run(run, which, expected):
     made = require_pairs(run, READS, labels=which == "teacher")
     features, keys, ratings = run / "features", [], []
     paths = [features / "labelled.parquet"]
-    if which == "teacher" and not made["labels"]["arguments"].get("only_labelled"):
+    if which != "human" and not made.get("labels", {"arguments": {}})["arguments"].get("only_labelled"):
         paths += sorted(features.glob("impressions/part-*.parquet"))
     for path in paths:
         rows = pq.read_table(path)
         keys.append(rows["query_index"].to_numpy().astype(np.int64) << 32 | rows["pin_index"].to_numpy())
-        if which == "human":
-            ratings.append(rows["label"].to_numpy())
+        if which != "teacher":
+            ratings.append(rows["label" if which == "human" else which].to_numpy())
             continue
         p = read_labels(run / "labels" / path.relative_to(features), len(rows))
         ratings.append(expected_level(p) if expected else p.argmax(1) + 1)

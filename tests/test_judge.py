@@ -1,0 +1,181 @@
+"""The teacher as judge of result lists: experiments/estimates.py, lists.py, judge.py, judge_coverage.py."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from finished_run import finished_run
+from helpers import stop_line
+from scipy import stats
+from sklearn.metrics import ndcg_score
+
+from experiments import estimates, judge, judge_coverage
+from lib.tables.result_lists import read_results, rows_of_queries
+
+# ------------------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def test_metrics_of_a_list():
+    """Two queries with three judged pins each; the second list ends after one pin."""
+    level = np.array([5, 3, 1, 2, 4, 1])
+    gain, relevant = estimates.gains(np.eye(5)[level - 1], "probable")
+    np.testing.assert_array_equal(gain, 2.0 ** (level - 1) - 1)
+    judged = np.arange(6).reshape(2, 3)
+    found = estimates.list_metrics(np.array([[1, 0, 2], [3, -1, -1]]), judged, gain, relevant)
+    shown = ndcg_score([gain[:3]], [[2, 3, 1]], k=3)
+    best = 7 + 1 / np.log2(3)  # levels 4, 2
+    np.testing.assert_allclose(found["ndcg"], [shown, 1 / best])
+    scale = 15 * (1 / np.log2([2, 3, 4])).sum()
+    np.testing.assert_allclose(found["sdcg"], [(3 + 15 / np.log2(3)) / scale, 1 / scale])
+    np.testing.assert_allclose(found["precision"], [1 / 3, 0])
+    nothing = estimates.list_metrics(np.array([[2, 5]]), np.array([[2, 5]]), gain, relevant)
+    assert np.isnan(nothing["ndcg"][0]) and nothing["sdcg"][0] == 0
+
+
+def test_expected_gain():
+    p = np.array([[0, 0, 0.5, 0, 0.5]])
+    gain, relevant = estimates.gains(p, "expected")
+    assert gain[0] == pytest.approx(9) and relevant[0] == pytest.approx(0.5)  # (3 + 15) / 2
+    assert estimates.gains(p, "probable")[0][0] == 3
+
+
+def test_mean_and_its_interval():
+    values = np.random.default_rng(0).normal(1, 2, 40)
+    found = estimates.mean(np.append(values, np.nan))
+    reference = stats.ttest_1samp(values, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+    twice = estimates.mean(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 2.0]))
+    assert twice.value == pytest.approx(2.5)  # traffic counts
+
+
+def test_corrected_mean_is_that_of_ppi_python():
+    """ppi-python 0.2.3 on the same numbers: ppi_mean_pointestimate -0.0290468, ppi_mean_ci [-0.15681623,
+    0.09872262]. It divides by n where we divide by n - 1."""
+    rng = np.random.default_rng(0)
+    n, more = 200, 1500
+    x = rng.normal(0, 1, n + more)
+    people = (x + rng.normal(0, 0.7, n + more))[:n]
+    judge = 0.8 * x + rng.normal(0.1, 0.4, n + more)
+    found, tuned = estimates.corrected_mean(people, judge[:n], judge[n:])
+    assert found.value == pytest.approx(-0.0290468, abs=1e-3)
+    assert 1.959964 * found.error == pytest.approx((0.09872262 + 0.15681623) / 2, rel=0.01)
+    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people).error
+    assert estimates.queries_as_good(people, found.error) > n
+
+
+def test_a_judge_that_knows_nothing_costs_nothing():
+    rng = np.random.default_rng(1)
+    people, noise = rng.normal(0, 1, 50), rng.normal(5, 1, 500)
+    found, tuned = estimates.corrected_mean(people, noise[:50], noise[50:])
+    assert tuned < 0.4 and found.error < 1.05 * people.std(ddof=1) / np.sqrt(50)
+    constant, tuned = estimates.corrected_mean(people, np.ones(50), np.ones(500))
+    assert tuned == 0 and constant.value == pytest.approx(people.mean())
+
+
+def test_power_and_allocation():
+    """The detected difference is the one that a t test finds four times of five."""
+    rng, n, deviation = np.random.default_rng(0), 400, 0.3
+    difference = estimates.detectable(deviation, n)
+    found = [stats.ttest_1samp(rng.normal(difference, deviation, n), 0).pvalue < 0.05 for _ in range(500)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+    assert estimates.queries_for(deviation, difference) == pytest.approx(n, abs=1)
+    values = np.concatenate([np.tile([-1.0, 1.0], 50), np.tile([-3.0, 3.0], 50)])
+    stratum = np.repeat(["calm", "wild"], 100)
+    drawn, (proportional, optimal) = estimates.allocation(values, stratum, np.ones(200), 100)
+    assert drawn == {"calm": (50, 25), "wild": (50, 75)} and optimal < proportional
+
+
+def test_agreement():
+    level, query = np.array([1, 2, 5, 5, 3, 3]), np.array([0, 0, 1, 1, 2, 2])
+    found = estimates.agreement(level, np.eye(5)[level - 1], query, "probable")
+    assert [found[name] for name in ("exact", "within_one", "kappa", "tau", "rho")] == pytest.approx([1] * 5)
+    off = estimates.agreement(level, np.eye(5)[np.minimum(level, 4)], query, "probable")
+    assert off["exact"] == pytest.approx(2 / 6) and off["within_one"] == 1 and 0 < off["kappa"] < 1
+    assert estimates.nearer(level, np.eye(5)[level - 1], query)[1] == {"expected": 0, "probable": 0}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Lists
+
+
+LISTS = {
+    "a.run": "q1 Q0 p1 1 9.5 x\nq1 Q0 p2 2 3 x\n",
+    "a.csv": "query_id,pin_id,rank\nq1,p1,1\nq1,p2,2\n",
+    "a.tsv": "Query\tpin_id\tscore\nRed chair \tp1\t2\nred chair\tp2\t1\n",
+    "a.jsonl": """{"query_id": "q1", "pin_id": "p1", "score": 2}
+        {"query_id": "q1", "pin_id": "p2", "score": 1}""",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_each_kind(tmp_path, name):
+    (tmp_path / name).write_text(LISTS[name])
+    table = read_results(tmp_path / name)
+    assert table["pin_id"].to_pylist() == ["p1", "p2"] and np.diff(table["score"].to_numpy())[0] < 0
+    assert rows_of_queries(table, ["q0", "q1"], ["blue", "red chair"]).tolist() == [1, 1]
+
+
+WRONG_LISTS = {
+    "no.csv": ("query_id,pin_id\nq1,p1\n", "rank or score"),
+    "bad.csv": ("query_id,pin_id,rank\nq1,p1,first\n", "1 rows whose rank is no number"),
+    "nobody.csv": ("pin_id,rank\np1,1\n", "query_id or query"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LISTS)
+def test_a_wrong_list_is_one_line(tmp_path, name):
+    text, said = WRONG_LISTS[name]
+    (tmp_path / name).write_text(text)
+    line = stop_line(read_results, tmp_path / name)
+    assert said in line and name in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.fixture(scope="module")
+def run(features, models):
+    return finished_run(features, models["llama"])
+
+
+def write_list(run, path, feature, top=8):
+    """The labelled evaluation pairs of a run as a result list by a match feature, in a file."""
+    rows = pq.read_table(run / "features" / "labelled.parquet", filters=[("split", "=", "eval")])
+    queries = pq.read_table(run / "features" / "queries.parquet")["query_id"]
+    pins = pq.read_table(run / "features" / "pins.parquet")["pin_id"]
+    columns = {"query_id": queries.take(rows["query_index"]), "pin_id": pins.take(rows["pin_index"])}
+    pa.csv.write_csv(pa.table({**columns, "score": rows[feature]}), path)
+    return path
+
+
+def test_two_lists_of_a_run(run, tmp_path, capsys):
+    lists = [f"{name}={write_list(run, tmp_path / f'{name}.csv', name)}" for name in ("bm25", "text_cosine")]
+    argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest", "--want", "0.01"]
+    judge.main([*argv, "--name", "two"])
+    folder, said = run / "judged" / "two", capsys.readouterr().out
+    result = json.loads((folder / "metrics.json").read_text())
+    means = result["means"]
+    difference = means["text_cosine - bm25"]["ndcg"]["all"]["value"]
+    assert difference == pytest.approx(
+        means["text_cosine"]["ndcg"]["all"]["value"] - means["bm25"]["ndcg"]["all"]["value"]
+    )
+    assert set(result["agreement"]) > {"", "en"} and "judge beside people" in said
+    assert "looked up" in said and " 0 by a pass" in said  # 03 has labelled all of these pairs
+    pairs = pq.read_table(folder / "pairs.parquet")
+    assert {"rank_bm25", "rank_text_cosine", "p5"} <= {*pairs.column_names}
+    assert (folder / "differences.png").stat().st_size > 5_000
+    judge.main([*argv, "--name", "two"])
+    assert "nothing to do" in capsys.readouterr().out
+    (tmp_path / "bm25.csv").write_text("query_id,pin_id,rank\nnobody,nothing,1\n")
+    assert "no row with a query and a pin of this run" in stop_line(judge.main, [*argv, "--name", "three"])
+
+
+def test_coverage_of_a_run(run, capsys):
+    judge_coverage.main(["--run", str(run), "--people", "8", "--repetitions", "20", "--top", "5"])
+    said = capsys.readouterr().out
+    assert said.count("corrected") == 1 and "people alone" in said
