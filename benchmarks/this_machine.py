@@ -54,8 +54,9 @@ def teacher_speeds(config, tokens):
 
     def step():
         ids, mask = batch(train.batch_size)
-        F.cross_entropy(teacher(ids, mask), ids[:, 0] % NUM_LEVELS).backward()
-        stages["02"].update_weights(teacher, optimizer, 1.0)
+        F.cross_entropy(teacher.train()(ids, mask), ids[:, 0] % NUM_LEVELS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     @torch.inference_mode()
     def forward():
@@ -90,6 +91,9 @@ def minutes(raw, plan, model, config):
     train, label = teacher_speeds(config, of_pair)
     tokens = counts["queries"] * of_query + counts["pins"] * of_pin
     epochs = {number: stages[number].PRESETS["small"].epochs for number in ("02", "04")}
+    epochs["02"] = epochs["02"] or stages["02"].passes_over(
+        plan.labels, stages["02"].PRESETS["small"].batch_size
+    )
     rows = plan.impressions + plan.labels
     student = student_speed(2 * config.hidden_size + stages["01"].PRESETS["small"].graph_dim)
     hardware = pick_hardware(stages["02"].PRESETS["small"])[2]

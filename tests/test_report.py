@@ -5,6 +5,7 @@ import csv
 import io
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -156,7 +157,8 @@ def test_the_report_stands_alone(measured):
     text = (run / "report" / "report.md").read_text(encoding="utf-8")
     facts = """some/encoder|some/captioner|some/model|111 human-labelled|made: 20
 student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
-expected calibration error|† fewer than 30 queries|Queries, the worst beside bm25 first|nDCG@20: bm25"""
+expected calibration error|† fewer than 30 queries|In short
+Queries, the worst beside bm25 first|nDCG@20: bm25"""
     for fact in facts.replace("\n", "|").split("|"):
         assert fact in text, fact
     rows = read_json(run / "student" / "stage.json")["rows"]["train"]
@@ -169,6 +171,21 @@ expected calibration error|† fewer than 30 queries|Queries, the worst beside b
     assert f"{sum(label == 1 for label in best.values())} queries have no gain" in text
     for name in [*report.CAPTIONS, *(f"search_{i}.png" for i in (1, 2, 3, 4))]:
         assert f"![{name}]({name})" in text and (run / "report" / name).exists()
+
+
+def test_in_short_is_better_worse_or_not_clear():
+    found = {
+        "bm25": (0.1, 0.2),
+        "match": (-0.1, 0.2),
+        "student_human_labels": (-0.3, -0.2),
+        "embedding": (0, 1),
+    }
+    compared = {}
+    for other, (low, high) in found.items():
+        compared["student", other, "ndcg_20"] = SimpleNamespace(value=(low + high) / 2, low=low, high=high)
+    lines = [line for line in report.in_short(compared) if line.startswith("-")]
+    assert [line.split("**")[1] for line in lines] == ["better", "no clear difference", "worse"]
+    assert "nDCG@20: +0.150 [+0.100, +0.200]" in lines[0] and report.in_short({}) == [""]
 
 
 def test_queries_stand_one_by_one(measured):

@@ -224,7 +224,7 @@ def show_text(ax, pin):
     ax.set_facecolor("#F4F1EA")
     at = {"transform": ax.transAxes, "va": "top", "clip_on": True}
     ax.text(0.06, 0.93, "\n".join(heads), fontsize=6.5, **at)
-    ax.text(0.06, 0.88 - 0.13 * len(heads), "\n".join(lines), fontsize=5.5, color="#444444", **at)
+    ax.text(0.06, 0.88 - 0.09 * len(heads), "\n".join(lines), fontsize=5.5, color="#444444", **at)
 
 
 def search_pages(run, rows, systems, queries, folder):

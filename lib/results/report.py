@@ -158,6 +158,18 @@ def below(compared):
     return lines
 
 
+def in_short(compared):
+    """What a reader who reads no further should know: the system to serve beside bm25, the best of those that
+    need no training, and human labels alone."""
+    system = next((name for name in ("student", "teacher") if (name, "bm25", "ndcg_20") in compared), None)
+    lines = ["## In short", ""] if system else []
+    for (first, other, metric), m in compared.items():
+        if first == system and m.value is not None and other in ("bm25", "match", "student_human_labels"):
+            verdict = "better" if m.low > 0 else "worse" if m.high < 0 else "no clear difference"
+            lines.append(f"- {first} beside {other}, {METRICS[metric].heading}: {signed(m)}: **{verdict}**")
+    return [*lines, ""]
+
+
 def few_queries(n):
     """A line where so few queries were judged that an interval says little; or none."""
     line = f"only {n} evaluation queries: an interval of fewer than {FEW_QUERIES} is a rough guess"
@@ -215,7 +227,8 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
     lines = ["# Evaluation", ""]
     for name, value in about:
         lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
-    lines += ["", "In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
+    lines += ["", *in_short(compared)]
+    lines += ["In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
     body = []
     for system in systems_of(table):
         found = [cell(table.get((system, ALL, metric)), METRICS[metric].percent) for metric in metrics]
