@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from common import Student, at_temperature, linear_warmup_decay
-from lib.inputs.inherited import require_languages, require_pairs
+from lib.inputs.inherited import require_languages, require_pairs, whose_labels
 from lib.inputs.pairs import PairFiles, TrainingRows
 from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot
@@ -275,6 +275,8 @@ def main(argv=None):
     if len(rows.human):
         start_at_regression(student, rows.human)
     summary.describe_student(student, rows, held_out, settings, device)
+    if "labels" in read:
+        print(f"the teacher: {whose_labels(read['labels'])}")
 
     # 4. Distillation
     log = train(student, rows, inputs, held_out, settings, device, stage.work)
@@ -285,7 +287,8 @@ def main(argv=None):
     save_for_serving(student, read["features"], columns, stage.work)
     write_jsonl(stage.work / "training_log.jsonl", log)
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
-    stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1])
+    teacher = read["labels"].get("teacher") if "labels" in read else None
+    stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1], teacher=teacher)
 
 
 if __name__ == "__main__":

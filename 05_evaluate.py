@@ -378,7 +378,7 @@ def main(argv=None):
     queries.write_csv(each, stage.work / "queries.csv")
     shown = queries.for_pages(each, settings.search_pages)
     pages = pictures.search_pages(run, evaluation, systems, shown, stage.work)
-    facts = report.facts(run, read, evaluation)
+    facts = report.facts(read, evaluation)
     one_by_one = queries.section(each, systems)
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.work / "report.md").write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from PIL import Image
 from common import PairText
 from lib.inputs import base as base_module
 from lib.inputs import captions
+from lib.inputs.inherited import whose_labels
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
 from lib.inputs.rows import tokenized_shards
@@ -103,7 +104,9 @@ def test_four_days(shop, models, toy, tmp_path, capsys):
     assert f"looked up in {monday}" in said and "known.arrow: " in said
 
     seen |= pairs_of(tuesday, teacher)
-    passes = label(wednesday, "--teacher", teacher)
+    train(wednesday, models)  # its files have another order, and no training row another text
+    assert "linked" in capsys.readouterr().out
+    passes = label(wednesday)
     assert set(passes) == pairs_of(wednesday, teacher) - seen and len(passes) == len(set(passes)) > 5
     back = read_json(wednesday / "labels" / "stage.json")["labels"]["looked_up"]
     assert [*back] == [str(tuesday), str(monday)] and back[str(tuesday)] > 100
@@ -116,6 +119,8 @@ def test_four_days(shop, models, toy, tmp_path, capsys):
         (alone / "features").symlink_to(run / "features")
         passes = label(alone, "--teacher", teacher, "--known")
         assert set(passes) == pairs_of(run, teacher) and len(passes) == len(set(passes))
+        about = read_json(alone / "labels" / "stage.json")
+        assert about["teacher"]["folder"] == str(teacher) and f"trained in {monday}" in whose_labels(about)
         one, other = labels_of(run), labels_of(alone)
         assert one.keys() == other.keys()
         for name in one:

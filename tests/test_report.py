@@ -56,6 +56,10 @@ def made(tmp_path_factory):
     about_features(folder)
     teacher = folder / "teacher"
     write_json(teacher / "teacher.json", {"model": "some/model"})
+    whose = {"model": "some/model", "folder": None}
+    counts = {"rows": 10, "passes": 3, "looked_up": {"/runs/monday": 5}}
+    inputs = read_json(folder / "labels" / "stage.json")["inputs"]
+    mark_finished(folder / "labels", inputs=inputs, teacher=whose, labels=counts)
     held_out = {"share": 0.3, "salt": "teacher:0"}
     mark_finished(teacher, held_out=held_out, rows={"train": 111})
     for labels in ("teacher", "human"):
@@ -155,7 +159,7 @@ def test_metrics_are_written_before_pictures(run, monkeypatch):
 def test_the_report_stands_alone(measured):
     run, _ = measured
     text = (run / "report" / "report.md").read_text(encoding="utf-8")
-    facts = """some/encoder|some/captioner|some/model|111 human-labelled|made: 20
+    facts = """some/encoder|some/captioner|some/model|5 looked up in /runs/monday|111 human-labelled|made: 20
 student learnt from|the human labels|have no gain|its judged pins only|ECE before|search_1.png
 expected calibration error|† fewer than 30 queries|In short
 Queries, the worst beside bm25 first|nDCG@20: bm25"""

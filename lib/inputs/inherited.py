@@ -3,11 +3,13 @@
 A folder that is read stays locked as long as its entry of `read`, {folder: its stage.json}, lives.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 
 from lib import models
-from lib.inputs.rows import hash_rows
+from lib.inputs.rows import content_order, hash_rows
 from lib.stages.files import hashed, read_json
 from lib.stages.finished import require_finished
 from lib.stages.terminal import Stop
@@ -38,8 +40,9 @@ def require_trained_on(run, trained, rows):
     trained: stage.json of 02; rows: token ids of the human-labelled pairs."""
     table = pq.read_table(run / "features" / "labelled.parquet", columns=["label", "split"])
     train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
-    levels = table["label"].to_numpy().astype(np.int64)[train] - 1
-    if hash_rows([rows[row] for row in train], levels) != trained["inputs"]["rows"]:
+    rows, levels = [rows[row] for row in train], table["label"].to_numpy().astype(np.int64)[train] - 1
+    order = content_order(rows, levels)
+    if hash_rows([rows[row] for row in order], levels[order]) != trained["inputs"]["rows"]:
         what = f"trained on other labelled rows than {run / 'features'} holds now"
         raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
 
@@ -68,7 +71,7 @@ def require_languages(run, languages):
 
 
 def require_systems(run, reads):
-    """What stage 05 reads: {"features", "labels", every student, "teacher" where it is here: stage.json}. A
+    """What stage 05 reads: {"features", "labels", every student, "teacher" where it is there: stage.json}. A
     student beside the main one that does not fit is named and left out; after 03 --only-labelled, which is
     to measure a teacher, the main one too."""
     read = require_pairs(run, reads)
@@ -81,10 +84,26 @@ def require_systems(run, reads):
             if name == "student" and not read["labels"]["arguments"].get("only_labelled"):
                 raise
             print(f"left out: {why}")
-    if (run / "teacher").exists():
-        command = f"02_train_teacher.py --run {run}"
-        read["teacher"] = require_finished(run / "teacher", command, ["teacher.json"])
+    teacher = Path(read["labels"].get("teacher", {}).get("folder") or run / "teacher")
+    if teacher.exists():
+        command = f"02_train_teacher.py --run {teacher.parent}"
+        read["teacher"] = require_finished(teacher, command, ["teacher.json"])
     return read
+
+
+def whose_labels(labels):
+    """In words, which teacher labels are of: its model, and its folder if that is another run's. labels:
+    stage.json of 03."""
+    teacher = labels.get("teacher") or {"model": "a teacher", "folder": None}
+    return teacher["model"] + (f", trained in {Path(teacher['folder']).parent}" if teacher["folder"] else "")
+
+
+def whence(counts):
+    """In words, where labels are from: counts of count_labels()."""
+    looked_up = [f"{labels:,} looked up in {run}" for run, labels in counts["looked_up"].items()]
+    made = [f"{counts['passes']:,} by a pass of the teacher", *looked_up]
+    again = counts["rows"] - counts["passes"] - sum(counts["looked_up"].values())
+    return f"{counts['rows']:,} rows, {', '.join(made)}, {again:,} of pairs that stand several times"
 
 
 def require_student(run, name, read):

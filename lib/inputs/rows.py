@@ -16,25 +16,27 @@ from lib.tables.splits import hash_split, in_hash_split, query_key
 
 
 class LabelledRows:
-    """The human-labelled training rows. ids: token ids of `[CLS] query [SEP] pin text`, N arrays [T]; levels
-    [N], 0 for level 1; `train` and `held_out`: row numbers; train_queries, held_out_queries: how many they
-    are of; match: {feature: [N]}, what needs no training."""
+    """The human-labelled training rows, in an order of their content. ids: token ids of `[CLS] query [SEP]
+    pin text`, N arrays [T]; levels [N], 0 for level 1; `train` and `held_out`: row numbers; train_queries,
+    held_out_queries: how many they are of; match: {feature: [N]}, what needs no training."""
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
         queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
         pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
-        query_index, pin_index = table["query_index"].to_numpy(), table["pin_index"].to_numpy()
 
         def read_pins(numbers):
             return pins.take(numbers).to_pydict()
 
         self.queries = queries.to_pylist()  # of all rows and impressions
-        self.ids = tokenize_pairs(text, queries, read_pins, query_index, pin_index)
+        indices = (table[name].to_numpy() for name in ("query_index", "pin_index"))
+        ids = tokenize_pairs(text, queries, read_pins, *indices)
+        order = content_order(ids, table["label"].to_numpy())
+        table, self.ids = table.take(order), [ids[row] for row in order]
         self.lengths = np.array([len(row) for row in self.ids])
         self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
         self.pad_id = text.tokenizer.pad_token_id
-        keys = [query_key(self.queries[query]) for query in query_index]
+        keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
         self.train, self.held_out, self.split = split_rows(keys, settings)
         self.train_queries, self.held_out_queries = (
             len({keys[row] for row in some}) for some in (self.train, self.held_out)
@@ -93,6 +95,11 @@ def read_fields(path, fields, pins):
                 values += table[name].to_pylist()
         start = end
     return columns
+
+
+def content_order(rows, labels):
+    """The order of N rows of token ids and labels [N] by what they are, wherever they stand in a table."""
+    return sorted(range(len(rows)), key=lambda row: (rows[row].tobytes(), labels[row]))
 
 
 def hash_rows(rows, *columns):

@@ -41,6 +41,14 @@ def counted(numbers):
     return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items())
 
 
+def taught_by(teacher):
+    """In words, whose labels a student learned. teacher: of its stage.json, {"model", "folder"}, or None."""
+    if teacher is None:
+        return "human labels alone"
+    run = f" of the run {escaped(Path(teacher['folder']).parent.name)}" if teacher["folder"] else ""
+    return f"labels of the teacher {escaped(public_name(teacher['model']))}{run}"
+
+
 def card(kind, about, features, languages, evaluation):
     """README.md of a "teacher" or a "student". about, features: stage.json of its folder and of stage 01;
     languages: of the queries; evaluation: metrics_table()."""
@@ -58,6 +66,7 @@ def card(kind, about, features, languages, evaluation):
         counts=counted(features.get("rows", {})),
         languages=escaped(", ".join(languages)),
         rows=counted(about.get("rows", {})),
+        taught=taught_by(about.get("teacher")),
         settings=escaped(", ".join(settings)),
         evaluation=evaluation,
     )

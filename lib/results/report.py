@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import RELEVANT, THRESHOLDS
-from lib.stages.files import read_json
+from lib.inputs.inherited import whence, whose_labels
 
 ALL = ""  # "language" of a metric over all rows
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
@@ -191,10 +191,10 @@ def summary(table, compared):
 # report.md
 
 
-def facts(run, read, evaluation):
+def facts(read, evaluation):
     """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
     features, command = read["features"], [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
-    teacher_file, used = run / "teacher" / "teacher.json", features.get("models", {})
+    labels, used = read["labels"], features.get("models", {})
     index, query = np.unique(evaluation["query_index"], return_inverse=True)
     best = np.zeros(len(index), int)
     np.maximum.at(best, query, evaluation["label"])
@@ -204,7 +204,8 @@ def facts(run, read, evaluation):
                        f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
         ("text encoder", used.get("text encoder", {}).get("name", "none: the user's own embeddings")),
         ("captions by", used.get("caption model", {}).get("name", "nobody: no picture can be read")),
-        ("teacher", read_json(teacher_file)["model"] if teacher_file.exists() else None),
+        ("teacher", whose_labels(labels) if "teacher" in labels else None),
+        ("its labels", whence(labels["labels"]) if "labels" in labels else None),
     ]  # fmt: skip
     for name, about in read.items():
         told, rows = about["arguments"], about.get("rows", {})

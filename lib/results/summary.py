@@ -5,6 +5,7 @@ import torch
 
 from common import LEVELS, NUM_LEVELS
 from lib.inputs.held_out import describe_held_out
+from lib.inputs.inherited import whence
 from lib.inputs.pairs import mean_label
 from lib.results.export import input_names
 from lib.stages.hardware import dtype_name
@@ -69,14 +70,6 @@ def describe_pool(pool, rows, queries):
     weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
     print(f"pooled: {weights}, by {rows:,} rows of {queries:,} held-out queries")
     print(f"only for queries in languages with labels: {' '.join(pool.languages)}")
-
-
-def whence(counts):
-    """In words, where labels are from: counts of count_labels()."""
-    looked_up = [f"{labels:,} looked up in {run}" for run, labels in counts["looked_up"].items()]
-    made = [f"{counts['passes']:,} by a pass of the teacher", *looked_up]
-    again = counts["rows"] - counts["passes"] - sum(counts["looked_up"].values())
-    return f"{counts['rows']:,} rows, {', '.join(made)}, {again:,} of pairs that stand several times"
 
 
 def describe_labels(counts, table, paths):
