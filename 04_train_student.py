@@ -16,6 +16,7 @@ Paper   python 04_train_student.py --preset paper --run /runs/search
 Shapes: B rows, F match features, C = 5 levels, D embedding size, K categories.
 """
 
+import copy
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -49,6 +50,7 @@ from lib.stages.settings import (
 from lib.stages.stage import Stage
 from lib.stages.streams import ahead
 from lib.stages.terminal import Stop, progress_bar, run_main
+from lib.tables.splits import hash_position
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Settings(DeviceSettings):
 
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
     category_dim: Width = 8  # size of the embedding of a categorical column
-    dropout: Share = 0.1  # share of the hidden units left out in a training step
-    input_dropout: Share = 0.4  # share of the embeddings' numbers left out in a training step
+    input_dropout: Share | None = None  # share of the embeddings' numbers left out in a training step
+    dropout: Share | None = (
+        None  # likewise of the hidden units (default of both: DROPOUTS, by number of rows)
+    )
     temperature: Temperature = 1.0  # softens teacher and student alike; at 1 probabilities stay as they are
 
     epochs: Count = 20  # passes over the training rows
@@ -93,6 +97,9 @@ PAPER = replace(
     checkpoint_steps=2_000,  # our choice
 )
 PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
+# (input_dropout, dropout), our choice. Rows with human labels alone, if at most so many, choose among them by
+# cross-validation over queries; of more rows, and of a teacher's soft labels, the first is taken.
+DROPOUTS, FEW_ROWS, FOLDS = ((0.4, 0.1), (0.6, 0.3), (0.9, 0.5)), 20_000, 3
 READS = ("*.parquet", "*_embedding.npy", POOL)  # files of features/ and labels/
 
 
@@ -163,14 +170,24 @@ def train_step(student, optimizer, features, target, temperature):
     return loss.detach()
 
 
+def new_optimizer(student, settings):
+    """AdamW of all weights."""
+    return torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
+
+
+def set_lr(optimizer, settings, progress):
+    """The learning rate at `progress` in [0, 1) of the training."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * linear_warmup_decay(progress, settings.warmup)
+
+
 def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
     """The steps of an epoch that are left; returns the sum of its losses. planned: rows of all epochs."""
     state = checkpoints.state
     epoch, loss_sum = state["epoch"], torch.tensor(state["loss_sum"])
     bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
     for features, target in batches:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * linear_warmup_decay(state["rows"] / planned, settings.warmup)
+        set_lr(optimizer, settings, state["rows"] / planned)
         # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
         torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + state["step"])
         loss = train_step(student, optimizer, features, target, settings.temperature)
@@ -188,7 +205,7 @@ def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
 def train(student, rows, inputs, held_out, settings, device, work):
     """The training loop, over what is left of it. Checkpoints go into the folder `work`. Returns the log, a
     line an epoch."""
-    optimizer = torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    optimizer = new_optimizer(student, settings)
     start = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0}
     checkpoints = Checkpoints(work, student, optimizer, start)
     state, planned = checkpoints.state, rows.total * settings.epochs
@@ -203,6 +220,44 @@ def train(student, rows, inputs, held_out, settings, device, work):
         state |= {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0}
         checkpoints.end_epoch(scores)
     return state["log"]
+
+
+def with_dropout(settings, rows, inputs, moments, device):
+    """The settings with both shares of dropout: as given, or those of DROPOUTS with which students learn most
+    from some queries' human labels about other queries'."""
+    if None not in (settings.input_dropout, settings.dropout):
+        return settings
+    choices = []
+    for input_dropout, dropout in DROPOUTS:
+        given = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
+        given = {name: share for name, share in given.items() if share is not None}
+        choices.append(replace(settings, **{"input_dropout": input_dropout, "dropout": dropout, **given}))
+    if settings.labels == "teacher" or rows.total > FEW_ROWS:
+        return choices[0]
+    losses = []
+    for choice in progress_bar(iterable=choices, desc="cross-validation", unit=" dropouts"):
+        losses.append(cross_validated_loss(choice, rows, inputs, moments, device))
+        print(f"dropout {choice.input_dropout}, {choice.dropout}: loss on other queries {losses[-1]:.4f}")
+    return choices[int(np.argmin(losses))]
+
+
+def cross_validated_loss(settings, rows, inputs, moments, device):
+    """Mean KL(target || student) of human-labelled rows, each under a student trained on the queries of
+    the other folds."""
+    keys = np.array(rows.files.keys, dtype=object)[rows.human["query"]]
+    fold_of = np.array([int(FOLDS * hash_position(key, "folds")) for key in keys])
+    loss, part = 0.0, copy.copy(rows)
+    for fold in range(FOLDS):
+        part.human, left_out = rows.human[fold_of != fold], rows.human[fold_of == fold]
+        if len(part.human) and len(left_out):
+            student = new_student(settings, inputs, moments, part.human, device)
+            optimizer = new_optimizer(student, settings)
+            batches = [batch for epoch in range(settings.epochs) for batch in part.batches(epoch)]
+            for step, batch in enumerate(batches):
+                set_lr(optimizer, settings, step / len(batches))
+                train_step(student, optimizer, *tensors(inputs, batch, device), settings.temperature)
+            loss += held_out_scores(student, inputs, left_out, device)["held_out_kl"] * len(left_out)
+    return loss / len(rows.human)
 
 
 def finite(loss, epoch):
@@ -240,6 +295,16 @@ def student_spec(settings, inputs, mean, std):
     }
 
 
+def new_student(settings, inputs, moments, human, device):
+    """A student before its training. moments: mean and std [F] of the match features; human: the
+    human-labelled rows among those that it will learn."""
+    torch.manual_seed(settings.seed)
+    student = Student(student_spec(settings, inputs, *moments)).to(device)
+    if len(human):
+        start_at_regression(student, human)
+    return student
+
+
 @torch.no_grad()
 def start_at_regression(student, human):
     """The student starts as the regression of the human-labelled rows' targets on the match features, its
@@ -266,14 +331,12 @@ def main(argv=None):
     # 2. Rows and inputs
     files = PairFiles(settings.run, settings.languages)
     rows = TrainingRows(files, human_rows(files, settings), settings)
-    mean, std, held_out = rows.survey()
+    *moments, held_out = rows.survey()
     inputs = StudentInputs(features).to(device)
 
     # 3. The network
-    torch.manual_seed(settings.seed)
-    student = Student(student_spec(settings, inputs, mean, std)).to(device)
-    if len(rows.human):
-        start_at_regression(student, rows.human)
+    settings = with_dropout(settings, rows, inputs, moments, device)
+    student = new_student(settings, inputs, moments, rows.human, device)
     summary.describe_student(student, rows, held_out, settings, device)
     if "labels" in read:
         print(f"the teacher: {whose_labels(read['labels'])}")
@@ -286,9 +349,11 @@ def main(argv=None):
     columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
     save_for_serving(student, read["features"], columns, stage.work)
     write_jsonl(stage.work / "training_log.jsonl", log)
+    dropouts = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
     teacher = read["labels"].get("teacher") if "labels" in read else None
-    stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1], teacher=teacher)
+    facts = {"dropouts": dropouts, "teacher": teacher}
+    stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1], **facts)
 
 
 if __name__ == "__main__":

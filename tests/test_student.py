@@ -21,6 +21,7 @@ from lib.inputs.pool import Pool, write_pool
 from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
 from lib.stages.files import read_json, write_json, write_parquet
+from lib.stages.terminal import Stop
 
 distil = stage("04")
 
@@ -448,3 +449,63 @@ def test_pooled_labels_are_what_the_student_learns(tmp_path):
     train, _ = read_labelled(tmp_path)
     np.testing.assert_allclose(rows["target"], (one_hot(train["label"]) + train["pooled"]) / 2, atol=1e-5)
     assert (train["learnt"] == train["pooled"]).all() and (train["pooled"] != train["teacher"]).any()
+
+
+def trained_on(folder, monkeypatch, *flags):
+    """Settings and rows as training gets them, after main() has stopped there."""
+    seen = []
+
+    def stop(student, rows, inputs, held_out, settings, device, work):
+        seen.append((settings, rows))
+        raise Stop("enough")
+
+    monkeypatch.setattr(distil, "train", stop)
+    stop_line(distil.main, ["--run", str(folder), "--device", "cpu", "--overwrite", *flags])
+    return seen[0]
+
+
+def test_dropout_follows_the_rows(tmp_path, monkeypatch):
+    """Of few human rows the best of DROPOUTS on other queries; of many, and of a teacher, the first; a flag
+    wins."""
+    synthetic(tmp_path, shards=1)
+    losses = {0.4: 0.9, 0.6: 0.7, 0.9: 0.8}
+    monkeypatch.setattr(distil, "cross_validated_loss", lambda choice, *rest: losses[choice.input_dropout])
+    human = ("--labels", "human")
+    for flags, expected in (
+        (human, (0.6, 0.3)),
+        ((), (0.4, 0.1)),
+        ((*human, "--dropout", "0.2"), (0.6, 0.2)),
+        ((*human, "--dropout", "0.2", "--input-dropout", "0"), (0.0, 0.2)),
+    ):
+        settings, _ = trained_on(tmp_path, monkeypatch, *flags)
+        assert (settings.input_dropout, settings.dropout) == expected
+    monkeypatch.setattr(distil, "FEW_ROWS", 100)
+    settings, rows = trained_on(tmp_path, monkeypatch, *human)
+    assert rows.total > 100 and (settings.input_dropout, settings.dropout) == (0.4, 0.1)
+
+
+def test_cross_validation_is_over_queries(tmp_path, monkeypatch):
+    """Every row is left out once, by a student that was trained on no row of its query; the loss is the mean
+    over rows."""
+    synthetic(tmp_path, shards=1)
+    learnt, folds = [], []
+    make, score = distil.new_student, distil.held_out_scores
+
+    def recorded(student, inputs, left_out, device):
+        folds.append((left_out, score(student, inputs, left_out, device)["held_out_kl"]))
+        return {"held_out_kl": folds[-1][1]}
+
+    monkeypatch.setattr(distil, "new_student", lambda *given: learnt.append(given[3]) or make(*given))
+    monkeypatch.setattr(distil, "held_out_scores", recorded)
+    flags = ("--labels", "human", "--epochs", "2", "--hidden", "8")
+    settings, rows = trained_on(tmp_path, monkeypatch, *flags)
+    assert len(folds) == distil.FOLDS * len(distil.DROPOUTS) and len(learnt) == len(folds) + 1
+    first = list(zip(learnt, folds))[: distil.FOLDS]
+    for trained, (left_out, _) in first:
+        assert not set(trained["query"]) & set(left_out["query"])
+        assert len(trained) + len(left_out) == len(rows.human)
+    assert sum(len(left_out) for _, (left_out, _) in first) == len(rows.human)
+    losses = []
+    for start in range(0, len(folds), distil.FOLDS):
+        losses.append(sum(len(left_out) * loss for left_out, loss in folds[start : start + distil.FOLDS]))
+    assert settings.input_dropout == distil.DROPOUTS[int(np.argmin(losses))][0]
