@@ -48,7 +48,7 @@ from lib.tables.splits import in_hash_split
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
-    """The flags of stage 01; these are the toy's values."""
+    """Settings of stage 01; the defaults are the toy's."""
 
     base: Path | None = None  # run to build on: its statistics, so that its student reads these features
     data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
@@ -305,7 +305,7 @@ def inputs_of(raw, settings, own, pictures, hardware):
     if pictures["image"].null_count < len(pictures):
         found["images"] = pictures_fingerprint(pictures)
     if pictures["digest"].null_count < len(pictures):
-        captioner_config(settings.caption_model)  # before the work of hours
+        captioner_config(settings.caption_model)  # an error ends here, not hours later
         found["caption model"] = models.model_fingerprint(settings.caption_model)
         found["precision"] = hardware
     if not {"query_text", "pin_text"} <= set(own):

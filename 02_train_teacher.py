@@ -39,7 +39,7 @@ from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
-    """What stage 02 is told."""
+    """Settings of stage 02."""
 
     model: str | None = str(ROOT / "data/toy/models/llama")  # folder written by save_pretrained, or hub id
     # (None: stage 01's text encoder)
@@ -301,7 +301,7 @@ def main(argv=None):
     output, work = start_stage(accelerator, folder, settings, inputs, earlier)
     if work is None:
         return
-    text.queries(rows.queries)  # those of impressions too: better now than halfway through stage 03
+    text.queries(rows.queries)  # of impressions too: stage 03 reads all of them
 
     # 3. The language model and a fresh head
     torch.manual_seed(settings.seed)

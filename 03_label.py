@@ -48,7 +48,7 @@ from lib.tables.splits import in_hash_split
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
-    """What stage 03 is told."""
+    """Settings of stage 03."""
 
     batch_tokens: Count = 8_192  # tokens a forward pass, padding included
     merge: bool = True  # add LoRA into plain weights; --no-merge keeps NF4, for small memory
@@ -195,7 +195,7 @@ def main(argv=None):
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
     known = KnownLabels(earlier, own, decided_by, todo)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has seen the same files
+    accelerator.wait_for_everyone()  # all see the same files before one writes
 
     # 3. The teacher, LoRA merged
     [(_, rows)] = tokenized_shards(features, text, [labelled])

@@ -55,7 +55,7 @@ from lib.tables.splits import hash_position
 
 @dataclass(frozen=True)
 class Settings(DeviceSettings):
-    """What stage 04 is told."""
+    """Settings of stage 04."""
 
     labels: Literal["teacher", "human"] = "teacher"  # soft labels of impressions, or human training labels
     name: str | None = None  # output folder below RUN (default: student, or student_human_labels)

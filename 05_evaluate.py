@@ -39,7 +39,7 @@ from lib.stages.terminal import Stop, run_main
 
 @dataclass(frozen=True)
 class Settings(StageSettings):
-    """What stage 05 is told."""
+    """Settings of stage 05."""
 
     resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher

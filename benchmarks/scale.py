@@ -402,7 +402,7 @@ def measure(args, impressions, pins, folder, line):
 
 
 def measure_labels(args, impressions, run, model, line):
-    """Stage 03 with a one-layer teacher; beyond --label-rows, or if nobody asks for it, random labels."""
+    """Stage 03 with a one-layer teacher; beyond --label-rows, or without it, random labels."""
     few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
     measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
     if impressions > args.label_rows or "03" not in args.stages:

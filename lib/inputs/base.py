@@ -27,7 +27,7 @@ READS = ("bm25.parquet", "graph.parquet", "pins.parquet", "queries.parquet", "*_
 MEANING = ("caption_tokens", "text_tokens", "top_tokens", "graph_dim")
 MEANING += ("caption model", "text encoder", "precision", "rules")
 OWN = ("query_text", "pin_text", "pin_visual", "pin_graph")  # the user's own of these stand for ours
-DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be made anew
+DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be fitted again
 
 
 def bases_of(run):
@@ -61,7 +61,7 @@ def open_base(settings, inputs):
         meanings.append({"arguments": told, "inputs": own | here})
     changes = "; ".join(changes_between(*meanings).values())
     if changes:
-        raise Stop(f"{run}: its features mean something else ({changes}); without --base all is made anew")
+        raise Stop(f"{run}: its features mean something else ({changes}); without --base all is fitted again")
     inputs["base"] = about["identity"]
     return Base(run, about)
 
@@ -139,7 +139,7 @@ class Base:
         shares = ", ".join(f"{what} {share:.1%}" for what, share in self.drift.items())
         verdict = f"all below {DRIFT_LIMIT:.0%}: the statistics serve"
         if max(self.drift.values()) >= DRIFT_LIMIT:
-            verdict = f"not below {DRIFT_LIMIT:.0%}: make them anew (01 without --base, then 02 to 05)"
+            verdict = f"not below {DRIFT_LIMIT:.0%}: fit them again (01 without --base, then 02 to 05)"
         new = f"; category values that the base does not have: {', '.join(unknown)}" * bool(unknown)
         print(f"drift from the statistics of {self.run}: {shares}; {verdict}{new}")
         return {"base": str(self.run), "drift": {what: round(x, 6) for what, x in self.drift.items()}}

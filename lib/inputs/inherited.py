@@ -23,7 +23,7 @@ def require_teacher(run, folder, model=None):
     about = read_json(folder / "teacher.json")
     if about["finetuning"] == "full":
         return read, about, folder / "backbone"
-    model = model or about["model"]  # LoRA stands beside a model that somebody may have changed or moved
+    model = model or about["model"]  # LoRA stands beside a model that may have changed or moved
     if not models.is_model(model, read["teacher"]["inputs"]["model"]):
         raise Stop(f"{model}: not the model that the teacher was trained on; --model says where that is")
     return read, about, model

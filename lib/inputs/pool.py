@@ -36,7 +36,7 @@ class Pool(NamedTuple):
 
 
 def log(p):
-    """The logarithm of probabilities, of at least a millionth each: nobody knows better."""
+    """The logarithm of probabilities, each at least a millionth."""
     return np.log(np.maximum(p, 1e-6))
 
 

@@ -8,7 +8,7 @@ import duckdb
 from lib.stages.terminal import Stop, first_line
 from lib.tables.files import one_line, text_literal
 
-# Characters that nobody sees: spaces, control and format characters, fillers, variation selectors.
+# Characters that are not seen: spaces, control and format characters, fillers, variation selectors.
 INVISIBLE = (
     r"[\s\pZ\pC\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{180B}-\x{180F}\x{2800}\x{3164}"
     r"\x{FE00}-\x{FE0F}\x{FFA0}]*"

@@ -1,4 +1,4 @@
-"""What tables and columns are often called elsewhere: to tell somebody which of theirs is meant."""
+"""What tables and columns are often called elsewhere: to name the one that is meant."""
 
 import difflib
 import re
