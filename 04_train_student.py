@@ -260,6 +260,15 @@ def cross_validated_loss(settings, rows, inputs, moments, device):
     return loss / len(rows.human)
 
 
+def warn_if_by_heart(log):
+    """A line if the student ends worse on held-out queries than it was before, by more than a twentieth."""
+    losses = [line["held_out_kl"] for line in log if "held_out_kl" in line]
+    if losses and losses[-1] > 1.05 * min(losses):
+        rose = f"from {min(losses):.3f} to {losses[-1]:.3f}"
+        print(f"warning: on held-out queries KL rose {rose} while the loss fell")
+        print("more --dropout and --input-dropout, fewer --epochs, or labels of more queries?")
+
+
 def finite(loss, epoch):
     """A sum of losses as a number; Stop if it is not finite."""
     if not torch.isfinite(loss):
@@ -343,6 +352,7 @@ def main(argv=None):
 
     # 4. Distillation
     log = train(student, rows, inputs, held_out, settings, device, stage.work)
+    warn_if_by_heart(log)
 
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))

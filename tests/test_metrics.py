@@ -17,6 +17,7 @@ from lib.results import report, temperatures
 from lib.tables.splits import in_hash_split
 
 evaluate = stage("05")
+ERRORS, INTERVAL = ("ece", "ece_at_temperature"), {"value": 0.1, "low": 0.0, "high": 0.2}
 
 
 def example(seed, n=200, ties=False):
@@ -323,7 +324,7 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     key = np.array([f"q{i}" for i in range(40)], dtype=object).repeat(10)
     y, p, _ = example(3, 400)
     train = {"key": key, "label": y, "teacher": p, "query_index": np.arange(40).repeat(10)}
-    held_out = {"share": 0.3, "salt": "x"}
+    held_out = {"share": 0.5, "salt": "x"}
     fitted = []
     monkeypatch.setattr(temperatures, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
     read = {"features": {}, "labels": {}, "teacher": {"held_out": held_out}}
@@ -332,6 +333,13 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
     np.testing.assert_array_equal(fitted[0][0], y[at])
     np.testing.assert_array_equal(fitted[0][1], p[at])
+    few = train["query_index"] < 14  # of fourteen queries, all of them held out, none is fitted
+    train = {name: column[few] for name, column in train.items()}
+    read["teacher"] = {"held_out": {"share": 1.0, "salt": "x"}}
+    found = temperatures.fit_temperatures(read, train, None, lambda run, name, rows: (rows["teacher"], None))
+    assert found == {"teacher": {"temperature": 1.0, "rows": 140, "queries": 14}} and len(fitted) == 1
+    table = report.of_temperatures({"teacher": {**found["teacher"], **dict.fromkeys(ERRORS, INTERVAL)}})
+    assert "| teacher | 1.00 | 140 rows of 14 queries: too few |" in "\n".join(table)
     for nothing in ({}, {"teacher": {}}, {"teacher": {"held_out": {"share": 0.0, "salt": "x"}}}):
         assert temperatures.fit_temperatures(nothing, train, None, None) == {}
 

@@ -31,8 +31,9 @@ class Pool(NamedTuple):
 
     def __call__(self, p, x, language):
         """The teacher's probabilities [B, C], match features [B, F] and languages [B] -> pooled [B, C]."""
-        pooled = softmax(self.teacher * log(p) + self.match * log(self.regression.probabilities(x)), axis=1)
-        return np.where(np.isin(language, self.languages)[:, None], pooled, p)
+        logits = self.teacher * log(p) + self.match * log(self.regression.probabilities(x))
+        has_labels = np.isin(language, self.languages)
+        return np.where(has_labels[:, None], softmax(logits, axis=1), p)
 
 
 def log(p):
@@ -44,11 +45,13 @@ def fit_weights(level, query, p_teacher, p_match):
     """The two weights, for which the cross-entropy, averaged within a query (its rows say much the same) and
     summed over queries, plus the Gaussian prior is least. level, query [B]; probabilities [B, C]."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
-    rows, share, logs = np.arange(len(level)), 1 / sizes[of_query], (log(p_teacher), log(p_match))
+    rows, share = np.arange(len(level)), 1 / sizes[of_query]
+    log_teacher, log_match = log(p_teacher), log(p_match)
 
     def loss(weights):
-        log_p = log_softmax(weights[0] * logs[0] + weights[1] * logs[1], axis=1)[rows, level - 1]
-        return -share @ log_p + ((weights - EQUAL) ** 2).sum() / (2 * SPREAD**2)
+        pooled = log_softmax(weights[0] * log_teacher + weights[1] * log_match, axis=1)
+        prior = ((weights - EQUAL) ** 2).sum() / (2 * SPREAD**2)
+        return prior - share @ pooled[rows, level - 1]
 
     return minimize(loss, [EQUAL, EQUAL], bounds=[(0, None)] * 2).x
 

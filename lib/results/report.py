@@ -15,6 +15,7 @@ import numpy as np
 
 from common import RELEVANT, THRESHOLDS
 from lib.inputs.inherited import whence, whose_labels
+from lib.results.temperatures import ENOUGH_QUERIES
 
 ALL = ""  # "language" of a metric over all rows
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
@@ -296,11 +297,13 @@ def of_temperatures(temperatures):
         return [*lines, "No training query was held out to tell, or there were too few.", ""]
     lines += [
         "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
-        "on. It is in temperatures.json; a service takes it (`Ranker(…, temperature=…)`)."
+        "on; 1 where those are too few to tell. It is in temperatures.json; a service takes it "
+        "(`Ranker(…, temperature=…)`)."
     ]
     body = []
     for system, found in temperatures.items():
         errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
-        fitted = f"{found['rows']:,} rows of {found['queries']:,} queries"
+        rows = f"{found['rows']:,} rows of {found['queries']:,} queries"
+        fitted = f"{rows}{': too few' * (found['queries'] < ENOUGH_QUERIES)}"
         body.append([escaped(system), f"{found['temperature']:.2f}", fitted, *errors])
     return lines + markdown_table(["system", "temperature", "fitted on", "ECE before", "ECE after"], body)

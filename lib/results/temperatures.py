@@ -12,6 +12,8 @@ from common import at_temperature
 from lib.inputs.inherited import students_of
 from lib.tables.splits import in_hash_split
 
+ENOUGH_QUERIES = 15  # of fewer none is fitted: experiments/RESULTS.md, "Temperatures of few queries"
+
 
 def fit_temperature(y, p):
     """The temperature that makes labels [B] most probable (Guo et al., 2017, section 4.2)."""
@@ -26,8 +28,9 @@ def fit_temperature(y, p):
 
 def fit_temperatures(read, train, run, system):
     """{trained system: its temperature, and on how many rows of how many queries it was fitted}, of those
-    whose stage has held queries out. read: {folder: stage.json}; train: columns of the human training rows;
-    system(run, name, rows): probabilities [B, C] and scores of a system on some of them."""
+    whose stage has held queries out; of fewer than ENOUGH_QUERIES it is 1. read: {folder: stage.json};
+    train: columns of the human training rows; system(run, name, rows): probabilities [B, C] and scores of a
+    system on some of them."""
     found = {}
     for name in [*students_of(read), "teacher"]:
         split = read.get(name, {}).get("held_out")
@@ -35,10 +38,8 @@ def fit_temperatures(read, train, run, system):
         if held_out.any():
             rows = {column: values[held_out] for column, values in train.items()}
             p, _ = system(run, name, rows)
-            temperature = fit_temperature(rows["label"], p)
-            found[name] = {
-                "temperature": round(temperature, 4),
-                "rows": len(rows["label"]),
-                "queries": len(np.unique(rows["query_index"])),
-            }
+            queries = len(np.unique(rows["query_index"]))
+            temperature = fit_temperature(rows["label"], p) if queries >= ENOUGH_QUERIES else 1.0
+            size = {"rows": len(rows["label"]), "queries": queries}
+            found[name] = {"temperature": round(temperature, 4), **size}
     return found
