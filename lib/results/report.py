@@ -204,7 +204,7 @@ def facts(read, evaluation):
         ("evaluation", f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on; "
                        f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
         ("text encoder", used.get("text encoder", {}).get("name", "none: the user's own embeddings")),
-        ("captions by", used.get("caption model", {}).get("name", "none: no picture can be read")),
+        ("captions by", used.get("caption model", {}).get("name", "nobody: no picture can be read")),
         ("teacher", whose_labels(labels) if "teacher" in labels else None),
         ("its labels", whence(labels["labels"]) if "labels" in labels else None),
     ]  # fmt: skip
