@@ -6,7 +6,8 @@ student's features).
 Reads   --data DIR      raw tables, see data/README.md
 Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_embedding.npy,
                         labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;
-                        bm25.parquet, graph.parquet: what the features of a new text need
+                        bm25.parquet, graph.parquet: what the features of a new text need;
+                        engagements.parquet: events of every engaged pair
 
 Toy     python data/toy/make_toy.py && python 01_build_features.py
 Yours   python 01_build_features.py --check --data DIR      in seconds: all that is wrong or odd in the tables
@@ -31,7 +32,7 @@ from lib.inputs.bm25 import PairBM25, tokenize
 from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
 from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
 from lib.inputs.graph import graph_embedding
-from lib.inputs.match import MATCH_FEATURES, RULES, MatchFeatures, pin_texts, query_texts
+from lib.inputs.match import ENGAGEMENTS, MATCH_FEATURES, RULES, MatchFeatures, pin_texts, query_texts
 from lib.stages.files import hashed, write_parquet
 from lib.stages.hardware import pick_hardware
 from lib.stages.settings import ROOT, Count, ModelSettings, Share, Size, Width, parse
@@ -243,6 +244,15 @@ def write_impressions(raw, features_of, numbers, out, shard_rows):
     list(keep_chunks(out / "impressions", shards, features_of, total, "impressions"))
 
 
+def write_engagements(raw, path):
+    """Events of every engaged pair of a query and a pin of ours, by their numbers, in order."""
+    sql = "SELECT query_index, pin_index, engaged FROM engaged_pairs"
+    if raw.ask(f"{sql} LIMIT 1"):
+        write_stream(path, raw.batches(f"{sql} ORDER BY query_index, pin_index"))
+    else:
+        write_parquet(path, raw.table(sql))
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +416,7 @@ def main(argv=None):
     features_of = functools.partial(pair_features, match, list(numbers))
     splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
     write_impressions(raw, features_of, numbers, out, settings.shard_rows)
+    write_engagements(raw, out / ENGAGEMENTS)
 
     # 5. Summary
     facts = summary(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})

@@ -310,16 +310,15 @@ def with_name(settings):
     return replace(settings, name=name)
 
 
-def student_spec(settings, inputs, mean, std):
-    """What the network is made of, and how its inputs are normalized; match features by mean, std [F]."""
+def student_spec(settings, inputs, moments):
+    """What the network is made of, and how its inputs are normalized; match features by `moments`."""
     return {
         "embeddings": inputs.dims,
         "categories": inputs.categories,
         "category_dim": settings.category_dim,
         "numbers": inputs.numbers,
         "match": inputs.match,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
+        **{name: values.tolist() for name, values in moments.items()},
         "hidden": list(settings.hidden),
         "dropout": settings.dropout,
         "input_dropout": settings.input_dropout,
@@ -327,10 +326,10 @@ def student_spec(settings, inputs, mean, std):
 
 
 def new_student(settings, inputs, moments, human, device):
-    """A student before its training. moments: mean and std [F] of the match features; human: the
+    """A student before its training. moments: of the match features (survey()); human: the
     human-labelled rows among those that it will learn."""
     torch.manual_seed(settings.seed)
-    student = Student(student_spec(settings, inputs, *moments)).to(device)
+    student = Student(student_spec(settings, inputs, moments)).to(device)
     if len(human):
         start_at_regression(student, human)
     return student
@@ -362,7 +361,7 @@ def main(argv=None):
     # 2. Rows and inputs
     files = PairFiles(settings.run, settings.languages)
     rows = TrainingRows(files, human_rows(files, settings), settings)
-    *moments, held_out = rows.survey()
+    moments, held_out = rows.survey()
     inputs = StudentInputs(features).to(device)
 
     # 3. The network

@@ -293,9 +293,10 @@ def linear_warmup_decay(progress, warmup):
 class Student(nn.Module):
     """Feed-forward network over a query's and a pin's precomputed embeddings, embedding tables for
     categories, numbers of query and pin, and match features of the pair; plus a linear function of the match
-    features (ours: with few rows a network alone is worse than that). spec: {"embeddings": {name: D},
-    "categories": {column: [values]}, "category_dim", "numbers": {column: [mean, std]}, "match": [names],
-    "mean" [F], "std" [F], "hidden": [widths], "dropout", "input_dropout"}."""
+    features (ours: with few rows a network alone is worse than that). Numbers and match features beyond the
+    range of those in training count as its end. spec: {"embeddings": {name: D}, "categories": {column:
+    [values]}, "category_dim", "numbers": {column: [mean, std, low, high]}, "match": [names], "mean" [F],
+    "std" [F], "low" [F], "high" [F], "hidden": [widths], "dropout", "input_dropout"}."""
 
     def __init__(self, spec):
         super().__init__()
@@ -307,11 +308,10 @@ class Student(nn.Module):
             # Row 0 of every table is "unknown": null, or a value not seen when the spec was made.
             tables.append(nn.Embedding(len(values) + 1, spec["category_dim"]))
         self.tables = nn.ModuleList(tables)
-        self.register_buffer("mean", torch.tensor(spec["mean"], dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(spec["std"], dtype=torch.float32))
-        numbers = torch.tensor([*spec["numbers"].values()], dtype=torch.float32).reshape(-1, 2)
-        self.register_buffer("number_mean", numbers[:, 0].clone())
-        self.register_buffer("number_std", numbers[:, 1].clone())
+        for name in ("mean", "std", "low", "high"):
+            self.register_buffer(name, torch.tensor(spec[name], dtype=torch.float32))
+        numbers = torch.tensor([*spec["numbers"].values()], dtype=torch.float32).reshape(-1, 4)
+        self.register_buffer("number_moments", numbers)
         self.widths = {**spec["embeddings"]}  # of the parts that forward() puts together
         self.widths |= {f"{pin} * {query}": self.widths[pin] for query, pin in self.alike}
         self.widths |= dict.fromkeys(spec["categories"], spec["category_dim"])
@@ -337,10 +337,10 @@ class Student(nn.Module):
         parts = {name: self.input_dropout(part) for name, part in parts.items()}
         for name, table in zip(spec["categories"], self.tables):
             parts[name] = table(inputs[name])
-        for name, mean, std in zip(spec["numbers"], self.number_mean, self.number_std):
-            parts[name] = ((inputs[name] - mean) / std).nan_to_num()[:, None]
+        for name, moments in zip(spec["numbers"], self.number_moments):
+            parts[name] = normalized(inputs[name], *moments)[:, None]
         match = torch.stack([inputs[name] for name in spec["match"]], dim=1)
-        parts["match"] = ((match - self.mean) / self.std).nan_to_num()
+        parts["match"] = normalized(match, self.mean, self.std, self.low, self.high)
         hidden = self.first_layer(parts)
         for layer in self.mlp[1:]:
             hidden = layer(hidden)
@@ -381,6 +381,11 @@ class Student(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Stop(f"{folder}: no student of this version; run 04 again with --overwrite") from error
         return student.eval()
+
+
+def normalized(values, mean, std, low, high):
+    """Numbers, within `low` to `high` -> mean 0 and variance 1; NaN, not known -> 0, the mean."""
+    return ((torch.minimum(torch.maximum(values, low), high) - mean) / std).nan_to_num()
 
 
 def pairs_of_a_size(embeddings):

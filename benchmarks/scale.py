@@ -248,7 +248,8 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
     F = len(inputs.match)
-    spec = stage.student_spec(settings, inputs, np.zeros(F), np.ones(F))
+    ends = {"mean": 0.0, "std": 1.0, "low": -9.0, "high": 9.0}
+    spec = stage.student_spec(settings, inputs, {name: np.full(F, end) for name, end in ends.items()})
     student = common.Student(spec)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)

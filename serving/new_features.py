@@ -1,6 +1,7 @@
 """Features of queries and pins that stage 01 has not seen, from what it left in features/."""
 
 import copy
+import io
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,26 +10,34 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from scipy.sparse import csr_matrix, vstack
 
 from common import FIELDS, side_of
 from lib.inputs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
 from lib.inputs.encoders import Captioner, TextEncoder
-from lib.inputs.match import MatchFeatures, pin_text, pin_texts
+from lib.inputs.match import ENGAGEMENTS, MatchFeatures, pin_text, pin_texts
 from lib.inputs.student_inputs import StudentInputs
 from lib.models import model_fingerprint
 from lib.stages.streams import matrix_of
-from lib.stages.terminal import Stop
-from lib.tables.images import decode_image, image_bytes
+from lib.stages.terminal import Stop, first_line
+from lib.tables.images import decode_image, image_bytes, upright_rgb
+from lib.tables.splits import query_key
+
+LARGEST = 1e30  # a number beyond is not known, as in the raw tables
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A query as it comes in."""
+    """A query as it comes in. What is not given of one that the run has is as stage 01 found it."""
 
     text: str
-    columns: dict = field(default_factory=dict)  # interest, … as in the raw table; not given: unknown
+    columns: dict = field(default_factory=dict)  # interest, … as in the raw table; None: unknown
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
+
+    def __post_init__(self):
+        if not text_of(self.text, "the query").strip():
+            raise Stop("the query: empty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +46,29 @@ class Pin:
 
     title: str = ""
     description: str = ""
-    image: Path | bytes | None = None  # a file, or its content
+    image: object = None  # a file's path, its content as bytes, an open file, or a PIL image
     boards: tuple = ()  # titles of the boards that it is saved on
     columns: dict = field(default_factory=dict)  # as in the raw table; not given: unknown
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
+
+    def __post_init__(self):
+        boards = [self.boards] if is_missing(self.boards) or isinstance(self.boards, str) else self.boards
+        boards = tuple(text_of(title, "a board's title") for title in boards if not is_missing(title))
+        object.__setattr__(self, "boards", boards)
+        for name in ("title", "description"):
+            object.__setattr__(self, name, text_of(getattr(self, name), f"the pin's {name}"))
 
 
 @dataclass(frozen=True)
 class Side:
     """N queries or N pins, as the features of pairs are made of them. columns: {input of the student: [N] or
-    [N, D]}; counts [N, terms], sparse, and length [N], both int32: the text, for BM25."""
+    [N, D]}; counts [N, terms], sparse, and length [N], both int32: the text, for BM25; known: row number of a
+    query that the run has."""
 
     columns: dict
     counts: csr_matrix
     length: np.ndarray
+    known: int | None = None
 
 
 class SavedBM25(PairBM25):
@@ -75,6 +93,37 @@ class SavedBM25(PairBM25):
         return pairs
 
 
+class KnownQueries:
+    """The run's queries by their text: columns and engagement that stage 01 gave them. columns: {input of the
+    student: [Q] or [Q, D]}."""
+
+    def __init__(self, folder, columns):
+        self.columns = columns
+        self.texts = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
+        backwards = [*enumerate(self.texts)][::-1]  # the first of several stays
+        self.row_of = {spaced_key(text): row for row, text in backwards} | {t: row for row, t in backwards}
+        pairs = pq.read_table(folder / ENGAGEMENTS)
+        names = ("query_index", "pin_index", "engaged")
+        self.query, self.pin, self.engaged = (pairs[name].to_numpy() for name in names)
+
+    def row(self, text):
+        """Row number of a query with this text, or its key; None: there is none."""
+        return self.row_of.get(text, self.row_of.get(spaced_key(text)))
+
+    def events(self, row, pins):
+        """Engagement events of the query `row` (None: no known one) on pins, row numbers [B] -> [B]."""
+        start, end = (0, 0) if row is None else np.searchsorted(self.query, [row, row + 1])
+        if start == end:
+            return np.zeros(len(pins))
+        place = np.searchsorted(self.pin[start:end], pins).clip(max=end - start - 1) + start
+        return np.where(self.pin[place] == pins, self.engaged[place], 0.0)
+
+
+def spaced_key(text):
+    """A query's key, with one space for several: BM25 and encoders see no difference."""
+    return query_key(" ".join(text.split()))
+
+
 class NewFeatures:
     """Makes Sides of new queries and pins, and the match features of pairs. Loads the text encoder at once,
     the captioner at the first picture."""
@@ -88,12 +137,17 @@ class NewFeatures:
         self.graph = pq.read_table(folder / "graph.parquet") if (folder / "graph.parquet").exists() else None
         if self.graph is not None:
             self.board_row = {title: row for row, title in enumerate(self.graph["board_title"].to_pylist())}
-        self.lock = threading.Lock()  # tokenizers are not for several threads
+        self.locks = {kind: threading.Lock() for kind in ("text", "caption")}  # tokenizers take one thread
         self.captioner, self.text_encoder = None, None
         if "text encoder" in about["models"]:
             size = self.settings["text_tokens"], self.settings["token_batch"]
             model = self.model("text encoder")
             self.text_encoder = TextEncoder(model, *size, device, self.dtype())
+        inputs = StudentInputs(folder, spec)
+        columns, sides = {**inputs.embeddings, **inputs.codes, **inputs.values}, {"query": {}, "pin": {}}
+        for name, column in columns.items():
+            sides[side_of(name)][name] = column
+        self.known, self.pin_columns = KnownQueries(folder, sides["query"]), sides["pin"]
 
     def model(self, kind):
         """The model that stage 01 used; Stop if its content is not the same."""
@@ -118,16 +172,24 @@ class NewFeatures:
 
     def known_pins(self):
         """Side of the run's pins, in index order. Embeddings stay memory-mapped."""
-        inputs = StudentInputs(self.folder, self.spec)
-        columns = {**inputs.embeddings, **inputs.codes, **inputs.values}
-        columns = {name: column for name, column in columns.items() if side_of(name) == "pin"}
         counts, lengths = zip(*map(self.bm25.count, pin_texts(self.folder / "pins.parquet")))
-        return Side(columns, vstack(counts, format="csr"), np.concatenate(lengths))
+        return Side(self.pin_columns, vstack(counts, format="csr"), np.concatenate(lengths))
 
     def query(self, query):
-        """Side of one Query."""
-        made = self.embed("query_text", [query.text])
-        return Side(self.columns("query", [query], made), *self.bm25.count([query.text]))
+        """Side of one Query: of one that the run has with what stage 01 gave it, unless the caller gives
+        others."""
+        row, text = self.known.row(query.text), query.text
+        stored = {}
+        if row is None:
+            made = self.embed("query_text", [text])
+        else:
+            text = self.known.texts[row]
+            stored = {name: column[row : row + 1] for name, column in self.known.columns.items()}
+            made = {name: stored[name] for name in self.spec["embeddings"] if name in stored}
+        columns = self.columns("query", [query], made)
+        given = {f"query_{name}" for name in query.columns}
+        columns |= {name: column for name, column in stored.items() if name not in {*given, *made}}
+        return Side(columns, *self.bm25.count([text]), row)
 
     def pins(self, pins):
         """Side of N Pins."""
@@ -143,40 +205,42 @@ class NewFeatures:
         return Side(self.columns("pin", pins, made), *self.bm25.count(texts))
 
     def columns(self, side, items, made):
-        """Inputs of N queries or pins: embeddings `made` {name: [N, D]}, else given or zeros; category codes;
-        numbers."""
+        """Inputs of N queries or pins: embeddings as given, else `made` {name: [N, D]}, else zeros; category
+        codes; numbers."""
+        sizes = {name: size for name, size in self.spec["embeddings"].items() if side_of(name) == side}
         columns = {}
-        for name, size in self.spec["embeddings"].items():
-            if side_of(name) == side and name not in made:
-                made[name] = np.zeros((len(items), size), np.float32)
-                for row, item in enumerate(items):
-                    made[name][row] = item.embeddings.get(name, 0)
+        for name, size in sizes.items():
+            columns[name] = made.get(name, np.zeros((len(items), size), np.float32))
+            if any(name in item.embeddings for item in items):
+                columns[name] = np.array(columns[name], np.float32)
         for name in (*self.spec["categories"], *self.spec["numbers"]):
             if side_of(name) == side:
                 column = name.removeprefix(f"{side}_")
                 columns[name] = np.array([self.value(name, item.columns.get(column)) for item in items])
-        for item in items:
-            for column in item.columns:
-                if f"{side}_{column}" not in columns:
-                    known = ", ".join(name.removeprefix(f"{side}_") for name in columns) or "none"
-                    raise Stop(f"{column}: no column of a {side} that the student knows; it knows {known}")
-        return {**made, **columns}
+        names = [name.removeprefix(f"{side}_") for name in columns if name not in sizes]
+        for row, item in enumerate(items):
+            refuse_unknown(item.columns, names, f"column of a {side}")
+            refuse_unknown(item.embeddings, sizes, f"embedding of a {side}")
+            for name, vector in item.embeddings.items():
+                columns[name][row] = finite_vector(name, vector, sizes[name])
+        return columns
 
     def value(self, name, given):
-        """What the student takes for a value of a column: a category's code, or a number."""
+        """What the student takes for a value of a column, as stage 01 does: a category's code, or a number;
+        NaN: not known."""
         values = self.spec["categories"].get(name)
-        if values is not None:
-            return values.index(given) + 1 if given in values else 0
-        try:
-            return np.float32(np.nan if given is None else given)
-        except ValueError:
-            raise Stop(f"{name}: {given!r} is not a number") from None
+        if values is None:
+            return number(name, given)
+        if not isinstance(given, str) and not is_missing(given):
+            given = str(given).lower() if isinstance(given, bool) else str(given)
+        text = text_of(given, name)
+        return values.index(text) + 1 if text in values else 0
 
     def embed(self, name, texts):
         """Text embeddings {name: [N, D]}; {}: the user brings them."""
         if self.is_own(name):
             return {}
-        with self.lock:
+        with self.locks["text"]:
             return {name: self.text_encoder(texts)}
 
     def caption(self, pins):
@@ -186,7 +250,7 @@ class NewFeatures:
         if not rows:
             return captions, {}
         images = [open_picture(pins[row].image) for row in rows]
-        with self.lock:
+        with self.locks["caption"]:
             if self.captioner is None:
                 model, tokens = self.model("caption model"), self.settings["caption_tokens"]
                 self.captioner = Captioner(model, tokens, self.device, self.dtype())
@@ -222,13 +286,65 @@ class NewFeatures:
         return {name: made.get(name, np.full(len(rows), np.nan, np.float32)) for name in self.spec["match"]}
 
 
-def open_picture(image):
-    """A picture's file, or its content (bytes) -> RGB; Stop if it is none."""
+def is_missing(value):
+    """None, or NaN as pandas gives for a cell without a value."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def text_of(value, what):
+    """A text; "": there is none. Stop for what is no text, or has halves of characters."""
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str):
+        raise Stop(f"{what}: {type(value).__name__}, not a text")
     try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Stop(f"{what}: has halves of characters (surrogates)") from None
+    return value
+
+
+def number(name, given):
+    """A number as stage 01 takes it; NaN: not known, or too large. Stop for what is none."""
+    if is_missing(given) or (isinstance(given, str) and not given.strip()):
+        return np.float32(np.nan)
+    try:
+        value = float(given if not isinstance(given, str) or given.isascii() else "a text")
+    except (ValueError, TypeError, OverflowError):
+        raise Stop(f"{name}: {given!r} is not a number") from None
+    return np.float32(value if abs(value) <= LARGEST else np.nan)
+
+
+def refuse_unknown(given, known, what):
+    """Stop if a name is given that the student does not know."""
+    for name in given:
+        if name not in known:
+            raise Stop(f"{name!r}: no {what} that the student knows; it knows {', '.join(known) or 'none'}")
+
+
+def finite_vector(name, vector, size):
+    """A vector as given -> float32 [size], or Stop."""
+    try:
+        with np.errstate(over="ignore"):
+            made = np.asarray(vector, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        made = np.empty(0)
+    if made.shape != (size,) or not np.isfinite(made).all():
+        raise Stop(f"{name}: must be {size} finite numbers")
+    return made
+
+
+def open_picture(image):
+    """A picture's path, its content (bytes), an open file or a PIL image -> RGB; Stop if it is none."""
+    name = image if isinstance(image, (str, Path)) else "the picture"
+    try:
+        if isinstance(image, Image.Image):
+            return upright_rgb(image.copy())
+        if isinstance(image, io.IOBase):
+            image = image.read()
         if isinstance(image, bytes):
             return decode_image(image)
         path = Path(image)
         return decode_image(image_bytes(path.parent, path.name))
-    except ValueError as error:
-        name = "the picture" if isinstance(image, bytes) else image
-        raise Stop(f"{name}: cannot be read ({error})") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise Stop(f"{name}: cannot be read ({first_line(error)})") from error

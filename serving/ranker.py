@@ -6,26 +6,30 @@
     best.pins, best.expected_level, best.probabilities, best.match["bm25"]
     ranker.score([("red chair", "p00153"), ("red chair", Pin(title="Chair", image=Path("chair.jpg")))])
 
-All that a query needs is made new, with the models and statistics that stage 01 left; the student runs in
-onnxruntime.
+A query that the run has gets the columns and engagement that stage 01 gave it, unless the caller gives
+others. All that another one needs is made new, with the models and statistics that stage 01 left; the student
+runs in onnxruntime.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
-from common import NUM_LEVELS, at_temperature, expected_level, side_of
+from common import NUM_LEVELS, expected_level, side_of
+from lib.inputs.match import ENGAGEMENTS
 from lib.results.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
 from lib.stages.finished import require_finished
 from lib.stages.hardware import pick_device
+from lib.stages.settings import TEMPERATURES
 from lib.stages.terminal import Stop
-from serving.new_features import NewFeatures, Pin, Query
+from serving.new_features import NewFeatures, Pin, Query, text_of
 
-READS = ("pins.parquet", "queries.parquet", "bm25.parquet", "graph.parquet", "*_embedding.npy")
+READS = ("pins.parquet", "queries.parquet", "bm25.parquet", "graph.parquet", "*_embedding.npy", ENGAGEMENTS)
 CHUNK = 16_384  # pins that go through the student at once
 
 
@@ -53,24 +57,41 @@ class Ranker:
         """threads: cores that onnxruntime uses for a call; device: of text encoder and captioner; models:
         {"text encoder": …, "caption model": …}, where they are if they have moved since stage 01;
         temperature: of the probabilities, such as the one in report/temperatures.json."""
+        if temperature not in TEMPERATURES:
+            raise Stop(f"temperature {temperature}: must be {TEMPERATURES}")
         self.temperature = temperature
         folder, features = Path(run) / student, Path(run) / "features"
         command = f"04_train_student.py --run {run} --name {student}"
         self.made = require_finished(features, f"01_build_features.py --run {run}", READS)
+        if ENGAGEMENTS not in self.made["outputs"]:
+            how = f"python 01_build_features.py --run {run} --overwrite"
+            raise Stop(f"{features / ENGAGEMENTS}: missing, of an earlier version; make it with: {how}")
         self.trained = require_finished(folder, command)
         self.spec = read_json(folder / "features.json")
         problem = unfit(self.spec, self.made)
         if problem:
             raise Stop(f"{folder}: {problem}; python {command} --overwrite")
         self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
-        ids = pq.read_table(features / "pins.parquet", columns=["pin_id"])["pin_id"]
-        self.ids = ids.to_pylist()
+        self.features = features
+        self.ids = self.pin_column("pin_id").to_pylist()
         self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
         self.new = NewFeatures(features, self.made, self.spec, pick_device(device), models)
         self.pins = self.new.known_pins()
 
+    def pin_column(self, name):
+        """A column of the run's pins (Arrow), in index order."""
+        return pq.read_table(self.features / "pins.parquet", columns=[name])[name]
+
+    @cached_property
+    def titles(self):
+        """Of the run's pins (Arrow)."""
+        return self.pin_column("title")
+
     def rows(self, pin_ids):
         """Row numbers of pins by id."""
+        odd = [pin_id for pin_id in pin_ids if not isinstance(pin_id, str)]
+        if odd:
+            raise Stop(f"a pin's id is a text, not {type(odd[0]).__name__}")
         unknown = [pin_id for pin_id in pin_ids if pin_id not in self.row_of]
         if unknown:
             raise Stop(f"no pin of this run has the id {unknown[0]!r} ({len(unknown):,} such ids)")
@@ -95,7 +116,8 @@ class Ranker:
         """The student on B pins of one query: probabilities [B, C] and expected level [B]."""
         p, level = self.session.run(OUTPUTS, feed)
         if self.temperature != 1:
-            p = at_temperature(torch.from_numpy(p), self.temperature).numpy()
+            p = np.maximum(p, np.finfo(np.float32).tiny).astype(np.float64) ** (1 / self.temperature)
+            p /= p.sum(axis=1, keepdims=True)
             level = expected_level(p)
         return p, level
 
@@ -118,27 +140,31 @@ class Ranker:
         match = {name: level.copy() for name in self.spec["match"]}
         return Scores(pins, p, level, match)
 
-    def rank(self, query, candidates=None, engaged=None, top=None):
-        """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin ids
-        (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it has none."""
-        ids = self.ids if candidates is None else candidates
-        events = np.zeros(len(ids))
-        if engaged:
-            events[:] = [engaged.get(pin_id, 0) for pin_id in ids]
-        scores = self.no_scores(ids)
-        everything = np.arange(len(ids))
-        rows = everything if candidates is None else self.rows(candidates)
-        side = self.new.query(as_query(query))
-        self.fill(scores, everything, side, self.pins, rows, events)
+    def rank(self, query, candidates=None, engaged=None, top=None, exclude=()):
+        """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin
+        ids, any sequence (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it
+        has none (default: stage 01's of a query that the run has); exclude: pin ids to leave out."""
+        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 0):
+            raise Stop(f"top: {top!r} is no number of pins")
+        exclude = {*listed(exclude, "exclude")}
+        ids = self.ids if candidates is None else listed(candidates, "candidates")
+        if exclude:
+            ids = [pin_id for pin_id in ids if pin_id not in exclude]
+        rows = np.arange(len(ids)) if ids is self.ids else self.rows(ids)
+        scores, side = self.no_scores(ids), self.new.query(as_query(query))
+        events = self.new.known.events(side.known, rows) if engaged is None else events_of(engaged, ids)
+        self.fill(scores, np.arange(len(ids)), side, self.pins, rows, events)
         best_first = np.argsort(-scores.expected_level, kind="stable")
         return scores.take(best_first[:top])
 
     def score(self, pairs, engaged=None):
-        """B pairs (query, pin) in their order. query: a text or a Query; pin: an id of the run, or a Pin;
-        engaged: events [B], else 0. What a query or a new pin needs is made once."""
+        """B pairs (query, pin), any sequence, in their order. query: a text or a Query; pin: an id of the
+        run, or a Pin; engaged: events [B] (default: as in rank()). What a query or a new pin needs is made
+        once."""
+        pairs = [pair_of(pair) for pair in listed(pairs, "pairs")]
         pins = [pin for _, pin in pairs]
         scores = self.no_scores(pins)
-        events = np.zeros(len(pairs)) if engaged is None else np.asarray(engaged, np.float64)
+        events = None if engaged is None else checked_events(engaged, len(pairs))
         new = list(dict.fromkeys(pin for pin in pins if isinstance(pin, Pin)))
         new_row = {pin: row for row, pin in enumerate(new)}
         new_pins = self.new.pins(new) if new else None
@@ -148,10 +174,54 @@ class Ranker:
         for query, (known, unknown) in places.items():
             side = self.new.query(as_query(query))
             rows = self.rows([pins[place] for place in known])
-            self.fill(scores, np.array(known), side, self.pins, rows, events[known])
+            of_known = self.new.known.events(side.known, rows) if events is None else events[known]
+            self.fill(scores, np.array(known), side, self.pins, rows, of_known)
             rows = np.array([new_row[pins[place]] for place in unknown])
-            self.fill(scores, np.array(unknown), side, new_pins, rows, events[unknown])
+            of_new = np.zeros(len(unknown)) if events is None else events[unknown]
+            self.fill(scores, np.array(unknown), side, new_pins, rows, of_new)
         return scores
+
+
+def listed(items, what):
+    """Any sequence as a list: a Series by position, a dict its keys, a set sorted."""
+    if isinstance(items, (str, bytes)):
+        raise Stop(f"{what}: one text, not a list")
+    try:
+        return sorted(items) if isinstance(items, (set, frozenset)) else list(items)
+    except TypeError as error:
+        raise Stop(f"{what}: no list ({error})") from None
+
+
+def pair_of(pair):
+    """(query, pin), checked."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise Stop("pairs: each must be (query, pin)")
+    query, pin = pair
+    if not isinstance(query, (str, Query)) or not isinstance(pin, (str, Pin)):
+        kinds = f"({type(query).__name__}, {type(pin).__name__})"
+        raise Stop(f"pairs: (text or Query, id or Pin) is wanted, there is {kinds}")
+    return query, pin
+
+
+def events_of(engaged, ids):
+    """{pin id: events} -> events [B] of pins by id."""
+    if not all(hasattr(engaged, name) for name in ("keys", "get")):
+        raise Stop("engaged: must be {pin id: events}")
+    engaged = {text_of(pin_id, "an id in engaged"): events for pin_id, events in dict(engaged).items()}
+    checked_events([*engaged.values()], len(engaged))
+    return np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
+
+
+def checked_events(engaged, rows):
+    """Events of so many pairs as float64 [B]; Stop unless they are finite numbers from 0."""
+    try:
+        events = np.asarray(listed(engaged, "engaged"), np.float64)
+    except (ValueError, TypeError, OverflowError):
+        events = None
+    named = isinstance(engaged, Mapping)
+    if named or events is None or events.shape != (rows,) or not (np.isfinite(events) & (events >= 0)).all():
+        raise Stop(f"engaged: must be {rows:,} finite numbers of events, none below 0")
+    return events
 
 
 def unfit(spec, made):
@@ -168,4 +238,4 @@ def unfit(spec, made):
 
 def as_query(query):
     """A text or a Query -> a Query."""
-    return Query(query) if isinstance(query, str) else query
+    return query if isinstance(query, Query) else Query(query)

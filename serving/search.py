@@ -69,13 +69,18 @@ def new_pin(settings):
     return pin if any(given) else None
 
 
+def escaped(text):
+    r"""A text with what does not print, such as line breaks and terminal sequences, as \n, \x1b, …"""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def print_table(scores, shown, first=1):
     """A line a pin of scores. shown: [(id, text)] of the pins; first: place of the first."""
     for row, (pin_id, text) in enumerate(shown):
         numbers = [scores.expected_level[row], *scores.probabilities[row], scores.match["bm25"][row]]
         cells = "  ".join(f"{number:5.2f}" for number in numbers)
         words = "".join(c for c in " ".join(text.split()) if c.isprintable())
-        print(f"{first + row:>4}  {cells}  {pin_id:<12}  {words[:40]}")
+        print(f"{first + row:>4}  {cells}  {escaped(pin_id):<12}  {words[:40]}")
 
 
 def draw_grid(scores, images, texts, title, path):
@@ -117,7 +122,7 @@ def main(argv=None):
     table = pq.read_table(settings.run / "features" / "pins.parquet", columns=["title", "caption", "image"])
     best = table.take(best).to_pylist()
     texts = [about["title"] or about["caption"] for about in best]
-    head = f"“{settings.query}” ({settings.language})"
+    head = f"“{escaped(settings.query)}” ({escaped(settings.language)})"
     print(f"{head}: {len(found.pins):,} pins, best first\n")
     print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")
     print_table(found, zip(found.pins, texts))

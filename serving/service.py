@@ -1,34 +1,295 @@
-"""A run's student behind FastAPI, as small as it can be.
+"""A run's student behind FastAPI.
 
-pip install fastapi uvicorn
+pip install fastapi uvicorn prometheus-client
 RUN=outputs/toy uvicorn serving.service:app --port 8000
 curl localhost:8000/rank --json '{"query": "red chair", "top": 3}'
+
+The port opens when the student is loaded and has answered once. Settings come from the environment: those of
+`Settings` below, in capitals. /docs shows what each address takes. /reload and /metrics are for the operator:
+keep others from them.
 """
 
+import base64
+import json
 import os
+import sys
+import threading
+import time
+from typing import Annotated, Literal
 
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
 
-from lib.stages.terminal import Stop
-from serving.ranker import Query, Ranker
+from lib.inputs.bm25 import tokenize
+from lib.stages.terminal import Stop, first_line
+from serving.ranker import Pin, Query, Ranker
 
-app = FastAPI()
-ranker = Ranker(os.environ["RUN"])
+CHARACTERS = 50  # of a text, for every token that it may have: a longer one is not even tokenized
 
 
-class Search(BaseModel):
+class Settings(BaseModel):
+    """What the environment tells the service."""
+
+    run: str  # run directory, through stage 04
+    student: str = "student"  # folder of the student below RUN
+    temperature: float = Field(1.0, ge=0.01, lt=100)  # of the probabilities: report/temperatures.json
+    threads: int = Field(1, ge=1, le=1024)  # cores for the student, a request
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # of text encoder and captioner
+    text_encoder: str | None = None  # where stage 01's is now (default: where it was)
+    caption_model: str | None = None  # likewise
+    exclude: FilePath | None = None  # file of pin ids, one a line, that no ranking has
+    max_bytes: int = Field(4_000_000, ge=1)  # of a request; beyond: 413
+    max_tokens: int = Field(100, ge=1)  # of a query; a pin's texts may have ten times as many; beyond: 422
+    max_candidates: int = Field(100_000, ge=1)  # pairs of a request; beyond: 422
+
+
+class Strict(BaseModel):
+    """Fields that are known, of the type that is said."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Columns = dict[str, str | int | float | bool | None]
+Vectors = dict[str, list[float]]
+
+
+class About(Strict):
     query: str
-    columns: dict[str, str] = {}  # interest, … where a query classifier gives them
+    columns: Columns = {}  # interest, … where a query classifier gives them; a known query has its own
+    embeddings: Vectors = {}  # your own of the query
+    match: bool = False  # also the match features: why
+
+
+class Search(About):
     candidates: list[str] | None = None  # pin ids (default: all pins of the run)
-    top: int = 20
+    engaged: dict[str, float] | None = None  # events by pin id (default: stage 01's of a known query)
+    exclude: list[str] = []  # pin ids to leave out
+    top: Annotated[int, Field(ge=1)] = 20
+    titles: bool = False
 
 
-@app.post("/rank")
-def rank(search: Search):
+class Searches(Strict):
+    searches: Annotated[list[Search], Field(max_length=100)]
+
+
+class NewPin(Strict):
+    title: str = ""
+    description: str = ""
+    image: str | None = None  # the content of its file, base64
+    boards: list[str] = []
+    columns: Columns = {}
+    embeddings: Vectors = {}
+
+
+class NewPins(About):
+    pins: Annotated[list[NewPin], Field(max_length=100)]
+
+
+class Found(BaseModel):
+    """A pin for a query; of a new pin, pin_id is its place in the request."""
+
+    pin_id: str | int
+    expected_level: float
+    probabilities: list[float]
+    title: str | None = None
+    match: dict[str, float | None] | None = None
+
+
+class Service:
+    """The ranker at work, and what goes around it."""
+
+    def __init__(self, settings):
+        self.settings, self.reloading, self.registry = settings, threading.Lock(), CollectorRegistry()
+        self.exclude = []
+        if settings.exclude:
+            self.exclude = settings.exclude.read_text(encoding="utf-8").splitlines()
+        labels = ["address", "status"]
+        self.requests = Counter("requests", "answers given", labels, registry=self.registry)
+        self.seconds = Histogram("request_seconds", "until the answer", labels[:1], registry=self.registry)
+        self.pairs = Counter("scored_pairs", "of a query and a pin", registry=self.registry)
+        self.load()
+
+    def load(self):
+        """Loads the run that RUN is now; the one before serves until this one has answered."""
+        with self.reloading:
+            wanted = self.settings
+            models = {"text encoder": wanted.text_encoder, "caption model": wanted.caption_model}
+            options = {"models": models, "temperature": wanted.temperature, "device": wanted.device}
+            ranker = Ranker(wanted.run, wanted.student, wanted.threads, **options)
+            ranker.rank("warm up", ranker.ids[:1000])
+            self.ranker, self.loaded = ranker, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def refuse(self, texts, tokens, pairs):
+        """422 for texts of too many tokens, or too many pairs."""
+        for text in texts:
+            if len(text) > CHARACTERS * tokens or len(tokenize(text)) > tokens:
+                raise HTTPException(422, f"a text of more than {tokens:,} tokens")
+        if pairs > self.settings.max_candidates:
+            raise HTTPException(422, f"{pairs:,} pairs, at most {self.settings.max_candidates:,} a request")
+        self.pairs.inc(pairs)
+
+    def rank(self, searches):
+        """Searches -> JSON of each, a list of Found."""
+        ranker = self.ranker
+        pairs = sum(len(ranker.ids if one.candidates is None else one.candidates) for one in searches)
+        self.refuse([one.query for one in searches], self.settings.max_tokens, pairs)
+        for one in searches:
+            query = Query(one.query, one.columns, one.embeddings)
+            exclude = [*self.exclude, *one.exclude]
+            found = ranker.rank(query, one.candidates, one.engaged, one.top, exclude)
+            titles = ranker.titles.take(ranker.rows(found.pins)).to_pylist() if one.titles else None
+            yield answer(found, found.pins, titles, one.match)
+
+    def score(self, asked):
+        """New pins for a query -> JSON, a list of Found in their order."""
+        ranker, texts = self.ranker, [asked.query]
+        self.refuse(texts, self.settings.max_tokens, len(asked.pins))
+        texts = [text for pin in asked.pins for text in (pin.title, pin.description, *pin.boards)]
+        self.refuse(texts, 10 * self.settings.max_tokens, 0)
+        query = Query(asked.query, asked.columns, asked.embeddings)
+        pins = [Pin(**(dict(pin) | {"image": picture(pin.image)})) for pin in asked.pins]
+        return answer(ranker.score([(query, pin) for pin in pins]), range(len(pins)), None, asked.match)
+
+    def about(self):
+        """What is served."""
+        made, trained = self.ranker.made, self.ranker.trained
+        fingerprints = {"features": made["identity"], "student": trained["identity"]}
+        sources = {name: source["fingerprint"] for name, source in self.ranker.spec["sources"].items()}
+        names = {"run": self.settings.run, "student": self.settings.student, "loaded": self.loaded}
+        return {**names, "pins": len(self.ranker.ids), "fingerprints": {**fingerprints, **sources}}
+
+
+def picture(text):
+    """Base64 -> bytes, or None."""
     try:
-        found = ranker.rank(Query(search.query, search.columns), search.candidates, top=search.top)
-    except Stop as error:
-        raise HTTPException(422, str(error)) from None
-    rows = zip(found.pins, found.expected_level.tolist(), found.probabilities.tolist())
-    return [{"pin_id": pin, "expected_level": level, "probabilities": p} for pin, level, p in rows]
+        return None if text is None else base64.b64decode(text, validate=True)
+    except ValueError:
+        raise HTTPException(422, "image: not base64") from None
+
+
+def answer(found, names, titles, match):
+    """Scores -> JSON, row by row: other threads may run in between."""
+    rows = []
+    for row, (name, level) in enumerate(zip(names, found.expected_level.tolist())):
+        one = {"pin_id": name, "expected_level": level, "probabilities": found.probabilities[row].tolist()}
+        if titles:
+            one["title"] = titles[row]
+        if match:
+            why = {feature: float(column[row]) for feature, column in found.match.items()}
+            one["match"] = {feature: None if x != x else x for feature, x in why.items()}
+        rows.append(json.dumps(one))
+    return f"[{', '.join(rows)}]"
+
+
+def as_json(text, status=200):
+    return Response(text, status, media_type="application/json")
+
+
+def refused(detail, status=422):
+    """What is wrong, as JSON that can be written whatever stood in the request."""
+    return as_json(json.dumps({"detail": detail}), status)
+
+
+class Around:
+    """ASGI: counts requests and their seconds; 413 for a body that is too large, before it is read."""
+
+    def __init__(self, app, service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        most, read, started, status = self.service.settings.max_bytes, 0, time.perf_counter(), [500]
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+
+        async def bounded():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise HTTPException(413, f"more than {most:,} bytes")
+            return message
+
+        async def noting(message):
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            await send(message)
+
+        if length.isdigit() and int(length) > most:
+            await refused(f"more than {most:,} bytes", 413)(scope, receive, noting)
+        else:
+            await self.app(scope, bounded, noting)
+        address = getattr(scope.get("route"), "path", "other")
+        self.service.requests.labels(address, status[0]).inc()
+        self.service.seconds.labels(address).observe(time.perf_counter() - started)
+
+
+def application(settings):
+    """The FastAPI application of Settings, loaded. Stop for a run that cannot be served."""
+    service = Service(settings)
+    app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
+    app.add_middleware(Around, service=service)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error):
+        return refused([{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()])
+
+    @app.exception_handler(Stop)
+    async def stopped(request: Request, error):
+        return refused(str(error))
+
+    @app.post("/rank", response_model=list[Found])
+    def rank(search: Search):
+        return as_json(*service.rank([search]))
+
+    @app.post("/rank_several", response_model=list[list[Found]])
+    def rank_several(asked: Searches):
+        return as_json(f"[{', '.join(service.rank(asked.searches))}]")
+
+    @app.post("/score", response_model=list[Found])
+    def score(asked: NewPins):
+        return as_json(service.score(asked))
+
+    @app.post("/reload")
+    def reload() -> dict:
+        service.load()
+        return service.about()
+
+    @app.get("/health")
+    @app.get("/ready")
+    async def ready() -> dict:
+        return {"ready": True}
+
+    @app.get("/version")
+    async def version() -> dict:
+        return service.about()
+
+    @app.get("/metrics")
+    def metrics():
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def from_environment(environment):
+    """The application as the environment says; ends with one line where that is wrong."""
+    names = {
+        name: environment[name.upper()] for name in Settings.model_fields if environment.get(name.upper())
+    }
+    try:
+        return application(Settings(**names))
+    except ValidationError as error:
+        first = error.errors()[0]
+        sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
+    except (Stop, OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {first_line(error)}")
+
+
+def __getattr__(name):
+    """`uvicorn serving.service:app` asks for it; an import alone loads nothing."""
+    if name == "app":
+        return from_environment(os.environ)
+    raise AttributeError(name)

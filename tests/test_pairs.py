@@ -61,7 +61,8 @@ def replace_column(path, name, values):
 
 def test_rows_are_counted_and_held_out_queries_are_never_trained_on(tmp_path):
     every, _ = synthetic(tmp_path)
-    rows, (mean, std, held) = rows_of(tmp_path)
+    rows, (moments, held) = rows_of(tmp_path)
+    mean, std = moments["mean"], moments["std"]
     out = rows.is_held_out
     total = sum(len(p) for _, p in every)
     assert out.any() and rows.total + len(held) == total == 310
@@ -80,6 +81,8 @@ def test_rows_are_counted_and_held_out_queries_are_never_trained_on(tmp_path):
     training = np.concatenate(match).astype(np.float64)
     np.testing.assert_allclose(mean, training.mean(0), atol=1e-9)
     np.testing.assert_allclose(std, training.std(0), atol=1e-9)
+    np.testing.assert_array_equal(moments["low"], training.min(0))
+    np.testing.assert_array_equal(moments["high"], training.max(0))
 
 
 def test_epochs_differ_and_repeat(tmp_path):
@@ -136,7 +139,7 @@ def test_subsample_has_exactly_so_many_rows(tmp_path, n, labels):
 
 def test_languages(tmp_path):
     synthetic(tmp_path)
-    rows, (_, _, held) = rows_of(tmp_path, "--languages", "fr", "--human-rows", "half")
+    rows, (_, held) = rows_of(tmp_path, "--languages", "fr", "--human-rows", "half")
     used = np.concatenate([b["query"] for b in rows.batches(0)])
     assert len(used) and (used % 4 == 0).all() and (held["query"] % 4 == 0).all()
     assert "xx" in stop_line(rows_of, tmp_path, "--languages", "xx")
@@ -148,7 +151,7 @@ def test_languages(tmp_path):
 
 def test_human_labels_are_one_hot_and_of_the_training_split(tmp_path):
     _, human = synthetic(tmp_path)
-    rows, (_, _, held) = rows_of(tmp_path, "--labels", "human")
+    rows, (_, held) = rows_of(tmp_path, "--labels", "human")
     batches = list(rows.batches(0))
     train = human["split"] == "train"
     assert rows.total + len(held) == train.sum()
@@ -162,7 +165,7 @@ def test_human_labels_are_one_hot_and_of_the_training_split(tmp_path):
 @pytest.mark.parametrize("asked", ["none", "half"])
 def test_human_rows_are_learnt_beside_the_impressions(tmp_path, asked):
     every, human = synthetic(tmp_path)
-    rows, (_, _, held) = rows_of(tmp_path, "--human-rows", asked)
+    rows, (_, held) = rows_of(tmp_path, "--human-rows", asked)
     impressions, _ = rows_of(tmp_path)
     train = (human["split"] == "train") & ~rows.is_held_out[human["query_index"]]
     labels = pq.read_table(tmp_path / "labels" / "labelled.parquet")
@@ -202,7 +205,7 @@ def test_rows_of_human_labels_are_spread_over_the_windows(tmp_path):
 def test_held_out_rows_come_from_every_shard(tmp_path, monkeypatch):
     every, _ = synthetic(tmp_path)
     monkeypatch.setattr(pairs, "HELD_OUT_ROWS", 7)
-    rows, (_, _, held) = rows_of(tmp_path)
+    rows, (_, held) = rows_of(tmp_path)
     share = -(-7 // len(every))
     expected = []
     for table, _ in every:
@@ -250,7 +253,7 @@ def test_a_query_has_one_key_in_sql_and_python():
 def test_few_queries_hold_nothing_out(tmp_path):
     synthetic(tmp_path, queries=3)
     for labels in ("teacher", "human"):
-        rows, (_, _, held) = rows_of(tmp_path, "--labels", labels)
+        rows, (_, held) = rows_of(tmp_path, "--labels", labels)
         assert not len(held) and not rows.is_held_out.any()
         assert sum(keys(rows.batches(0)).values()) == rows.total
 
@@ -266,7 +269,8 @@ def test_numbers_of_the_user_join_the_match_features(tmp_path):
         values = np.arange(n, dtype=np.float32)
         values[::2] = np.nan
         replace_column(path, "clicks", values)
-    rows, (mean, std, _) = rows_of(tmp_path)
+    rows, (moments, _) = rows_of(tmp_path)
+    mean, std = moments["mean"], moments["std"]
     assert rows.files.match == [*MATCH_FEATURES, "clicks"]
     used = []
     for shard in range(len(rows.shards)):
@@ -274,13 +278,15 @@ def test_numbers_of_the_user_join_the_match_features(tmp_path):
     used = np.concatenate(used)
     assert np.isnan(used).any()
     assert (mean[4], std[4]) == pytest.approx((np.nanmean(used), np.nanstd(used)))
+    assert (moments["low"][4], moments["high"][4]) == (np.nanmin(used), np.nanmax(used))
 
 
 def test_a_constant_match_feature_does_not_divide_by_zero(tmp_path):
     synthetic(tmp_path)
     for path in (tmp_path / "features" / "impressions").glob("*.parquet"):
         replace_column(path, "engagement", np.zeros(len(pq.read_table(path)), np.float32))
-    _, (mean, std, _) = rows_of(tmp_path)
+    _, (moments, _) = rows_of(tmp_path)
+    mean, std = moments["mean"], moments["std"]
     assert (mean[3], std[3]) == (0, 1)
 
 

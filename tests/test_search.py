@@ -183,7 +183,10 @@ def test_class_onnx_and_05_rank_the_evaluation_pairs_alike(run, ranker, queries,
 
 
 SPECS = {
-    "all": ({"query_k": ["a", "b"], "pin_k": ["x"]}, {"pin_price": [3.0, 2.0], "query_n": [0.0, 1.0]}),
+    "all": (
+        {"query_k": ["a", "b"], "pin_k": ["x"]},
+        {"pin_price": [3.0, 2.0, 0.0, 5.0], "query_n": [0.0, 1.0, -9.0, 9.0]},
+    ),
     "none": ({}, {}),
 }
 
@@ -197,6 +200,7 @@ def test_both_onnx_files_are_the_network(kind, hidden, tmp_path):
     embeddings = {"pin_a": 4, "pin_b": 6, "query_a": 6, "query_b": 4, "query_c": 6}
     spec = {"embeddings": embeddings, "categories": categories, "category_dim": 3, "numbers": numbers}
     spec |= {"match": ["bm25", "query_price"], "mean": [0.5, 1.0], "std": [2.0, 3.0], "hidden": hidden}
+    spec |= {"low": [-0.5, -9.0], "high": [0.5, 9.0]}
     torch.manual_seed(0)
     student = Student({**spec, "dropout": 0.5, "input_dropout": 0.5}).train()
     inputs = {name: torch.randn(40, size) for name, size in embeddings.items()}

@@ -114,10 +114,12 @@ def spec(**more):
         "embeddings": {"pin_text": 6, "query_text": 4},
         "categories": {"query_interest": ["home", "food"], "pin_kind": []},
         "category_dim": 3,
-        "numbers": {"pin_price": [10.0, 4.0]},
+        "numbers": {"pin_price": [10.0, 4.0, -50.0, 50.0]},
         "match": list(MATCH_FEATURES),
         "mean": [1.0, 0.5, 0.0, 2.0],
         "std": [2.0, 0.5, 1.0, 1.0],
+        "low": [-9.0] * 4,
+        "high": [9.0] * 4,
         "hidden": [16, 8],
         "dropout": 0.1,
         "input_dropout": 0.3,
@@ -252,13 +254,31 @@ def test_gather_equals_plain_indexing(tmp_path):
     for column, name in enumerate(MATCH_FEATURES):
         np.testing.assert_array_equal(gathered[name], match[:, column])
     known = [value for value in price if value is not None]
-    assert inputs.numbers["pin_price"] == pytest.approx([np.mean(known), np.std(known)])
+    moments = [np.mean(known), np.std(known), min(known), max(known)]
+    assert inputs.numbers["pin_price"] == pytest.approx(moments)
+
+
+def test_inputs_beyond_the_range_of_training_count_as_its_end():
+    made_of = spec(
+        low=[0.0, -1.0, -1.0, 0.0], high=[5.0, 1.0, 1.0, 3.0], numbers={"pin_price": [10, 4, 2, 20]}
+    )
+    student = Student(made_of).eval()
+    x, categories, _, _ = some_inputs(1)
+    at = {end: np.array([made_of[end]], np.float32) for end in ("low", "high")}
+    price = {"low": np.float32([[2.0]]), "high": np.float32([[20.0]])}
+    for end, sign in (("low", -1), ("high", 1)):
+        inside = student(tensors(x, categories, price[end], at[end], made_of))
+        beyond = student(tensors(x, categories, price[end] + 1e6 * sign, at[end] + 1e6 * sign, made_of))
+        torch.testing.assert_close(inside, beyond)
+    unknown = student(tensors(x, categories, np.float32([[np.nan]]), at["low"] * np.nan, made_of))
+    mean = student(tensors(x, categories, np.float32([[10.0]]), np.float32([made_of["mean"]]), made_of))
+    torch.testing.assert_close(unknown, mean)
 
 
 def test_a_number_that_never_changes_does_not_divide_by_zero(tmp_path):
     synthetic(tmp_path)
     with_column(tmp_path / "features" / "pins.parquet", "price", [7.0] * 30)
-    assert StudentInputs(tmp_path / "features").numbers == {"pin_price": [7.0, 1.0]}
+    assert StudentInputs(tmp_path / "features").numbers == {"pin_price": [7.0, 1.0, 7.0, 7.0]}
 
 
 def test_a_students_own_inputs_are_read_whatever_else_is_there(tmp_path):
@@ -312,7 +332,7 @@ def test_student_learns_what_can_be_learnt_and_survives_a_reload(tmp_path):
     """The loss falls far below that of the best constant; the last epoch is kept."""
     learnable(tmp_path)
     about, log = train(tmp_path, "--epochs", "12", "--input-dropout", "0")
-    rows, (_, _, held) = rows_of(tmp_path)
+    rows, (_, held) = rows_of(tmp_path)
     target = np.concatenate([b["target"] for b in rows.batches(0)])
     constant = (held["target"] * np.log(np.maximum(held["target"], 1e-12) / target.mean(0))).sum(1).mean()
     assert about["scores"] == log[-1] and [line["epoch"] for line in log] == list(range(1, 13))

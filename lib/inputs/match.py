@@ -19,6 +19,8 @@ from lib.stages.streams import row_groups, slices
 
 RULES = 1  # of 01's identity: raise it when a field of the text or a match feature is computed in another way
 
+ENGAGEMENTS = "engagements.parquet"  # of a run's queries and pins: what a service needs for a known query
+
 
 def pin_text(columns, row):
     """All text of a pin, the document that BM25 and the text encoder see."""

@@ -196,21 +196,22 @@ class TrainingRows:
         self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):
-        """One pass: counts the training rows and deals --rows to them. Returns mean and standard deviation
-        [F] of the match features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for
+        """One pass: counts the training rows and deals --rows to them. Returns {"mean", "std", "low", "high":
+        [F]} of the match features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for
         logs change over time."""
         held_out, counts = [], []
         is_held_out = self.is_held_out[self.human["query"]]
         if not self.shards:  # else the student is compared with the teacher, on impressions
             held_out.append(self.human[is_held_out])
         self.human = self.human[~is_held_out]
-        moments = moments_of(self.human["match"])
+        moments, ends = moments_of(self.human["match"]), [ends_of(self.human["match"])]
         for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
             rows = self.files.impressions(path)
             is_held_out = self.is_held_out[rows["query"]]
             held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
             counts.append(np.count_nonzero(~is_held_out))
             moments += moments_of(rows["match"][~is_held_out])
+            ends.append(ends_of(rows["match"][~is_held_out]))
         if not sum(counts) + len(self.human):
             languages = " ".join(self.settings.languages)
             asked = f" for --languages {languages}" if languages else ""
@@ -220,7 +221,10 @@ class TrainingRows:
         n = np.maximum(known, 1)
         mean = total / n
         std = np.sqrt(np.maximum(squares / n - mean**2, 0))
-        return mean, np.where(std > 1e-6, std, 1.0), np.concatenate(held_out)
+        low, high = np.min(ends, axis=0)[0], -np.min(ends, axis=0)[1]
+        low, high = np.where(known, low, mean), np.where(known, high, mean)
+        moments = {"mean": mean, "std": np.where(std > 1e-6, std, 1.0), "low": low, "high": high}
+        return moments, np.concatenate(held_out)
 
     def deal(self, counts):
         """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
@@ -282,3 +286,10 @@ def moments_of(match):
     values = np.where(known, match, 0).astype(np.float64)
     squares = values**2
     return np.stack([known.sum(0), values.sum(0), squares.sum(0)])
+
+
+def ends_of(match):
+    """Match features [N, F] -> [2, F]: the least that is known, and the greatest times -1."""
+    known = np.isfinite(match)
+    least = [np.where(known, sign * match, np.inf).min(axis=0, initial=np.inf) for sign in (1, -1)]
+    return np.stack(least)

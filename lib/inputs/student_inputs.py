@@ -30,7 +30,7 @@ class StudentInputs:
         features, columns = Path(features), {}
         self.embeddings, self.resident = {}, {}
         self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
-        self.numbers, self.values = {}, {}  # column -> [mean, std], each row's value
+        self.numbers, self.values = {}, {}  # column -> [mean, std, low, high], each row's value
         for path in sorted(features.glob("*_embedding.npy")):
             name = path.name.removesuffix("_embedding.npy")
             if spec is None or name in spec["embeddings"]:
@@ -57,7 +57,7 @@ class StudentInputs:
         if is_number if spec is None else name in spec["numbers"]:
             known = column.cast(pa.float32()) if is_number else unknown(len(column))
             self.values[name] = known.to_numpy()  # NaN where it is null
-            self.numbers[name] = mean_and_std(self.values[name])
+            self.numbers[name] = moments(self.values[name])
         else:
             column = column.cast(pa.string())
             known = spec["categories"][name] if spec else frequent_values(column, max_values)
@@ -94,13 +94,14 @@ def unknown(rows):
     return pa.chunked_array([pa.nulls(rows, pa.float32())])
 
 
-def mean_and_std(values):
-    """[mean, standard deviation] of the values that are known, to normalize by; a deviation of 0 is 1."""
+def moments(values):
+    """[mean, standard deviation, least, greatest] of the values that are known, to normalize by; a deviation
+    of 0 is 1."""
     known = values[np.isfinite(values)].astype(np.float64)
     if not len(known):
-        return [0.0, 1.0]
+        return [0.0, 1.0, 0.0, 0.0]
     std = float(known.std())
-    return [float(known.mean()), std if std > 1e-6 else 1.0]
+    return [float(known.mean()), std if std > 1e-6 else 1.0, float(known.min()), float(known.max())]
 
 
 def frequent_values(column, n):

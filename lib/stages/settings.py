@@ -41,7 +41,8 @@ Width = Annotated[int, Range(1, 10**6)]
 Positive = Annotated[float, Range(0, 1e31, low_included=False)]  # far within fp32
 NonNegative = Annotated[float, Range(0, 1e31)]
 Share = Annotated[float, Range(0, 1)]
-Temperature = Annotated[float, Range(0.01, 100)]
+TEMPERATURES = Range(0.01, 100)
+Temperature = Annotated[float, TEMPERATURES]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 

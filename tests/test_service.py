@@ -1,0 +1,322 @@
+"""The service as its callers and its operator meet it, over HTTP; what the class makes of odd arguments."""
+
+import base64
+import io
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+from helpers import stop_line
+from PIL import Image
+from served_run import served_run
+
+from lib.inputs.student_inputs import StudentInputs
+from lib.results import export
+from lib.tables.database import Database
+from serving import search, service
+from serving.new_features import number
+from serving.ranker import Pin, Query, Ranker
+
+
+@pytest.fixture(scope="module")
+def run(features, models):
+    return served_run(features, models["bert"])
+
+
+@pytest.fixture(scope="module")
+def app(run):
+    return service.from_environment({"RUN": str(run), "MAX_BYTES": "50000", "MAX_CANDIDATES": "300"})
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def ranker(run):
+    return Ranker(run)
+
+
+@pytest.fixture(scope="module")
+def labelled(run):
+    table = pq.read_table(run / "features" / "labelled.parquet")
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+@pytest.fixture(scope="module")
+def texts(run):
+    return pq.read_table(run / "features" / "queries.parquet")["query"].to_pylist()
+
+
+def stored(run, ranker, labelled, query):
+    """Pins of a query in labelled.parquet, and what student.onnx says of their stored features."""
+    at = np.flatnonzero(labelled["query_index"] == query)
+    match = np.stack([labelled[name][at] for name in ranker.spec["match"]], 1).astype(np.float32)
+    inputs = StudentInputs(run / "features", ranker.spec)
+    gathered = inputs.gather(labelled["query_index"][at], labelled["pin_index"][at], match)
+    feed = {name: tensor.numpy() for name, tensor in gathered.items()}
+    p, level = export.open_onnx(run / "student" / "student.onnx").run(export.OUTPUTS, feed)
+    return [ranker.ids[pin] for pin in labelled["pin_index"][at]], p, level
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A query that the run has
+
+
+def test_a_known_query_by_its_bare_text_is_what_the_student_learnt(client, run, ranker, labelled, texts):
+    """Columns, embedding and engagement of stage 01; also with spaces, another case, in several at once."""
+    engaged = 0
+    for query in np.unique(labelled["query_index"]):
+        pins, p, _ = stored(run, ranker, labelled, query)
+        engaged += (labelled["engagement"][labelled["query_index"] == query] > 0).any()
+        for text in (texts[query], f"  {texts[query].upper().replace(' ', '  ')} "):
+            found = client.post("/rank", json={"query": text, "candidates": pins, "top": 300}).json()
+            by_pin = {row["pin_id"]: row["probabilities"] for row in found}
+            np.testing.assert_allclose([by_pin[pin] for pin in pins], p, atol=1e-6)
+    assert engaged > 3
+    pins, p, _ = stored(run, ranker, labelled, query)
+    np.testing.assert_allclose(
+        ranker.score([(texts[query], pin) for pin in pins]).probabilities, p, atol=1e-6
+    )
+
+
+def test_what_the_caller_gives_is_taken(client, ranker, texts):
+    text = next(text for row, text in enumerate(texts) if ranker.new.known.events(row, np.arange(100)).any())
+    asked = {"query": text, "match": True, "top": 100}
+    known, none = (client.post("/rank", json={**asked, **more}).json() for more in ({}, {"engaged": {}}))
+    assert any(row["match"]["engagement"] for row in known)
+    assert not any(row["match"]["engagement"] for row in none)
+    one = client.post("/rank", json={**asked, "engaged": {ranker.ids[7]: 3}}).json()
+    assert {row["pin_id"] for row in one if row["match"]["engagement"]} == {ranker.ids[7]}
+    side = ranker.new.query(Query(text, {"interest": None}))
+    bare = ranker.new.query(Query(text)).columns
+    assert side.columns["query_interest"] == [0] != bare["query_interest"]
+    assert side.columns["query_shopping_interest"] == bare["query_shopping_interest"]
+    vector = [float(place) for place in range(ranker.spec["embeddings"]["query_text"])]
+    given = client.post("/rank", json={"query": text, "embeddings": {"query_text": vector}}).json()
+    direct = ranker.rank(Query(text, {}, {"query_text": vector}), top=20)
+    assert [row["pin_id"] for row in given] == direct.pins != ranker.rank(text, top=20).pins
+    for wrong in ([1.0], [*vector[:-1], None], 3.0):
+        asked = {"query": text, "embeddings": {"query_text": wrong}}
+        assert client.post("/rank", json=asked).status_code == 422
+    assert client.post("/rank", json={"query": text, "embeddings": {"query_txt": vector}}).status_code == 422
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments of the class
+
+
+def test_candidates_are_any_sequence(ranker):
+    some = ranker.ids[5:25:2]
+    expected = ranker.rank("red chair", some)
+    series = pd.Series(some, index=range(900, 910))
+    forms = [series, series[series.index >= 900], tuple(some), (pin for pin in some), dict.fromkeys(some)]
+    forms += [np.array(some), dict.fromkeys(some).keys(), pd.Index(some), {*some}]
+    for form in forms:
+        found = ranker.rank("red chair", form)
+        assert found.pins == expected.pins
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    pairs = [("red chair", pin) for pin in some]
+    straight = ranker.score(pairs)
+    for form in (zip(["red chair"] * 10, some), pd.Series(pairs, index=range(5, 15)), iter(pairs)):
+        np.testing.assert_array_equal(ranker.score(form).probabilities, straight.probabilities)
+    engaged = pd.Series(range(10), index=some)
+    by_dict = ranker.rank("red chair", some, engaged.to_dict())
+    np.testing.assert_array_equal(
+        ranker.rank("red chair", some, engaged).probabilities, by_dict.probabilities
+    )
+    by_list = ranker.score(pairs, list(range(10))).probabilities
+    np.testing.assert_array_equal(
+        ranker.score(pairs, pd.Series(range(10), index=some)).probabilities, by_list
+    )
+    for wrong in ("p00001", [1, 2], [["p00001"]], 3, [None]):
+        stop_line(ranker.rank, "red chair", wrong)
+    for wrong in ([-1] * 10, [np.nan] * 10, [1], 3, "0123456789", dict.fromkeys(some, 1)):
+        assert "engaged" in stop_line(ranker.score, pairs, wrong)
+    for wrong in ([1] * 10, {1: 2}, {some[0]: -1}, {some[0]: None}, {some[0]: np.inf}):
+        assert "engaged" in stop_line(ranker.rank, "red chair", some, wrong)
+    for wrong in (["red"], [("red chair", 3)], [(None, some[0])], [("a", "b", "c")]):
+        stop_line(ranker.score, wrong)
+    for wrong in (None, b"red chair", "", " ", "a\ud800"):
+        stop_line(ranker.rank, wrong)
+    for wrong in (-1, 2.0, True):
+        assert "top" in stop_line(ranker.rank, "red chair", None, None, wrong)
+    left = ranker.rank("red chair", exclude=some[:4])
+    assert set(left.pins) == {*ranker.ids} - {*some[:4]}
+
+
+def test_a_pins_arguments(ranker, toy):
+    assert Pin(boards="Living room").boards == ("Living room",)
+    assert Pin(boards=None).boards == Pin(boards=[None, float("nan")]).boards == ()
+    assert Pin(title=float("nan"), description=None).title == Pin(description=None).description == ""
+    for wrong in ({"title": 3}, {"boards": [3]}, {"description": b"x"}, {"title": "\udc00"}):
+        stop_line(lambda wrong=wrong: Pin(**wrong))
+    path = next((toy / "images").iterdir())
+    forms = (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path))
+    captions, made = ranker.new.caption([Pin(image=form) for form in forms])
+    assert len(set(captions)) == 1 and (made["pin_visual"] == made["pin_visual"][0]).all()
+    assert "picture" in stop_line(ranker.new.caption, [Pin(image=3)])
+
+
+def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
+    known = Database(tmp_path)
+    for text in ("inf", "-inf", "nan", "1e39", "1_000", " 5 ", "1e30", "-1e31", "+3", "-.5", "5.", "", "3"):
+        (value,) = known.ask(f"SELECT number('{text}')")[0]
+        np.testing.assert_array_equal(number("price", text), np.float32(np.nan if value is None else value))
+    for beyond in (None, float("inf"), 1e300, np.nan):
+        assert np.isnan(number("price", beyond))
+    for wrong in ("cheap", "１２", [1], 10**400):
+        assert "price" in stop_line(number, "price", wrong)
+    new = ranker.new
+    old = new.spec["categories"]
+    new.spec["categories"] = {"query_size": ["1", "true", "2.5"]}
+    codes = [new.value("query_size", given) for given in (1, "1", True, 2.5, None, np.nan, "x")]
+    new.spec["categories"] = old
+    assert codes == [1, 1, 2, 3, 0, 0, 0]
+
+
+def test_a_temperature_outside_its_range(run):
+    for wrong in (0, -1, np.nan, 1e9):
+        assert "temperature" in stop_line(lambda wrong=wrong: Ranker(run, temperature=wrong))
+
+
+def test_ids_are_escaped_on_the_terminal(capsys, ranker):
+    found = ranker.rank("red chair", top=1)
+    search.print_table(found, [("p\x1b[31m\n", "title")])
+    out = capsys.readouterr().out
+    assert "p\\x1b[31m\\n" in out and "\x1b" not in out and out.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Over HTTP
+
+
+WRONG = [
+    {"query": "red chair", "top": -1},
+    {"query": "red chair", "top": 0},
+    {"query": "red chair", "top": None},
+    {"query": "red chair", "top": 2.0},
+    {"query": "red chair", "candidate": ["p00001"]},
+    {"query": "red chair", "candidates": [1]},
+    {"query": "red chair", "candidates": "p00001"},
+    {"query": "red chair", "columns": {"intrest": "x"}},
+    {"query": "red chair", "engaged": {"p00001": -1}},
+    {"query": None},
+    {"query": 3},
+    {"query": "  "},
+    {},
+    [],
+]
+RAW = [
+    '{"query": "a\\ud800"}',
+    '{"query": "a", "candidates": ["\\ud800"]}',
+    '{"query": "a", "columns": {"\\ud800": "x"}}',
+    '{"query": "a", "columns": {"interest": "\\ud800"}}',
+    '{"query": "a", "engaged": {"\\ud800": 1}}',
+    '{"query": "a", "\\ud800": 1}',
+    '{"query": "a", "engaged": {"p00001": NaN}}',
+    '{"query": "a", "top": NaN}',
+    '{"query": "a", "engaged": {"p00001": Infinity}}',
+    '{"query": "a", "engaged": {"p00001": 1e999}}',
+    f'{{"query": "a", "engaged": {{"p00001": {"9" * 400}}}}}',
+]
+
+
+@pytest.mark.parametrize("wrong", [*map(json.dumps, WRONG), *RAW])
+def test_what_is_wrong_is_422_and_can_be_read(client, wrong):
+    answer = client.post("/rank", content=wrong, headers={"content-type": "application/json"})
+    assert answer.status_code == 422 and answer.json()["detail"]
+
+
+def test_limits(client, ranker):
+    assert client.post("/rank", json={"query": "red chair " * 40}).status_code == 200
+    assert client.post("/rank", json={"query": "red chair " * 60}).status_code == 422
+    assert client.post("/rank", json={"query": "x" * 6_000}).status_code == 422
+    assert client.post("/rank", json={"query": "x" * 60_000}).status_code == 413
+    pieces = (b'{"query": "', *(b"x" * 9_000 for _ in range(9)), b'"}')
+    assert client.post("/rank", content=iter(pieces)).status_code == 413  # its length is not told
+    many = {"query": "red chair", "candidates": ranker.ids[:100] * 4}
+    assert "300" in client.post("/rank", json=many).json()["detail"]
+    several = {"searches": [{"query": "red chair"}] * 4}
+    assert client.post("/rank_several", json=several).status_code == 422
+
+
+def test_more_than_a_ranking(client, ranker, toy):
+    one, two = {"query": "red chair", "top": 3}, {"query": "lampe", "top": 2, "titles": True, "match": True}
+    together = client.post("/rank_several", json={"searches": [one, two]}).json()
+    assert together == [client.post("/rank", json=each).json() for each in (one, two)]
+    best = together[1][0]
+    assert best["title"] == ranker.titles[ranker.row_of[best["pin_id"]]].as_py()
+    assert set(best["match"]) == set(ranker.spec["match"])
+    without = client.post("/rank", json={**one, "exclude": [together[0][0]["pin_id"]]}).json()
+    assert without[:2] == together[0][1:]
+    picture = next((toy / "images").iterdir()).read_bytes()
+    pins = [{"title": "Red chair", "boards": ["Kitchen"]}, {"image": base64.b64encode(picture).decode()}]
+    found = client.post("/score", json={"query": "red chair", "pins": pins}).json()
+    same = [Pin("Red chair", boards=("Kitchen",)), Pin(image=picture)]
+    expected = ranker.score([("red chair", pin) for pin in same])
+    np.testing.assert_allclose([row["expected_level"] for row in found], expected.expected_level, atol=1e-6)
+    for wrong in ("no picture", base64.b64encode(b"no picture").decode()):
+        asked = {"query": "red chair", "pins": [{"image": wrong}]}
+        assert client.post("/score", json=asked).status_code == 422
+
+
+def test_what_an_operator_asks(client, ranker, run):
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    about = client.get("/version").json()
+    assert about["run"] == str(run) and about["fingerprints"]["student"] == ranker.trained["identity"]
+    assert "text encoder" in about["fingerprints"]
+    client.post("/rank", json={"query": "red chair"})
+    client.get("/no such address")
+    metrics = client.get("/metrics").text
+    assert 'requests_total{address="/rank",status="200"}' in metrics and "scored_pairs_total" in metrics
+    assert 'address="other",status="404"' in metrics
+    schema = client.get("/openapi.json").json()
+    answer = schema["paths"]["/rank"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert answer["items"]["$ref"].endswith("Found")
+
+
+def test_reload_serves_what_run_points_to_now(run, tmp_path):
+    """The run is a link; a broken one is refused, and what was loaded serves on."""
+    link = tmp_path / "now"
+    link.symlink_to(run)
+    client = TestClient(service.from_environment({"RUN": str(link), "EXCLUDE": ""}))
+    before = client.post("/rank", json={"query": "red chair"}).json()
+    link.unlink()
+    assert client.post("/reload").status_code == 422
+    assert client.post("/rank", json={"query": "red chair"}).json() == before
+    shutil.copytree(run / "student", tmp_path / "other" / "student")
+    (tmp_path / "other" / "features").symlink_to(run / "features")
+    link.symlink_to(tmp_path / "other")
+    first = client.get("/version").json()
+    assert client.post("/reload").json().keys() == first.keys()
+    assert client.post("/rank", json={"query": "red chair"}).json() == before
+
+
+def test_pins_that_no_ranking_has(run, ranker, tmp_path):
+    best = ranker.rank("red chair", top=3).pins
+    (tmp_path / "out.txt").write_text("\n".join(best[:2]) + "\n")
+    app = service.from_environment({"RUN": str(run), "EXCLUDE": str(tmp_path / "out.txt")})
+    found = TestClient(app).post("/rank", json={"query": "red chair", "top": 1}).json()
+    assert found[0]["pin_id"] == best[2]
+
+
+def test_settings_that_are_wrong_are_one_line(run, tmp_path):
+    for wrong, named in (
+        ({}, "RUN"),
+        ({"RUN": "/nope"}, "/nope"),
+        ({"RUN": str(run), "TEMPERATURE": "0"}, "TEMPERATURE"),
+        ({"RUN": str(run), "THREADS": "many"}, "THREADS"),
+        ({"RUN": str(run), "MAX_TOKENS": "-1"}, "MAX_TOKENS"),
+        ({"RUN": str(run), "STUDENT": "student_x"}, "student_x"),
+        ({"RUN": str(run), "EXCLUDE": str(tmp_path / "none")}, "EXCLUDE"),
+        ({"RUN": str(run), "TEXT_ENCODER": str(tmp_path)}, str(tmp_path)),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            service.from_environment(wrong)
+        assert named in ended.value.code and "\n" not in ended.value.code
