@@ -133,3 +133,12 @@ def test_scale(tmp_path, monkeypatch, label_rows):
         found[what]["peak_gb"] > 0.05 for what in ("01, all of it", "04, one epoch, hidden layers of 8")
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]  # the tables are gone
+
+
+def test_known_labels_are_found_and_counted(monkeypatch, capsys):
+    import known_labels
+
+    monkeypatch.setattr(known_labels, "SHARD", 1_000)
+    known_labels.main(["--known", "5000", "--new", "0.1"])
+    said = capsys.readouterr().out
+    assert "table: 5,000 pairs" in said and "found 4,500 of 5,000" in said

@@ -1,13 +1,18 @@
 """Four days of a shop, each a run of its own on the one before (01 --base): what the teacher has labelled it
 never labels again, yesterday's student reads today's features, what is looked up is what would be made."""
 
+import contextlib
+import functools
+import os
+import shutil
+
 import days
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from days import build, read_tables, write_tables
 from finished_run import student_seed
-from helpers import stage
+from helpers import stage, stop_line
 from PIL import Image
 
 from common import PairText
@@ -17,6 +22,7 @@ from lib.inputs.inherited import whose_labels
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
 from lib.inputs.rows import tokenized_shards
+from lib.inputs.student_inputs import StudentInputs
 from lib.models import load_config, load_tokenizer
 from lib.stages.files import read_json
 from serving.ranker import Ranker
@@ -202,3 +208,97 @@ def test_nothing_known_is_made_again(shop, models, tmp_path, monkeypatch, capsys
     build(shop / "data3", tmp_path / "run", models["bert"], "--base", shop / "tuesday")
     assert len(images) == 1 and 2 <= len(texts) <= 3  # the picture's pin, the one with an engagement
     assert "all below 10%: the statistics serve" in capsys.readouterr().out
+
+
+def at_rename(call, number, monkeypatch):
+    """Calls; at the so-manieth rename of a file it is interrupted (0: never). Returns how many there were."""
+    done, replace = 0, os.replace
+
+    def counted(*paths):
+        nonlocal done
+        done += 1
+        if done == number:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", counted)
+        call()
+    return done
+
+
+def test_a_day_that_is_killed_again_and_again_ends_the_same(shop, models, tmp_path, monkeypatch):
+    rng, runs = np.random.default_rng(1), [tmp_path / name for name in ("undisturbed", "disturbed")]
+    stages = {
+        "features": lambda run: build(shop / "data2", run, models["bert"], "--base", shop / "monday"),
+        "teacher": lambda run: train(run, models),
+        "labels": label,
+    }
+    for folder, work in stages.items():
+        renames = at_rename(functools.partial(work, runs[0]), 0, monkeypatch)
+        assert renames > 2
+        for number in (*rng.integers(1, renames, 2), renames):  # the last one puts the folder into its place
+            at_rename(functools.partial(work, runs[1]), number, monkeypatch)
+        work(runs[1])
+        one, other = (content(run / folder) for run in runs)
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_columns_that_a_student_reads_and_a_day_lacks_are_said_and_unknown(shop, models, tmp_path, capsys):
+    """And pictures, of which there are none: zeros."""
+    tables = read_tables(shop / "data2")
+    tables["queries"] = tables["queries"].drop_columns("interest")
+    tables["pins"] = tables["pins"].drop_columns("image")
+    for name in ("boards", "link_visits"):
+        del tables[name]
+    (tmp_path / "no pictures").mkdir()
+    data = write_tables(tables, tmp_path / "no pictures", tmp_path / "data")
+    folder = build(data, tmp_path / "run", models["bert"], "--base", shop / "monday")
+    lacking = "query_interest, pin_visual"
+    assert (
+        f"a student of {shop / 'monday'} reads, and these tables lack: {lacking}" in capsys.readouterr().out
+    )
+    for name in ("visual", "graph"):
+        assert not np.load(folder / f"pin_{name}_embedding.npy").any()
+    (tmp_path / "run" / "student").symlink_to(shop / "monday" / "student")
+    inputs = StudentInputs(folder, read_json(shop / "monday" / "student" / "features.json"))
+    assert not inputs.codes["query_interest"].any() and inputs.codes["query_shopping_interest"].any()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--caption-tokens", "5"], "--caption-tokens was 12, is 5"),
+        (
+            ["--text-tokens", "32", "--graph-dim", "8"],
+            "--graph-dim was 32, is 8; --text-tokens was 64, is 32",
+        ),
+        (["--text-encoder", "deberta"], "text encoder was"),
+        (["--precision", "bf16"], "precision was 'float32 on cpu', is 'bfloat16 on cpu'"),
+        (["embeddings"], "embeddings/pin_graph was False, is True"),
+    ],
+)
+def test_features_that_would_mean_something_else_are_refused(shop, models, tmp_path, flags, said):
+    data, encoder = shop / "data2", models["bert"]
+    if flags == ["embeddings"]:
+        data, flags = tmp_path / "data", []
+        shutil.copytree(shop / "data2", data)
+        (data / "embeddings").mkdir()
+        np.save(data / "embeddings" / "pin_graph.npy", np.ones((1, 32), np.float32))
+        (data / "embeddings" / "pin_graph.ids").write_text("p00001\n")
+    if "deberta" in flags:
+        encoder, flags = models["deberta"], []
+    line = stop_line(build, data, tmp_path / "run", encoder, "--base", shop / "monday", *flags)
+    assert said in line and "table pins" not in line and not list(tmp_path.glob("run/*"))
+
+
+def test_bases_that_cannot_be_built_on(shop, models, tmp_path):
+    argv = shop / "data2", tmp_path / "run", models["bert"], "--base"
+    line = stop_line(build, *argv, tmp_path / "nowhere")
+    assert "missing or unfinished" in line and "01_build_features.py" in line
+    assert "build on itself" in stop_line(build, *argv, tmp_path / "run")
+    shutil.copytree(shop / "monday" / "features", tmp_path / "monday" / "features")
+    path = tmp_path / "monday" / "features" / "bm25.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "bm25.parquet: not what its stage wrote" in stop_line(build, *argv, tmp_path / "monday")
