@@ -104,6 +104,7 @@ MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
 ENOUGH_EVAL = 50  # evaluation queries
 ROUGH_WIDTH = 0.4  # half an interval of AUROC or nDCG, times the root of the queries (MSRD, Commons)
 CHUNK = 4_096  # images captioned, or texts embedded, between two files of a resumable cache
+WORTH_PROCESSES = 200_000  # pins; the text of fewer is counted faster by one process
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,13 +198,6 @@ def write_pins(raw, captions, path):
 # Match features of pairs
 
 
-def pair_features(match, names, pairs):
-    """Pairs of index_pairs -> columns of a file: indices, match features, and those of `names`."""
-    query, pin, engaged = (pairs[name].to_numpy() for name in ("query_index", "pin_index", "engaged"))
-    features = match(query, pin, engaged)
-    return {"query_index": query, "pin_index": pin, **features, **{name: pairs[name] for name in names}}
-
-
 def split_of(raw, keys, given, share):
     """Split of each labelled row [B], train or eval: as given, else `share` of the queries go to eval, by a
     hash of the text. keys, given: query_key and split (or None) of each. Prints how many these are; returns
@@ -292,7 +286,8 @@ def make_embeddings(raw, settings, own, hardware, out, base):
             known = base.known_texts(side, texts, out) if base else None
             embed_texts(encoder, texts(out / f"{table}.parquet"), (CHUNK, parts), path, len(ids), known)
     if "pin_graph" not in own:
-        graph_embedding(raw, len(ids), settings.graph_dim, settings.seed, out, base)
+        pins = pq.read_metadata(out / "pins.parquet").num_rows
+        graph_embedding(raw, pins, settings.graph_dim, settings.seed, out, base)
 
 
 def open_match_features(out, workers, base=None):
@@ -332,7 +327,7 @@ def models_used(settings, inputs):
     return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
 
 
-def summary(raw, settings, counts, splits, as_of):
+def about_dataset(raw, settings, counts, splits, as_of):
     """Prints the engagement window, and returns what stage.json says of the dataset."""
     if as_of:
         print(f"engagement window: {WINDOW_YEARS} years up to {as_of}")
@@ -384,11 +379,11 @@ def main(argv=None):
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
     base = open_base(settings, inputs)
-    work = Stage(settings.run / "features", settings, inputs)
-    if work.done:
+    stage = Stage(settings.run / "features", settings, inputs)
+    if stage.done:
         return
-    out = work.work
-    reuse_captions([work.old, base and base.folder], out)
+    out = stage.folder
+    reuse_captions([stage.old, base and base.folder], out)
     raw.spill_to(out / "work" / "spill")
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
@@ -412,16 +407,16 @@ def main(argv=None):
         base.complete(out, numbers)
 
     # 4. Match features of every labelled and unlabelled pair
-    match = open_match_features(out, settings.workers if counts["pins"] > 200_000 else 1, base)
-    features_of = functools.partial(pair_features, match, list(numbers))
+    match = open_match_features(out, settings.workers if counts["pins"] > WORTH_PROCESSES else 1, base)
+    features_of = functools.partial(match.columns, numbers=list(numbers))
     splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
     write_impressions(raw, features_of, numbers, out, settings.shard_rows)
     write_engagements(raw, out / ENGAGEMENTS)
 
     # 5. Summary
-    facts = summary(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})
+    facts = about_dataset(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})
     raw.db.close()
-    work.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
+    stage.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
 
 
 if __name__ == "__main__":

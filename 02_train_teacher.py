@@ -16,6 +16,7 @@ Shapes: B rows, T tokens, C = 5 levels.
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -261,9 +262,10 @@ def open_text(settings, config):
 
 
 def save(teacher, finetuning, text, settings, folder):
-    """Writes the teacher and its tokenizer; returns teacher.json: what stage 03 needs to read pairs as 02."""
+    """Writes the teacher, its tokenizer, and in teacher.json what stage 03 needs to read pairs as 02."""
+    path = Path(settings.model)
     about = {
-        "model": models.full_name(settings.model),
+        "model": str(path.resolve()) if path.is_dir() else settings.model,
         "kind": teacher.kind,
         "finetuning": finetuning,
         "fields": settings.fields,
@@ -272,7 +274,6 @@ def save(teacher, finetuning, text, settings, folder):
     }
     teacher.save(folder, about)
     text.tokenizer.save_pretrained(folder / "tokenizer")
-    return about
 
 
 def main(argv=None):
@@ -297,9 +298,9 @@ def main(argv=None):
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
     inputs["model"] = models.model_fingerprint(settings.model)
     inputs["precision"] = hardware
-    folder, earlier = settings.run / "teacher", bases_of(settings.run)
-    output, work = start_stage(accelerator, folder, settings, inputs, earlier)
-    if work is None:
+    place, earlier = settings.run / "teacher", bases_of(settings.run)
+    stage, folder = start_stage(accelerator, place, settings, inputs, earlier)
+    if folder is None:
         return
     text.queries(rows.queries)  # of impressions too: stage 03 reads all of them
 
@@ -314,17 +315,17 @@ def main(argv=None):
         print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
-    log = train(teacher, optimizer, rows, settings, accelerator, work)
+    log = train(teacher, optimizer, rows, settings, accelerator, folder)
 
     # 5. Save
     if accelerator.is_main_process:
         warn_if_useless(rows, log[-1])
-        save(teacher, finetuning, text, settings, work)
-        write_jsonl(work / "training_log.jsonl", log)
+        save(teacher, finetuning, text, settings, folder)
+        write_jsonl(folder / "training_log.jsonl", log)
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
         counts["train_queries"] = rows.train_queries
         facts = {"scores": log[-1], "text": text.describe(), "held_out": rows.split}
-        output.finish([CHECKPOINT], rows=counts, **facts)
+        stage.finish([CHECKPOINT], rows=counts, **facts)
     accelerator.wait_for_everyone()
 
 

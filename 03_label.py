@@ -180,7 +180,7 @@ def main(argv=None):
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs["teacher"] = teacher_identity(read["teacher"])
     inputs["precision"] = hardware
-    output, work = start_stage(accelerator, settings.run / "labels", settings, inputs)
+    stage, work = start_stage(accelerator, settings.run / "labels", settings, inputs)
     if work is None:
         return
 
@@ -227,7 +227,7 @@ def main(argv=None):
         summary.describe_labels(counts, table, made[-100:])
         sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
         whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
-        output.finish(["known"], rows=sizes, merge=moved, labels=counts, teacher=whose)
+        stage.finish(["known"], rows=sizes, merge=moved, labels=counts, teacher=whose)
     accelerator.wait_for_everyone()
 
 

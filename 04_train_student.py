@@ -203,12 +203,12 @@ def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
     return finite(loss_sum, epoch)
 
 
-def train(student, rows, inputs, held_out, settings, device, work):
-    """The training loop, over what is left of it. Checkpoints go into the folder `work`. Returns the log, a
+def train(student, rows, inputs, held_out, settings, device, folder):
+    """The training loop, over what is left of it. Checkpoints go into `folder`. Returns the log, a
     line an epoch."""
     optimizer = new_optimizer(student, settings)
     start = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0}
-    checkpoints = Checkpoints(work, student, optimizer, start)
+    checkpoints = Checkpoints(folder, student, optimizer, start)
     state, planned = checkpoints.state, rows.total * settings.epochs
     if checkpoints.continues:
         print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")

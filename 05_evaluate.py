@@ -368,23 +368,23 @@ def main(argv=None):
     # 4. Metrics
     levels = np.union1d(train["label"], y)
     table, compared = measure(systems, evaluation, levels, settings.resamples, settings.seed, gains)
-    write_json(stage.work / "metrics.json", report.nested(table, compared))
-    write_json(stage.work / "temperatures.json", temperatures)
+    write_json(stage.folder / "metrics.json", report.nested(table, compared))
+    write_json(stage.folder / "temperatures.json", temperatures)
     print("\n".join(report.summary(table, compared)))
 
     # 5. Plots, pages of search results, report.md
-    pictures.plots(table, y, systems, scaled, levels, stage.work)
+    pictures.plots(table, y, systems, scaled, levels, stage.folder)
     each = queries.one_by_one(run / "features", evaluation, ndcg, systems)
-    queries.write_csv(each, stage.work / "queries.csv")
+    queries.write_csv(each, stage.folder / "queries.csv")
     shown = queries.for_pages(each, settings.search_pages)
-    pages = pictures.search_pages(run, evaluation, systems, shown, stage.work)
+    pages = pictures.search_pages(run, evaluation, systems, shown, stage.folder)
     facts = report.facts(read, evaluation)
     one_by_one = queries.section(each, systems)
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
-    (stage.work / "report.md").write_text(text, encoding="utf-8")
-    cards.write_cards(run, read, table, stage.work / "cards")
+    (stage.folder / "report.md").write_text(text, encoding="utf-8")
+    cards.write_cards(run, read, table, stage.folder / "cards")
     stage.finish(rows=counts)
-    print(f"report: {stage.folder / 'report.md'}")
+    print(f"report: {stage.place / 'report.md'}")
 
 
 if __name__ == "__main__":

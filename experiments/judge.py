@@ -209,7 +209,7 @@ def main(argv=None):
     # 2. The lists, and the teacher's label of every pair
     lists = Lists(files, run, settings.top)
     print(f"{len(files)} lists, {len(lists.queries):,} queries, {len(lists.query):,} different pairs")
-    p = label_pairs(settings, lists.query, lists.pin, read, about, model, stage.work)
+    p = label_pairs(settings, lists.query, lists.pin, read, about, model, stage.folder)
 
     # 3. How far it can be trusted, and what it says
     _, evaluation = read_labelled(run)
@@ -230,9 +230,9 @@ def main(argv=None):
         result["power"][f"{b} - {a}"] = {metric: estimates.power(x, *options) for metric, x in pair.items()}
 
     # 4. Files, and the terminal
-    write_parquet(stage.work / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})
-    write_json(stage.work / "metrics.json", result)
-    plot_differences(result["means"], list(groups), stage.work / "differences.png")
+    write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})
+    write_json(stage.folder / "metrics.json", result)
+    plot_differences(result["means"], list(groups), stage.folder / "differences.png")
     say(result, settings.top)
     stage.finish(["work"], rows={"pairs": len(p), "queries": len(lists.queries)})
 

@@ -89,11 +89,6 @@ def model_fingerprint(model):
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
-def full_name(model):
-    """A model folder by its full path, a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
 def public_name(model):
     """A hub id as it is, a model folder by its last name, without its path."""
     return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model

@@ -50,7 +50,7 @@ def settings_of(run, **more):
 def make(run, text="one", inputs=None, **more):
     """A finished folder RUN/s with one file."""
     stage = Stage(run / "s", settings_of(run, **more), inputs or {"data": "d"})
-    (stage.work / "file.txt").write_text(text)
+    (stage.folder / "file.txt").write_text(text)
     stage.finish(rows=1)
     return run / "s"
 
@@ -211,24 +211,24 @@ def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
 
 def test_killed_work_continues_and_half_written_files_go(tmp_path):
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
-    (stage.work / "labels").mkdir()
-    (stage.work / "labels" / ".part-0.parquet.tmp").write_text("half")
-    (stage.work / ".tmpAb3x").write_text("half, by a library's own naming")
-    (stage.work / "labels" / "part-1.txt").write_text("whole")
+    (stage.folder / "labels").mkdir()
+    (stage.folder / "labels" / ".part-0.parquet.tmp").write_text("half")
+    (stage.folder / ".tmpAb3x").write_text("half, by a library's own naming")
+    (stage.folder / "labels" / "part-1.txt").write_text("whole")
     del stage
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
-    assert names(stage.work) == ["labels/part-1.txt", "stage.json"]
+    assert names(stage.folder) == ["labels/part-1.txt", "stage.json"]
 
 
 def test_intermediate_results_go_only_when_the_rest_is_whole(tmp_path, monkeypatch):
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
     for name in ("checkpoint.pt", "work/a/b", "file.txt"):
-        (stage.work / name).parent.mkdir(parents=True, exist_ok=True)
-        (stage.work / name).write_text("x")
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / name).write_text("x")
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(os, "replace", lambda *paths: raises(OSError())())
         stage.finish(["checkpoint.pt", "work"])
-    assert (stage.work / "checkpoint.pt").exists()
+    assert (stage.folder / "checkpoint.pt").exists()
     stage.finish(["checkpoint.pt", "work"])
     assert names(tmp_path / "s") == ["file.txt", "stage.json"]
     assert not (tmp_path / "s" / "work").exists()
@@ -238,11 +238,11 @@ def test_overwrite_leaves_the_old_folder_until_the_new_one_is_finished(tmp_path)
     folder = make(tmp_path, "old")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
     assert stage.old == folder and (folder / "file.txt").read_text() == "old"
-    (stage.work / "file.txt").write_text("new")
+    (stage.folder / "file.txt").write_text("new")
     del stage  # killed: the old folder counts, and the same command continues what it had begun
     assert require_finished(folder, "x.py")["arguments"]["seed"] == 0
     stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
-    assert (stage.work / "file.txt").read_text() == "new"
+    assert (stage.folder / "file.txt").read_text() == "new"
     stage.finish()
     assert (folder / "file.txt").read_text() == "new"
     assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
@@ -255,7 +255,7 @@ def test_killed_while_the_new_folder_takes_its_place(tmp_path, monkeypatch, mome
     folder, rename, done = make(tmp_path, "old"), os.replace, 0
     settings = settings_of(tmp_path, overwrite=True, seed=5)
     stage = Stage(folder, settings, {"data": "d"})
-    (stage.work / "file.txt").write_text("new")
+    (stage.folder / "file.txt").write_text("new")
 
     def killed(*paths):
         nonlocal done
@@ -282,11 +282,11 @@ def test_killed_while_the_new_folder_takes_its_place(tmp_path, monkeypatch, mome
 
 def test_work_of_other_settings_is_left_alone_until_the_stage_is_finished(tmp_path):
     first = Stage(tmp_path / "s", settings_of(tmp_path), {})
-    (first.work / "file.txt").write_text("first")
-    work = first.work
+    (first.folder / "file.txt").write_text("first")
+    work = first.folder
     del first
     second = Stage(tmp_path / "s", settings_of(tmp_path, seed=1), {})  # a first try refuses no second one
-    assert (work / "file.txt").exists() and second.work != work
+    assert (work / "file.txt").exists() and second.folder != work
     second.finish()
     assert not work.exists()
 
@@ -295,14 +295,14 @@ def test_a_cache_is_reused(tmp_path):
     """But for what is not as it was written."""
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {"data": "d"})
     for number in range(3):
-        write_json(stage.work / "captions" / "m" / f"part-{number}", number)
+        write_json(stage.folder / "captions" / "m" / f"part-{number}", number)
     stage.finish()
     folder = tmp_path / "s"
     (folder / "captions" / "m" / "part-1").write_text("9\n")
     (folder / "captions" / "m" / "part-9").write_text("of nobody")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
-    reuse_captions([stage.old, None], stage.work)
-    assert names(stage.work) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
+    reuse_captions([stage.old, None], stage.folder)
+    assert names(stage.folder) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
 
 
 def test_a_link_to_another_run_is_not_written_through(tmp_path):

@@ -118,6 +118,13 @@ class MatchFeatures:
         """Text embeddings [queries, D] and [pins, D]; chunk: pairs that fit into a core's cache."""
         self.bm25, self.query_vectors, self.pin_vectors, self.chunk = bm25, query_vectors, pin_vectors, chunk
 
+    def columns(self, pairs, numbers):
+        """Pairs of index_pairs (Arrow) -> columns of a file: indices, match features, and those of the names
+        `numbers`."""
+        query, pin, engaged = (pairs[name].to_numpy() for name in ("query_index", "pin_index", "engaged"))
+        features = self(query, pin, engaged)
+        return {"query_index": query, "pin_index": pin, **features, **{name: pairs[name] for name in numbers}}
+
     def __call__(self, query, pin, engaged):
         """Query and pin indices [B] and events [B] -> {feature: float32 [B]}."""
 

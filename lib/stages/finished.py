@@ -60,7 +60,7 @@ def read_about(folder, damaged_is_fine=False):
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         about = dict(read_json(path))
         kinds = {"finished": bool, "identity": str, "arguments": dict, "inputs": dict, "outputs": dict}
-        whole = about.get("digest") in (None, sealed(about)["digest"])  # earlier versions wrote none
+        whole = about.get("digest") in (None, sealed(about)["digest"])
         for name, made in about["outputs"].items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             whole &= inside and {"bytes", "hash"} <= dict(made).keys()

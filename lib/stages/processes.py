@@ -21,27 +21,27 @@ def start_processes(settings):
     return Accelerator(cpu=device.type == "cpu"), dtype, hardware
 
 
-def start_stage(accelerator, folder, settings, inputs, earlier=()):
+def start_stage(accelerator, place, settings, inputs, earlier=()):
     """The Stage of several processes: the main one takes the lock and decides for all. Returns it (None on
     the others) and the folder to write into (None: nothing to do). earlier: run directories; what one of them
     has that is the same is linked."""
-    stage, error, work = None, None, None
+    stage, error, folder = None, None, None
     if accelerator.is_main_process:
         try:
-            stage = Stage(folder, settings, inputs)
+            stage = Stage(place, settings, inputs)
             for run in () if settings.overwrite else earlier:
-                stage.link(run / stage.folder.name)
-            work = None if stage.done else stage.work
+                stage.link(run / stage.place.name)
+            folder = None if stage.done else stage.folder
         except (Stop, OSError) as problem:
             error = problem
-    shared = [work, error is not None]
+    shared = [folder, error is not None]
     broadcast_object_list(shared)
     if error is not None:
         try:
             raise error
         finally:
             error = None  # its traceback names this frame: a circle that would keep the locks of all frames
-    work, stopped = shared
+    folder, stopped = shared
     if stopped:
         sys.exit(1)  # the main process says why
-    return stage, work
+    return stage, folder

@@ -27,21 +27,21 @@ PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are no
 
 
 class Stage:
-    """A stage's folder while it is made. Attributes: `done`: finished before, nothing to do; `work`: where to
-    write; `old`: the finished folder that is going to be replaced, or None.
+    """A stage's folder while it is made. Attributes: `done`: finished before, nothing to do; `folder`: where
+    to write; `old`: the finished folder that is going to be replaced, or None.
 
     stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
     Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
     identity is refused, naming what changed, unless --overwrite."""
 
     def __init__(self, folder, settings, inputs):
-        self.folder, self.start = Path(folder), time.time()
+        self.place, self.start = Path(folder), time.time()
         self.done, self.old = False, None
-        self.about = describe(self.folder.name, settings, inputs)
-        unfinished = f".{self.folder.name}.unfinished-{self.about['identity'][:8]}"
-        self.work = self.folder.with_name(unfinished)
-        refuse_strangers(self.folder, settings.overwrite)
-        self.lock = hold(self.folder, "write")
+        self.about = describe(self.place.name, settings, inputs)
+        unfinished = f".{self.place.name}.unfinished-{self.about['identity'][:8]}"
+        self.folder = self.place.with_name(unfinished)
+        refuse_strangers(self.place, settings.overwrite)
+        self.lock = hold(self.place, "write")
         try:
             self.begin(settings)
         except BaseException:
@@ -51,38 +51,38 @@ class Stage:
     def begin(self, settings):
         """Finds out whether anything is left to do, and makes the work folder ready for it."""
         self.recover()
-        if self.folder.exists():
+        if self.place.exists():
             if settings.overwrite:
-                self.old = self.folder
+                self.old = self.place
             else:
-                self.compare(read_about(self.folder))
+                self.compare(read_about(self.place))
             if self.done:
                 return
-        for temporary in list(self.work.rglob(".*")):  # half-written by a killed process
+        for temporary in list(self.folder.rglob(".*")):  # half-written by a killed process
             remove(temporary)
-        write_json(self.work / "stage.json", self.about)
+        write_json(self.folder / "stage.json", self.about)
 
     def recover(self):
         """Completes what a process left that was killed while it put a finished folder into its place."""
-        if (self.work / "stage.json").exists():
+        if (self.folder / "stage.json").exists():
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                if read_json(self.work / "stage.json")["finished"]:
+                if read_json(self.folder / "stage.json")["finished"]:
                     self.move_into_place()
-        bring_back(self.folder)
-        remove(aside_of(self.folder))
+        bring_back(self.place)
+        remove(aside_of(self.place))
 
     def compare(self, before):
         """Is the folder that is there what is asked for? before: its stage.json."""
         if before["identity"] != self.about["identity"]:
             changes = "; ".join(changes_between(before, self.about).values())
             raise Stop(
-                f"{self.folder} was made with other settings or inputs ({changes}); "
+                f"{self.place} was made with other settings or inputs ({changes}); "
                 "--overwrite rebuilds it, another --run keeps both"
             )
-        check_files(self.folder, before, ["*"])
+        check_files(self.place, before, ["*"])
         self.done = True
         same = "finished before with the same arguments and inputs, nothing to do"
-        print(f"{self.folder}: {same} (--overwrite rebuilds it)")
+        print(f"{self.place}: {same} (--overwrite rebuilds it)")
 
     def link(self, other):
         """Is done if the folder `other`, of another run, is what is asked for: its files become ours, by hard
@@ -91,7 +91,7 @@ class Stage:
             return
         about = read_about(other)
         if about["identity"] == self.about["identity"]:
-            lock, linked = hold(other, "read"), self.work.with_name(f"{self.work.name}-linked")
+            lock, linked = hold(other, "read"), self.folder.with_name(f"{self.folder.name}-linked")
             check_files(other, about, ["*"])
             remove(linked)
             for name in about["outputs"]:
@@ -99,38 +99,38 @@ class Stage:
                 link_or_copy(other / name, linked / name)
             del lock
             write_json(linked / "stage.json", about)
-            remove(self.work)  # nothing is written over a file that is another run's too
-            os.replace(linked, self.work)
+            remove(self.folder)  # nothing is written over a file that is another run's too
+            os.replace(linked, self.folder)
             self.move_into_place()
             self.done = True
-            print(f"{self.folder}: the same as {other}, linked")
+            print(f"{self.place}: the same as {other}, linked")
 
     def finish(self, without=(), **facts):
         """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
         place. without: files and folders of intermediate results, which go."""
-        outputs = list_files(self.work, without)
+        outputs = list_files(self.folder, without)
         seconds = round(time.time() - self.start, 1)
         finished = {**self.about, **facts, "finished": True, "seconds": seconds, "outputs": outputs}
-        write_json(self.work / "stage.json", sealed(finished))
+        write_json(self.folder / "stage.json", sealed(finished))
         self.move_into_place()
         self.lock = None
-        print(f"wrote {self.folder}  ({seconds:.0f} s)")
+        print(f"wrote {self.place}  ({seconds:.0f} s)")
 
     def move_into_place(self):
         """The finished work folder, less its intermediate results, takes the place of what was there."""
-        listed = {"stage.json", *read_json(self.work / "stage.json")["outputs"]}
-        for path in sorted(self.work.rglob("*"), reverse=True):  # a folder comes after what is in it
+        listed = {"stage.json", *read_json(self.folder / "stage.json")["outputs"]}
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder comes after what is in it
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-            elif path.is_file() and str(path.relative_to(self.work)) not in listed:
+            elif path.is_file() and str(path.relative_to(self.folder)) not in listed:
                 path.unlink()
-        aside = aside_of(self.folder)
-        if self.folder.exists():
+        aside = aside_of(self.place)
+        if self.place.exists():
             remove(aside)
-            os.replace(self.folder, aside)
-        os.replace(self.work, self.folder)
+            os.replace(self.place, aside)
+        os.replace(self.folder, self.place)
         remove(aside)
-        for other in self.folder.parent.glob(f".{self.folder.name}.unfinished-*"):
+        for other in self.place.parent.glob(f".{self.place.name}.unfinished-*"):
             remove(other)
 
 

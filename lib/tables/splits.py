@@ -6,6 +6,8 @@ import unicodedata
 
 import numpy as np
 
+MOST_ROWS = 0.1  # of a training set are held out at most
+
 
 def query_key(text):
     """What makes two queries one: the same text but for its Unicode form, case, and spaces around it. The
@@ -33,7 +35,7 @@ def hash_split(keys, rows, share, salt):
     rows_of = {}
     for key, count in zip(keys, rows):
         rows_of[key] = rows_of.get(key, 0) + int(count)
-    held_out, most = 0, sum(rows_of.values()) / 10
+    held_out, most = 0, MOST_ROWS * sum(rows_of.values())
     for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
         held_out += count
         if position >= share or held_out > most:
