@@ -338,7 +338,7 @@ def about_dataset(raw, settings, counts, splits, as_of):
 
 def open_tables(settings, faults=None):
     """The raw tables. faults: of RawTables."""
-    if settings.preset == "toy" and not settings.data.exists():
+    if settings.data == PRESETS["toy"].data and not settings.data.exists():
         raise Stop(f"{settings.data}: missing; make the toy dataset with: python data/toy/make_toy.py")
     return RawTables(settings.data, settings.memory, levels_of(settings.levels), faults=faults)
 
@@ -357,9 +357,9 @@ def check_tables(settings):
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
         "queries": lambda: refuse_names(raw, "queries", ("query_index",)),
-        "impressions": lambda: pair_numbers(raw, MATCH_FEATURES),
+        "labels impressions": lambda: pair_numbers(raw, MATCH_FEATURES),
         "": lambda: own_embeddings(raw.folder),
-        "labels": splits,
+        "labels queries": splits,
     }
     look.check(raw, checks)
 

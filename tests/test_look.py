@@ -1,6 +1,8 @@
 """What a user sees in the first seconds: all faults of the tables at once, what becomes of each column, how
 far raters agree."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import own_embeddings, small_dataset, stage, stop_line, write_dataset, write_table
@@ -8,6 +10,7 @@ from helpers import own_embeddings, small_dataset, stage, stop_line, write_datas
 from lib.inputs import encoders
 from lib.stages.terminal import Stop
 from lib.tables import look
+from lib.tables.names import near
 from lib.tables.raw import RawTables, levels_of
 
 build = stage("01")
@@ -62,12 +65,24 @@ def test_all_faults_of_all_tables_at_once(tmp_path, capsys):
         assert part in line, line
 
 
+@pytest.mark.parametrize("gone", ["pins", "queries", "labels", "impressions"])
+def test_a_table_that_is_not_there_hides_no_fault_of_another(tmp_path, capsys, gone):
+    tables = {**small_dataset(), "boards": {"pin_id": ["007"], "title": ["x"]}}
+    for name in ("labels", "impressions"):
+        tables[name]["position"] = list(range(3))
+    del tables[gone]
+    assert "2 thing(s) wrong" in stop_line(check, write_dataset(tmp_path, tables))
+    missing, column = (line for line in lines(capsys) if line.startswith("wrong"))
+    assert f"{gone}.parquet" in missing and "'board_title' is missing; it has 'pin_id', 'title'" in column
+
+
 def test_columns_missing_in_one_table_are_one_line(tmp_path):
     tables = small_dataset()
     tables["labels"] = {"term": ["q1"], "sku": ["007"], "rating": [3]}
     line = stop_line(RawTables, write_dataset(tmp_path, tables))
     assert "columns 'query_id', 'pin_id', 'label' are missing" in line
     assert "is 'sku' 'pin_id'?" in line and "is 'rating' 'label'?" in line
+    assert near("pin_id", ["title", "article_id"]) == ["article_id"] and near("label", ["id"]) == []
 
 
 def test_names_that_tables_have_elsewhere(tmp_path):
@@ -117,11 +132,12 @@ def test_no_captioner_where_no_picture_can_be_read(tmp_path, monkeypatch, capsys
 
 
 def test_the_toy_is_advised_for_the_toy_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "PRESETS", {**build.PRESETS})
     nowhere = tmp_path / "nowhere"
-    assert "make_toy.py" in stop_line(build.main, ["--data", str(nowhere)])
-    line = stop_line(build.main, ["--preset", "small", "--data", str(nowhere)])
-    assert "make_toy" not in line and "data/README.md" in line
+    for preset in ("toy", "small"):
+        line = stop_line(build.main, ["--preset", preset, "--data", str(nowhere)])
+        assert "make_toy" not in line and "data/README.md" in line
+    monkeypatch.setitem(build.PRESETS, "toy", replace(build.PRESETS["toy"], data=nowhere))
+    assert "make_toy.py" in stop_line(build.main, [])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -137,6 +153,8 @@ def test_every_column_has_a_role_and_what_is_odd_is_said(tmp_path, capsys):
         "sku": lambda i: f"A-{i}",
         "attributes": lambda i: '{"red": 1}' if i % 2 else " [1]",
         "nothing": lambda i: None,
+        "updated": lambda i: f"{i % 28 + 1:02d}.03.2024",
+        "body": lambda i: f"<p>A long text that says something of the thing</p> {i % 30}",
     }
     tables = many(columns)
     tables["labels"] |= {"position": [1, 2, 3], "note": ["a", "b", "c"]}
@@ -155,6 +173,7 @@ def test_every_column_has_a_role_and_what_is_odd_is_said(tmp_path, capsys):
         "pins.euro": "a category, for 40 of 40 cells are no plain number, the first",
         "pins": "no two rows share a value of 'euro', 'price', 'sku'",
         "pins.attributes": "JSON",
+        "pins.body": "long texts as a category",
     }
 
 

@@ -8,6 +8,7 @@ from lib.tables.files import NAMELESS, NUMERIC, quoted
 # Names that programs give to row numbers; those of the second list only if row numbers stand there.
 ROW_NUMBERS = re.compile(rf"__index_level_\d+__|unnamed: ?\d+(_level_\d+)?|\.\.\.\d+|.*{NAMELESS}")
 ROW_NAMES = {"index", "level_0", "rowid", "row_id", "rownames", "row_names", "row_number", "row.names"}
+DATE = r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}"
 AMOUNT = r"[\p{Sc}\s+-]*[0-9][0-9.,''\s]*[\p{Sc}\s%]*"  # in SQL: a number as people write it: € 1,234.50
 ENOUGH_ROWS = 20  # with fewer, that all values differ says nothing
 AT_ONCE = 500  # columns in one query
@@ -75,7 +76,8 @@ def facts_of(texts):
     return f"""
         SELECT name, count(*) FILTER (filled), count(number(d)), count(*) FILTER (is_number(t)),
             count(*) FILTER (beyond), first(t) FILTER (beyond), count(*) FILTER (odd), first(t) FILTER (odd),
-            count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}')), approx_count_distinct(t),
+            count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}') AND NOT regexp_full_match(t, '{DATE}')),
+            approx_count_distinct(t),
             min(d), max(d), bool_and(d = floor(d))
         FROM (SELECT *, filled AND d IS NULL AS odd, NOT isnan(d) AND number(d) IS NULL AS beyond
             FROM (SELECT *, NOT is_blank(t) AS filled, TRY_CAST(t AS DOUBLE) AS d

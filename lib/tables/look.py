@@ -14,6 +14,7 @@ from lib.tables.raw import REQUIRED, kinds_of
 
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
+LONG = 40  # characters of a category's value, mean
 SOUGHT = {"pins": ("title", "description", "image"), "queries": ("query", "language"), "labels": ("label",)}
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
 JSON = "ltrim(v)[1] IN ('{', '[')"  # in SQL, of a value v
@@ -38,15 +39,18 @@ def look_at(raw):
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON})"
+    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON}), coalesce(avg(length(v)), 0)"
     sql = f"SELECT {counts}, count(DISTINCT v), min(v) FILTER (NOT is_blank(v)) FROM"
     for column in columns:
         some = f"(SELECT {quoted(column)}::VARCHAR AS v FROM raw_{table} LIMIT {ROWS})"
-        filled, json, values, example = raw.ask(f"{sql} {some}")[0]
+        filled, json, length, values, example = raw.ask(f"{sql} {some}")[0]
         example = raw.labels_found() if column == "label" and table == "labels" else example
         role, is_category = role_of(raw, table, column, values)
-        odd = "JSON: a column of its own for each thing in it says more"
-        odd = odd if is_category and json >= 0.9 * filled else None
+        odd = None
+        if is_category and json >= 0.9 * filled:
+            odd = "JSON: a column of its own for each thing in it says more"
+        elif is_category and length > LONG:
+            odd = "long texts as a category: nobody reads them; into title or description, or leave them out"
         yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], odd)
 
 
@@ -130,10 +134,10 @@ def try_pictures(raw):
 
 def check(raw, checks):
     """Everything that is wrong or odd in the tables, printed, the heaviest first; Stop where something is
-    wrong. raw: with `faults`; checks: {table, or "": a further call that may end in Stop}."""
+    wrong. raw: with `faults`; checks: {names of tables that must be whole: a call that may end in Stop}."""
     raw.check()
-    for name, call in checks.items():
-        if name not in raw.broken and (raw.has(name) or not name):
+    for tables, call in checks.items():
+        if all(raw.has(name) and name not in raw.broken for name in tables.split()):
             with raw.noting():
                 call()
     columns = list(look_at(raw))

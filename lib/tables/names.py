@@ -30,4 +30,5 @@ def near(name, found):
         for other in (word, word + "s"):
             if other in plain:
                 return [plain[other]]
-    return [plain[other] for other in difflib.get_close_matches(name, plain, n=1, cutoff=0.75)]
+    ids = [other for other in plain if other.endswith("id")] if name.endswith("_id") else []
+    return [plain[other] for other in difflib.get_close_matches(name, plain, n=1, cutoff=0.75) or ids[:1]]
