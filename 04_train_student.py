@@ -374,14 +374,14 @@ def main(argv=None):
         print(f"the teacher: {whose_labels(read['labels'])}")
 
     # 4. Distillation
-    log = train(student, rows, inputs, held_out, settings, device, stage.work)
+    log = train(student, rows, inputs, held_out, settings, device, stage.folder)
     warn_if_by_heart(log)
 
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))
     columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
-    save_for_serving(student, read["features"], columns, stage.work)
-    write_jsonl(stage.work / "training_log.jsonl", log)
+    save_for_serving(student, read["features"], columns, stage.folder)
+    write_jsonl(stage.folder / "training_log.jsonl", log)
     dropouts = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
     teacher = read["labels"].get("teacher") if "labels" in read else None
