@@ -53,7 +53,7 @@ class Settings(ModelSettings):
     lora_alpha: Positive = 32.0  # the update is (alpha / R) B A x
     lora_dropout: Share = 0.0  # share of A's input left out in a training step
 
-    epochs: Count | None = 6  # passes over the training rows; None: 3, or more for about 400 steps
+    epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, for about 400 steps
     batch_size: Count = 32  # rows an optimizer step, over all processes
     batch_tokens: Count = 4_096  # tokens a forward pass; a step is as many passes as its rows need
     lr: Positive = 2e-3  # peak learning rate of LoRA weights
@@ -157,10 +157,11 @@ def make_optimizer(teacher, finetuning, settings):
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
 
-def passes_over(rows, batch_size, epochs=3, steps=400):
-    """Epochs over so many training rows: 3, or about 400 optimizer steps where these are more. A fresh
-    head has to be learned, however few the rows are (our choice; experiments/RESULTS.md)."""
-    return max(epochs, round(steps / math.ceil(rows / batch_size)))
+def passes_over(rows, batch_size, steps=400, least=3, most=10):
+    """Epochs over so many training rows: 3, or more for about 400 optimizer steps, at most 10. A fresh head
+    has to be learned, however few the rows are (our choice; experiments/RESULTS.md)."""
+    epochs = round(steps / math.ceil(rows / batch_size))
+    return min(max(epochs, least), most)
 
 
 def train_step(model, optimizer, rows, batch, lr_factor, settings, accelerator):

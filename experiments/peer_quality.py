@@ -108,6 +108,7 @@ def train_peer(model, pairs, labels, settings):
             warmup_steps=settings["warmup"],  # below 1: a share of the steps
             weight_decay=settings["weight_decay"],
             bf16=settings["bf16"],
+            use_cpu=pick_device("auto").type == "cpu",  # bf16 there has to be asked for
             seed=settings["seed"],
             save_strategy="no",
             logging_strategy="no",

@@ -125,7 +125,7 @@ def test_a_peer_learns(models):
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
     settings = {"max_tokens": 16, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1}
-    settings |= {"weight_decay": 0.01, "bf16": False, "seed": 0}
+    settings |= {"weight_decay": 0.01, "bf16": True, "seed": 0}
     encoder = peer_quality.train_peer(str(models["bert"]), pairs, labels, settings)
     p, score = peer_quality.peer_system(encoder, pairs)
     assert np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) + 1 == labels).all()
