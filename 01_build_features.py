@@ -177,7 +177,7 @@ def text_from_logs(raw, as_of, k):
 
 def write_queries(raw, path):
     """query_rows -> queries.parquet, in index order."""
-    with_default = "* EXCLUDE (query_index) REPLACE (coalesce(language, 'en') AS language)"
+    with_default = "* EXCLUDE (query_index) REPLACE (coalesce(plain_tag(language), 'en') AS language)"
     write_stream(path, raw.batches(f"SELECT {with_default} FROM query_rows ORDER BY query_index", 50_000))
 
 
@@ -350,7 +350,9 @@ def check_tables(settings):
     def splits():
         if raw.faults:
             return
-        sql = "SELECT query_key(query) AS key, split FROM raw_labels JOIN raw_queries USING (query_id)"
+        sql = (
+            "SELECT query_key(q.query) AS key, l.split FROM raw_labels l JOIN raw_queries q USING (query_id)"
+        )
         rows = raw.table(sql)
         split_of(raw, rows["key"].to_pylist(), rows["split"].to_pylist(), settings.eval_share)
 
@@ -375,6 +377,8 @@ def main(argv=None):
 
     # 1. Raw tables: open, check, before any model is looked for; number the rows
     raw = open_tables(settings)
+    read, counts = raw.stamps(), raw.count_rows()
+    print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
     raw.check()
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
@@ -384,12 +388,11 @@ def main(argv=None):
         return
     out = stage.folder
     reuse_captions([stage.old, base and base.folder], out)
+    stage.made_from(read, spare="captions")
     raw.spill_to(out / "work" / "spill")
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
     numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
-    counts = raw.count_rows()
-    print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
     columns = list(look.look_at(raw))
     for line in [*look.lines_of(columns), *raw.remarks(), *look.oddities(raw, columns), *look.agreement(raw)]:
         print(line)
@@ -416,6 +419,7 @@ def main(argv=None):
     # 5. Summary
     facts = about_dataset(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})
     raw.db.close()
+    stage.refuse_changed(read, raw.stamps())
     stage.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lib.models import load_backbone, load_lora, output_width
 from lib.stages.files import read_json, write_json
-from lib.stages.terminal import Stop
+from lib.stages.terminal import Stop, stop_on_error
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  The text of a pair and its tokens  (paper: "Pin Text Representations")
@@ -62,6 +62,9 @@ def at_temperature(p, temperature):
     return (p.log() / temperature).softmax(dim=1)
 
 
+CHARACTERS = 100  # of a token at most: what stands farther back in a text is not read, not tokenized either
+
+
 class PairText:
     """Turns (query, pin) into the token ids of `[CLS] query [SEP] title: … description: … [SEP]`.
 
@@ -99,6 +102,11 @@ class PairText:
     def token_ids(self, texts, chunk=8_192):
         """Token ids of each text. What a user writes never becomes a special token: "[SEP]" in a query is
         brackets and letters. By chunks: a tokenizer's record of a text is much larger than its ids."""
+        with stop_on_error("the model's tokenizer fails"):
+            return self.ids_of(texts, chunk)
+
+    def ids_of(self, texts, chunk):
+        """Likewise; what the tokenizer raises is not caught."""
         ids = []
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is not None:
@@ -143,7 +151,7 @@ class PairText:
             for name, text in zip(names, pin_texts):
                 if text:
                     owners.append(pin)
-                    texts.append(f"{name}: {text}")
+                    texts.append(f"{name}: {text[: self.max_tokens * CHARACTERS]}")
         pins = [[] for _ in range(len(columns[names[0]]))]
         for pin, tokens in zip(owners, self.token_ids(texts)):
             pins[pin].append(tokens)

@@ -7,6 +7,7 @@ can be.
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -17,8 +18,11 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
-from lib.stages.files import fingerprint, read_json
+from lib.stages.files import fingerprint, hashed, read_json
 from lib.stages.terminal import Stop, stop_on_error
+
+READ = ("*.json", "*.model", "vocab*", "merges*", "dict*")  # of a model folder, beside its weights
+MOST_LAYERS, MOST_ROWS = 1_000, 20_000_000  # in a config; rows: of any matrix
 
 
 def quiet_libraries():
@@ -60,14 +64,59 @@ def load_config(model):
     """The config of a model folder or hub id; Stop with one line when there is none, or when LoRA weights lie
     beside it. Which code computes attention or experts is never a folder's choice: the name of a kernel
     there may be that of a repository."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     advice = "give a folder written by save_pretrained, or a hub id"
     with stop_on_error(f"{model}: no usable model config here", advice):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     refuse_adapter(model)
     config._attn_implementation = config._experts_implementation = None
+    refuse_huge(model, config.to_dict())
+    for part in (config, *vars(config).values()):  # what decides the form of what comes out
+        if isinstance(part, PreTrainedConfig):
+            part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
+
+
+def refuse_huge(model, config):
+    """Stop if a config asks for more layers, or larger ones, than any model has: before memory is taken."""
+    for name, value in config.items():
+        if not re.search(r"config|size|dim|^d_|layer|head|embeddings|expert|num_", name):
+            continue
+        if isinstance(value, dict):
+            refuse_huge(model, value)
+        elif isinstance(value, int) and value > (MOST_LAYERS if "layer" in name else MOST_ROWS):
+            raise Stop(f"{model}: its config asks for {name} {value:,}, more than any model has")
+
+
+def weights_of(model):
+    """The files of a model folder that hold the weights in use, an index among them; Stop if that names what
+    is no safetensors file of the folder."""
+    folder = Path(model)
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return []
+    with stop_on_error(f"{index}: no index of weights"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise Stop(f"{index}: names {name!r}, which is no safetensors file of this folder")
+    return [index, *(folder / name for name in names)]
+
+
+def refuse_quantization(model, config):
+    """Stop if a folder's config says that its weights are quantized, and they are not."""
+    if getattr(config, "quantization_config", None) is None or not Path(model).is_dir():
+        return
+    dtypes = set()
+    for path in weights_of(model):
+        if path.suffix == ".safetensors":
+            with stop_on_error(f"{path}: cannot be read"), safe_open(path, "pt") as file:
+                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if dtypes <= {"F64", "F32", "F16", "BF16"}:
+        raise Stop(f"{model}: its config has a quantization_config, its weights are not quantized: remove it")
 
 
 def refuse_adapter(model):
@@ -83,9 +132,13 @@ def refuse_adapter(model):
 
 
 def model_fingerprint(model):
-    """Of a model folder: its files. Of a hub id: the name and the commit the hub cache resolved it to."""
+    """Of a model folder: the files that a model is read from. Of a hub id: the name and the commit the hub
+    cache resolved it to."""
     if Path(model).is_dir():
-        return fingerprint(model)
+        files = {path for path in Path(model).iterdir() if path.is_file() and not path.name.startswith(".")}
+        read = {path for path in files if any(path.match(pattern) for pattern in READ)}
+        read = {path for path in read if not path.name.endswith(".index.json")} | {*weights_of(model)}
+        return hashed([[path.name, fingerprint(path)] for path in sorted(read) if path.exists()])
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
@@ -166,6 +219,8 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": str(device)}
+    weights_of(model)
+    refuse_quantization(model, config)
     with stop_on_error(what, advice):
         backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
@@ -231,6 +286,7 @@ def load_tokenizer(model, config):
     mask)."""
     from transformers import AutoTokenizer
 
+    refuse_long_steps(model)
     with stop_on_error(f"{model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     rows = config.get_text_config().vocab_size
@@ -244,6 +300,17 @@ def load_tokenizer(model, config):
     if largest >= rows:
         raise Stop(f"{model}: its tokenizer makes ids up to {largest:,}, its embedding has {rows:,} rows")
     return tokenizer
+
+
+def refuse_long_steps(model):
+    """Stop if a folder's tokenizer.json lists more steps than any tokenizer has: they would never end."""
+    path = Path(model) / "tokenizer.json"
+    if path.exists():
+        with stop_on_error(f"{path}: no tokenizer"):
+            parts = [part for name, part in read_json(path).items() if name not in ("model", "added_tokens")]
+            steps = max([0, *(json.dumps(part).count('"type"') for part in parts)])
+        if steps > MOST_LAYERS:
+            raise Stop(f"{path}: {steps:,} steps, more than any tokenizer has")
 
 
 def largest_id(tokenizer):
@@ -267,6 +334,8 @@ def check_reading(teacher, row, pad_id, device):
         teacher(ids, mask)
         together = teacher.represent(ids, mask)[1]
         alone = teacher.represent(half[None], torch.ones_like(half)[None])[0]
+    if not torch.isfinite(together).all():
+        raise Stop("--model: what it computes is no number (NaN): are its weights whole?")
     moved = ((together - alone).norm() / alone.norm()).item()
     if not moved < (0.1 if teacher.dtype == torch.bfloat16 else 1e-4):
         raise Stop(f"--model: a model of this kind reads padding (in a batch a row moves by {moved:.1%})")

@@ -23,7 +23,7 @@ from common import NUM_LEVELS, expected_level, side_of
 from lib.inputs.match import ENGAGEMENTS
 from lib.results.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
-from lib.stages.finished import require_finished
+from lib.stages.finished import remake, require_finished
 from lib.stages.hardware import pick_device
 from lib.stages.settings import TEMPERATURES
 from lib.stages.terminal import Stop
@@ -66,11 +66,11 @@ class Ranker:
         if ENGAGEMENTS not in self.made["outputs"]:
             how = f"python 01_build_features.py --run {run} --overwrite"
             raise Stop(f"{features / ENGAGEMENTS}: missing, of an earlier version; make it with: {how}")
-        self.trained = require_finished(folder, command)
+        self.trained = require_finished(folder, command, ("features.json", ONNX_ONE_QUERY))
         self.spec = read_json(folder / "features.json")
         problem = unfit(self.spec, self.made)
         if problem:
-            raise Stop(f"{folder}: {problem}; python {command} --overwrite")
+            raise Stop(f"{folder}: {problem}; {remake(folder, command)}")
         self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
         self.features = features
         self.ids = self.pin_column("pin_id").to_pylist()

@@ -7,21 +7,30 @@
 The class behind it, for a service: serving/ranker.py.
 """
 
+import csv
+import json
+import os
+import re
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet as pq
 import tyro
 
-from common import LEVELS
+from common import LEVELS, NUM_LEVELS
 from lib.models import quiet_libraries
 from lib.results import pictures
 from lib.stages.settings import ROOT, Count, Device, Temperature, parse
 from lib.stages.terminal import Stop, run_main
+from lib.tables.files import plain_cell
+from lib.tables.images import load_image
 from serving.ranker import Pin, Query, Ranker
 
 GRID = 5  # pictures side by side
+LEVEL_NAMES = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Settings:
     language: str = "en"  # of the query, for people: no feature is made of it
     query_columns: tuple[str, ...] = ()  # its further columns: NAME=VALUE, such as interest=garden
     top: Count = 20  # pins shown
+    output: Literal["table", "json", "csv"] = "table"  # json: a line a pin; csv and json: all digits, no more
     picture: Path | None = None  # PNG file: the pins as a grid of pictures
     data: Path | None = None  # dataset folder with the pictures (default: where stage 01 found it)
     text_encoder: str | None = None  # where stage 01's text encoder is now (default: where it was)
@@ -74,6 +84,39 @@ def escaped(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def check_flags(settings):
+    """Stop for what cannot come to a good end, before the work."""
+    texts = [settings.query, settings.pin_title, settings.pin_description, *settings.pin_boards]
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise Stop("the query, or a text of the pin, is not UTF-8")
+    picture, image = settings.picture, settings.pin_image
+    if picture and picture.suffix.lower() != ".png":
+        raise Stop(f"--picture {picture}: a PNG file, NAME.png")
+    if picture and not (picture.parent.is_dir() and os.access(picture.parent, os.W_OK)):
+        raise Stop(f"--picture {picture}: no folder that can be written to")
+    if image:
+        try:
+            load_image(image.parent, image.name)
+        except ValueError as error:
+            raise Stop(f"--pin-image {image}: {error}") from None
+
+
+def print_rows(scores, shown, kind, first=1):
+    """A row a pin of scores, as JSON or CSV. shown: [(id, text)] of the pins; first: place of the first."""
+    writer = csv.DictWriter(sys.stdout, ["place", "pin_id", "text", "expected_level", *LEVEL_NAMES, "bm25"])
+    if kind == "csv":
+        writer.writeheader()
+    for row, (pin_id, text) in enumerate(shown):
+        cells = {"place": first + row, "pin_id": pin_id, "text": text or ""}
+        cells["expected_level"] = float(scores.expected_level[row])
+        cells |= dict(zip(LEVEL_NAMES, scores.probabilities[row].tolist()))
+        cells["bm25"] = float(scores.match["bm25"][row])
+        if kind == "json":
+            print(json.dumps(cells, ensure_ascii=False))
+        else:
+            writer.writerow({name: plain_cell(str(value)) for name, value in cells.items()})
+
+
 def print_table(scores, shown, first=1):
     """A line a pin of scores. shown: [(id, text)] of the pins; first: place of the first."""
     for row, (pin_id, text) in enumerate(shown):
@@ -110,6 +153,7 @@ def draw_grid(scores, images, texts, title, path):
 def main(argv=None):
     # 1. Settings, and what stages 01 and 04 left
     settings = parse({"toy": Settings(query=tyro.MISSING)}, argv, __doc__)
+    check_flags(settings)
     quiet_libraries()
     models = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
     cores, device = settings.threads, settings.device
@@ -127,12 +171,23 @@ def main(argv=None):
     print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")
     print_table(found, zip(found.pins, texts))
 
+    head = f"“{settings.query}” ({settings.language})"
+    if settings.output == "table":
+        print(f"{head}: {len(found.pins):,} pins, best first\n")
+        print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")
+        print_table(found, zip(found.pins, texts))
+    else:
+        print_rows(found, zip(found.pins, texts), settings.output)
+
     # 3. The new pin
     if pin is not None:
         scored = ranker.score([(query, pin)])
         place = 1 + int((found.expected_level > scored.expected_level[0]).sum())
-        print(f"\nthe new pin would be number {place:,}:")
-        print_table(scored, [("new", pin.title)], place)
+        if settings.output == "table":
+            print(f"\nthe new pin would be number {place:,}:")
+            print_table(scored, [("new", pin.title)], place)
+        else:
+            print_rows(scored, [("new", pin.title)], settings.output, place)
 
     # 4. Picture
     if settings.picture:
@@ -140,7 +195,7 @@ def main(argv=None):
         images = [pictures.picture(dataset, about["image"]) for about in best]
         title = f"{head}: expected level; frame and word: most probable level"
         draw_grid(found, images, texts, title, settings.picture)
-        print(f"\nwrote {settings.picture}")
+        print(f"\nwrote {settings.picture}", file=sys.stderr if settings.output != "table" else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ def test_columns_may_have_any_name_that_stands_in_our_sql(tmp_path):
     tables["queries"] |= {"split": ["a", "b"], "label": [1, 2], "pin_id": ["x", "y"], "title": ["a", "b"]}
     tables["pins"] |= {"label": [1, 2, 3], "query": ["a", "b", "c"], "query_id": [1, 2, 3]}
     data = own_embeddings(write_dataset(tmp_path / "data", tables))
+    build.main(["--data", str(data), "--check"])
     build.main(["--data", str(data), "--run", str(tmp_path / "run"), "--device", "cpu"])
     made = pq.read_table(tmp_path / "run" / "features" / "labelled.parquet")
     assert {"query", "text", "n", "board"} <= {*words}

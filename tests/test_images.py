@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 
 import numpy as np
@@ -379,3 +380,26 @@ def test_a_list_of_pictures_has_no_formulas(tmp_path):
         rows = list(csv.reader(file))[1:]
     assert [row[0] for row in rows] == ["'=cmd|' /C calc'!A0", "+2", "-5"]
     assert [row[1] for row in rows] == ["'=1+1.png", "'@cmd.png", "-5"]
+
+
+@pytest.mark.parametrize(
+    "stored, written",
+    [
+        (unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")),
+        (unicodedata.normalize("NFC", "café.png"), unicodedata.normalize("NFD", "café.png")),
+        ("a b.png", " a b.png "),
+        (" a.png", " a.png"),
+        ("a b.png", "file://{folder}/a%20b.png"),
+    ],
+)
+def test_one_path_written_in_another_way(tmp_path, stored, written):
+    """A table in NFC, names of files in NFD: the picture was called missing."""
+    Image.new("RGB", (8, 8)).save(tmp_path / stored)
+    assert load_image(tmp_path, written.format(folder=tmp_path)).size == (8, 8)
+
+
+def test_a_file_url_does_not_lead_out_of_the_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError):
+        load_image(tmp_path / "data", f"file://{tmp_path}/a.png")

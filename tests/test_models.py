@@ -16,6 +16,7 @@ from common import PairText, Teacher
 from lib import models as loading
 from lib.inputs.encoders import Captioner, TextEncoder
 from lib.inputs.pairs import read_labels
+from lib.stages import processes
 from lib.stages.files import read_json, write_json
 
 trainer, labeller = stage("02"), stage("03")
@@ -413,3 +414,175 @@ def test_positions_of_xlm_r_with_lora_are_those_of_training(features, tmp_path):
     teacher, _ = Teacher.load(run / "teacher")
     np.testing.assert_allclose(labeller.soft_labels(teacher, ROWS, 0, 1), seen["labels"], atol=1e-6)
     assert read_json(run / "teacher" / "teacher.json")["finetuning"] == "lora"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders: which files are the model, what a config may ask for, weights that are no numbers
+
+
+@pytest.fixture
+def bert(models, tmp_path):
+    """A folder of one's own."""
+    shutil.copytree(models["bert"], tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def changed(folder, file, **values):
+    """A JSON file of the folder with other values."""
+    write_json(folder / file, read_json(folder / file) | values)
+    return folder
+
+
+def test_files_that_no_model_reads_are_not_the_model(bert):
+    """Downloaded again, .cache/huggingface holds another time: it was another model."""
+    before = loading.model_fingerprint(bert)
+    others = [".cache/huggingface/config.json.metadata", ".DS_Store", ".git/HEAD", "README.md", "LICENSE"]
+    others += ["onnx/config.json", "pytorch_model.bin", "model-00001-of-00002.safetensors", "tf_model.h5"]
+    for name in [*others, "model.safetensors.index.json"]:
+        (bert / name).parent.mkdir(parents=True, exist_ok=True)
+        (bert / name).write_text("{}")
+    assert loading.model_fingerprint(bert) == before
+    assert loading.model_fingerprint(shutil.copytree(bert, bert.with_name("copy"))) == before
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        content = (bert / name).read_bytes()
+        (bert / name).write_bytes(content + b" ")
+        assert loading.model_fingerprint(bert) != before
+        (bert / name).write_bytes(content)
+    (bert / "vocab.txt").write_text("x")
+    assert loading.model_fingerprint(bert) != before
+
+
+def test_shards_in_use_are_the_model(bert):
+    (bert / "model.safetensors").rename(bert / "model-00001-of-00001.safetensors")
+    weights = load_file(bert / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    write_json(bert / "model.safetensors.index.json", index)
+    before = loading.model_fingerprint(bert)
+    loading.load_backbone(bert, torch.float32)
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, bert / "model-00001-of-00001.safetensors"
+    )
+    assert loading.model_fingerprint(bert) != before
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../elsewhere/model.safetensors", "/etc/passwd"])
+def test_an_index_that_names_no_safetensors_file_of_the_folder(bert, name):
+    """A .bin named there was loaded, although safetensors only."""
+    weights = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    torch.save(weights, bert / "pytorch_model.bin")
+    write_json(bert / "model.safetensors.index.json", {"weight_map": dict.fromkeys(weights, name)})
+    assert "no safetensors file of this folder" in stop_line(loading.load_backbone, bert, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_hidden_layers": 10**7}, {"hidden_size": 10**9}, {"vocab_size": 10**12}]
+)
+def test_a_config_that_asks_for_more_than_any_model_has(bert, values):
+    """10^7 layers had no end."""
+    line = stop_line(loading.load_config, changed(bert, "config.json", **values))
+    assert str(bert) in line and next(iter(values)) in line
+
+
+def test_a_config_does_not_change_the_form_of_what_comes_out(bert):
+    changed(bert, "config.json", return_dict=False, output_attentions=True, output_hidden_states=True)
+    encoder = TextEncoder(str(bert), 16, 512, torch.device("cpu"), torch.float32)
+    assert np.isfinite(encoder(["red chair"])).all()
+
+
+def test_a_quantization_of_weights_that_are_not_quantized(bert):
+    changed(bert, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert "not quantized" in stop_line(loading.load_backbone, bert, torch.float32)
+
+
+@pytest.mark.parametrize("steps", [{"type": "Lowercase"}, {"type": "Prepend", "prepend": "a"}])
+def test_a_tokenizer_of_very_many_steps(bert, steps):
+    changed(bert, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [steps] * 100_000})
+    assert "steps" in stop_line(loading.load_tokenizer, bert, loading.load_config(bert))
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line():
+    """It is no Exception: a traceback."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(texts, **options):
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    encoder = TextEncoder.__new__(TextEncoder)
+    encoder.max_tokens, encoder.name, encoder.tokenizer = 8, "a/model", panics
+    assert "a/model" in stop_line(encoder, ["text"]) and "panic" not in stop_line(encoder, ["text"])
+    text = PairText.__new__(PairText)
+    text.tokenizer = panics
+    assert "tokenizer" in stop_line(text.token_ids, ["text"])
+
+
+def with_nan(folder):
+    """A model's folder, one weight of which is NaN."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("LayerNorm.weight") or "layernorm" in name.lower())
+    save_file(weights | {name: weights[name] * torch.nan}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_no_numbers_end_01_and_02(bert, tmp_path):
+    """01 ended ok, 04 blamed --lr."""
+    encoder = TextEncoder(str(with_nan(bert)), 16, 512, torch.device("cpu"), torch.float32)
+    line = stop_line(encoder, ["red chair"])
+    assert str(bert) in line and "no number" in line
+    teacher = Teacher(loading.load_backbone(bert, torch.float32), "encoder")
+    line = stop_line(loading.check_reading, teacher, np.arange(4, dtype=np.int32), 0, torch.device("cpu"))
+    assert "no number" in line
+    blip = with_nan(shutil.copytree(TOY_MODELS / "blip", tmp_path / "blip"))
+    line = stop_line(Captioner, str(blip), 3, torch.device("cpu"), torch.float32)
+    assert str(blip) in line and "no number" in line
+
+
+@pytest.mark.parametrize("side", [0, 8])
+def test_an_image_processor_of_another_size(tmp_path, side):
+    blip = shutil.copytree(TOY_MODELS / "blip", tmp_path / "blip")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (blip / name).exists():
+            about = read_json(blip / name)
+            part = about.get("image_processor", about)
+            part["size"] = {"height": side, "width": side}
+            write_json(blip / name, about)
+    line = stop_line(Captioner, str(blip), 3, torch.device("cpu"), torch.float32)
+    assert str(blip) in line and "image processor" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_what_a_launcher_asks_for_behind_the_settings(monkeypatch, name, value):
+    """With bf16 stage.json said float32, and the weights were others."""
+    monkeypatch.setenv(name, value)
+    assert f"{name}={value}" in stop_line(processes.start_processes, trainer.Settings())
+    monkeypatch.setenv(name, "no")
+    processes.refuse_launcher()
+
+
+def test_a_world_that_a_platform_has_set_is_named(monkeypatch, capsys):
+    """One process of two waited without a word."""
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+
+    def late(**options):
+        raise TimeoutError("1/2 clients joined")
+
+    monkeypatch.setattr(processes, "Accelerator", late)
+    line = stop_line(processes.start_processes, trainer.Settings(device="cpu"))
+    assert "2 processes do not come together" in line and "WORLD_SIZE" in line
+    assert "waits for 1 more process(es) at host:29500" in capsys.readouterr().out

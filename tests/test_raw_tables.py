@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import unicodedata
 from decimal import Decimal
 
@@ -17,6 +18,7 @@ from common import FIELDS
 from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import read_json
 from lib.stages.terminal import Stop
+from lib.tables.database import Database
 from lib.tables.raw import RawTables
 
 build = stage("01")
@@ -979,3 +981,97 @@ def test_a_cell_of_more_than_a_line_may_hold(tmp_path):
     (tmp_path / "pins.csv").write_text(f'pin_id,title\n007,"{cell}"\np2,a\np3,b\n')
     line = stop_line(opened, tmp_path)
     assert "pins.csv" in line and "over 16 MiB" in line
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("packing", [None, "gz"])
+def test_lines_of_json_after_a_byte_order_mark(tmp_path, packing, folder):
+    """As Windows writes them. A CSV file with one was read already."""
+    tables = small_dataset()
+    boards, mark = tables.pop("boards"), "\ufeff".encode()
+    data = write_dataset(tmp_path, tables, "jsonl")
+    below = data / "boards" / "day=2024-01-05" if folder else data
+    path = write_table(below, "boards", boards, "jsonl")
+    path.write_bytes(mark + path.read_bytes())
+    if packing:
+        packed(path, packing)
+    if folder:
+        write_table(
+            data / "boards" / "day=2024-01-06", "b", {"pin_id": ["p2"], "board_title": ["Bath"]}, "jsonl"
+        )
+        assert rows(opened(data), "boards", "pin_id, board_title, day") == [
+            ("007", "Kitchen", "2024-01-05"),
+            ("p2", "Bath", "2024-01-06"),
+        ]
+    else:
+        assert rows(opened(data), "boards", "pin_id, board_title") == [("007", "Kitchen")]
+
+
+def test_tags_of_languages_compare_without_case_and_regions_belong_to_their_language():
+    from lib.tables.languages import is_spoken, plain_tag, primary
+
+    tags = [" EN", "en_US", "zh-Hant-TW"]
+    assert [plain_tag(tag) for tag in tags] == ["en", "en-us", "zh-hant-tw"]
+    assert Database(".").ask(f"SELECT {', '.join(f'plain_tag({tag!r})' for tag in tags)}") == [
+        ("en", "en-us", "zh-hant-tw")
+    ]
+    assert (
+        is_spoken("en-us", ["EN"]) and is_spoken("en-us", ["en_US"]) and is_spoken("zh-hant-tw", ["zh-Hant"])
+    )
+    assert not is_spoken("en", ["en-US"]) and not is_spoken("eng", ["en"])
+    assert primary("zh-hant-tw") == "zh"
+
+
+def test_languages_in_features(tmp_path):
+    tables = small_dataset()
+    tables["queries"]["language"] = ["en_US", " "]
+    folder = features(write_dataset(tmp_path / "data", tables), tmp_path / "run")
+    assert pq.read_table(folder / "queries.parquet")["language"].to_pylist() == ["en-us", "en"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_table_that_is_replaced_meanwhile_and_put_back(tmp_path, monkeypatch, killed):
+    """Features of other rows stood under the fingerprint of those that were put back: nothing to do."""
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    others = small_dataset()
+    others["impressions"] = {"query_id": ["q1"], "pin_id": ["p2"]}
+    write_dataset(tmp_path / "others", others)
+    right = (data / "impressions.parquet").read_bytes()
+    write_labelled = build.write_labelled
+
+    def replaced(*args):  # when all is checked and numbered
+        (data / "impressions.parquet").write_bytes((tmp_path / "others" / "impressions.parquet").read_bytes())
+        os.utime(data / "impressions.parquet", (1, 1))
+        return write_labelled(*args)
+
+    def put_back(*args):
+        (data / "impressions.parquet").write_bytes(right)
+        if killed:
+            raise KeyboardInterrupt
+        return summary(*args)
+
+    summary = build.summary
+    flags = arguments(data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_labelled", replaced)
+        patch.setattr(build, "summary", put_back)
+        if killed:
+            with pytest.raises(KeyboardInterrupt):
+                build.main(flags)
+        else:
+            assert "impressions.parquet: written while" in stop_line(build.main, flags)
+    build.main(flags)
+    shard = tmp_path / "run" / "features" / "impressions" / "part-00000.parquet"
+    assert pq.read_metadata(shard).num_rows == 3
+
+
+def test_of_a_long_text_no_more_is_tokenized_than_is_read():
+    """40 titles of 1 MB took minutes."""
+    from lib.inputs.encoders import TextEncoder
+
+    seen = []
+    encoder = TextEncoder.__new__(TextEncoder)
+    encoder.max_tokens, encoder.tokenizer = 64, lambda texts, **options: seen.extend(texts) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        encoder(["x" * 1_000_000])
+    assert [len(text) for text in seen] == [6_400]

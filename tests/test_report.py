@@ -309,7 +309,7 @@ def test_a_student_that_does_not_fit_is_named_and_left_out(run, capsys, no_pictu
     out = capsys.readouterr().out
     for name in ("student_bad", "student_other", "student_damaged", "student_notes"):
         (line,) = [line for line in out.splitlines() if line.startswith("left out") and name in line]
-        assert f"04_train_student.py --run {run} --name {name}" in line
+        assert f"04_train_student.py --run {run}" in line and f"--name {name}" in line
     systems = read_json(run / "report" / "metrics.json")["systems"]
     assert list(systems) == SYSTEMS
 

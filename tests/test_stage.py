@@ -2,14 +2,18 @@
 
 import errno
 import functools
+import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import ROOT, stop_line
@@ -17,12 +21,13 @@ from torch import nn
 
 from lib.inputs.captions import reuse_captions
 from lib.stages.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
-from lib.stages.files import fingerprint, read_json, whole_file, write_json
+from lib.stages.files import fingerprint, read_json, whole_file, write_json, write_parquet
 from lib.stages.finished import require_finished, sealed
 from lib.stages.hardware import pick_device
 from lib.stages.processes import start_stage
 from lib.stages.settings import Count, Share, Size, StageSettings, parse
 from lib.stages.stage import Stage
+from lib.stages.streams import keep_chunks
 from lib.stages.terminal import Stop, run_main, stop_on_error
 
 
@@ -214,10 +219,10 @@ def test_killed_work_continues_and_half_written_files_go(tmp_path):
     (stage.folder / "labels").mkdir()
     (stage.folder / "labels" / ".part-0.parquet.tmp").write_text("half")
     (stage.folder / ".tmpAb3x").write_text("half, by a library's own naming")
-    (stage.folder / "labels" / "part-1.txt").write_text("whole")
+    write_json(stage.folder / "labels" / "part-1.txt", "whole")
     del stage
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
-    assert names(stage.folder) == ["labels/part-1.txt", "stage.json"]
+    assert names(stage.folder) == [".made-0", "labels/part-1.txt", "stage.json"]
 
 
 def test_intermediate_results_go_only_when_the_rest_is_whole(tmp_path, monkeypatch):
@@ -238,13 +243,13 @@ def test_overwrite_leaves_the_old_folder_until_the_new_one_is_finished(tmp_path)
     folder = make(tmp_path, "old")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
     assert stage.old == folder and (folder / "file.txt").read_text() == "old"
-    (stage.folder / "file.txt").write_text("new")
+    write_json(stage.folder / "file.txt", "new")
     del stage  # killed: the old folder counts, and the same command continues what it had begun
     assert require_finished(folder, "x.py")["arguments"]["seed"] == 0
     stage = Stage(folder, settings_of(tmp_path, overwrite=True, seed=5), {"data": "d"})
-    assert (stage.folder / "file.txt").read_text() == "new"
+    assert read_json(stage.folder / "file.txt") == "new"
     stage.finish()
-    assert (folder / "file.txt").read_text() == "new"
+    assert read_json(folder / "file.txt") == "new"
     assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
 
 
@@ -255,7 +260,7 @@ def test_killed_while_the_new_folder_takes_its_place(tmp_path, monkeypatch, mome
     folder, rename, done = make(tmp_path, "old"), os.replace, 0
     settings = settings_of(tmp_path, overwrite=True, seed=5)
     stage = Stage(folder, settings, {"data": "d"})
-    (stage.folder / "file.txt").write_text("new")
+    write_json(stage.folder / "file.txt", "new")
 
     def killed(*paths):
         nonlocal done
@@ -276,7 +281,7 @@ def test_killed_while_the_new_folder_takes_its_place(tmp_path, monkeypatch, mome
     assert stage.done == began
     if not stage.done:
         stage.finish()
-    assert (folder / "file.txt").read_text() == "new"
+    assert read_json(folder / "file.txt") == "new"
     assert names(tmp_path) == [".s.lock", "s/file.txt", "s/stage.json"]
 
 
@@ -302,7 +307,7 @@ def test_a_cache_is_reused(tmp_path):
     (folder / "captions" / "m" / "part-9").write_text("of nobody")
     stage = Stage(folder, settings_of(tmp_path, overwrite=True), {"data": "e"})
     reuse_captions([stage.old, None], stage.folder)
-    assert names(stage.folder) == ["captions/m/part-0", "captions/m/part-2", "stage.json"]
+    assert names(stage.folder) == [".made-0", "captions/m/part-0", "captions/m/part-2", "stage.json"]
 
 
 def test_a_link_to_another_run_is_not_written_through(tmp_path):
@@ -360,7 +365,7 @@ def test_what_its_stage_did_not_write_is_named(tmp_path):
     data[4] ^= 1
     (folder / "file.txt").write_bytes(bytes(data))
     line = stop_line(require_finished, folder, "01.py --run x")
-    assert "file.txt" in line and "python 01.py --run x --overwrite" in line
+    assert "file.txt" in line and f"python 01.py --run {tmp_path} --overwrite" in line
     line = stop_line(Stage, folder, settings_of(tmp_path), {"data": "d"})  # it said: nothing to do
     assert "file.txt: not what its stage wrote; --overwrite" in line
     assert require_finished(folder, "01.py", reads=("other*",))["finished"]  # only what is read is checked
@@ -570,3 +575,191 @@ def test_a_refused_stage_holds_no_lock(tmp_path):
         assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
     finally:
         gc.enable()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Unfinished work that is damaged, and what lies where a stage writes
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_text("x")
+
+
+def as_link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped": flipped,
+    "another's": lambda path: path.write_bytes((path.parent / "part-1.parquet").read_bytes()),
+    "rotated": lambda path: write_it(path, [3, 1, 2]),
+    "folder": as_folder,
+    "link": as_link,
+    "pipe": as_pipe,
+}
+
+
+def write_it(path, values):
+    """As another program would: no journal knows of it."""
+    pq.write_table(pa.table({"a": values}), path)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_part_of_unfinished_work_is_made_again(tmp_path, damage, capsys):
+    """It was a traceback, a hang, or silently another result."""
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    for number, values in enumerate(([1, 2, 3], [4, 5, 6])):
+        write_parquet(stage.folder / "parts" / f"part-{number}.parquet", {"a": values})
+    path = stage.folder / "parts" / "part-0.parquet"
+    DAMAGE[damage](path)
+    del stage
+    Stage(tmp_path / "s", settings_of(tmp_path), {})
+    assert not os.path.lexists(path) and f"{path}: not as it was written" in capsys.readouterr().out
+    assert pq.read_table(path.with_name("part-1.parquet"))["a"].to_pylist() == [4, 5, 6]
+    made = keep_chunks(path.parent, [[1, 2, 3]], lambda chunk: {"a": chunk}, 3, "parts")
+    assert pq.read_table(next(made))["a"].to_pylist() == [1, 2, 3]
+
+
+def test_a_checkpoint_is_of_the_journal_or_made_again(tmp_path):
+    """Killed between the journal's line and the rename, the checkpoint before counts; a cut line is none."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    checkpoints = Checkpoints(stage.folder, model, optimizer, {"step": 0})
+    checkpoints.state["step"] = 7
+    checkpoints.save()
+    with open(stage.folder / ".made-0", "a") as journal:
+        journal.write('["checkpoint.pt", 9, "of the next one, that was never renamed"]\n["checkp')
+    del stage
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    assert Checkpoints(stage.folder, model, optimizer, {"step": 0}).state["step"] == 7
+    del stage
+    (tmp_path / "x").symlink_to(tmp_path / "s")
+    for path in tmp_path.glob(".s.unfinished-*/checkpoint.pt"):
+        path.write_bytes(path.read_bytes()[:-7])
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    assert not Checkpoints(stage.folder, model, optimizer, {"step": 0}).continues
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3, 4, 5])
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, monkeypatch, fails_at):
+    """PyTorch hid it: a traceback, for some sizes."""
+
+    class Full(io.BytesIO):
+        written = 0
+
+        def write(self, content):
+            self.written += 1
+            if self.written > fails_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    model = nn.Linear(300, 300)
+    monkeypatch.setattr("builtins.open", lambda *args, **options: Full())
+    line = ended(lambda: save_checkpoint(tmp_path / "c.pt", model, torch.optim.SGD(model.parameters()), {}))
+    assert "the disk is full" in line
+
+
+def test_work_that_is_a_link_leads_nowhere(tmp_path):
+    """01 wrote into the link's target and removed its hidden files."""
+    stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+    work = stage.folder
+    del stage
+    work.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".mine").write_text("mine")
+    work.symlink_to(tmp_path / "elsewhere")
+    line = stop_line(Stage, tmp_path / "s", settings_of(tmp_path), {})
+    assert str(work) in line and "remove it" in line
+    assert (tmp_path / "elsewhere" / ".mine").read_text() == "mine"
+
+
+def test_what_is_no_regular_file_is_one_line(tmp_path):
+    """Pipes hung, folders were tracebacks, a sparse terabyte was too little memory."""
+    folder = make(tmp_path)
+    for number, change in enumerate((as_pipe, as_folder, DAMAGE["empty"])):
+        shutil.copytree(folder, tmp_path / str(number) / "s")
+        about = tmp_path / str(number) / "s" / "stage.json"
+        change(about)
+        assert "stage.json: not what its stage wrote" in stop_line(require_finished, about.parent, "01.py")
+    with open(folder / "stage.json", "r+b") as sparse:
+        sparse.truncate(1 << 40)
+    assert "not what its stage wrote" in stop_line(require_finished, folder, "01.py")
+    for change in (as_pipe, as_folder, as_link):
+        run = tmp_path / change.__name__
+        lock = make(run).with_name(".s.lock")
+        change(lock)
+        assert f"{lock}: no lock of ours" in stop_line(require_finished, run / "s", "01.py")
+
+
+def test_work_left_by_a_kill_after_the_last_rename_goes(tmp_path):
+    """But not what was begun since, with other settings."""
+    older = Stage(tmp_path / "s", settings_of(tmp_path, seed=1), {"data": "d"}).folder
+    kept = tmp_path / "kept"
+    older.rename(kept)
+    folder = make(tmp_path)
+    kept.rename(older)
+    os.utime(older / "stage.json", (1, 1))
+    newer = Stage(folder, settings_of(tmp_path, seed=2, overwrite=True), {"data": "d"}).folder
+    os.utime(newer / "stage.json", (2**33, 2**33))
+    assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
+    assert not older.exists() and newer.exists()
+
+
+def test_every_file_has_the_mode_that_umask_says(tmp_path):
+    """safetensors writes 0600: a service of another user could not read it."""
+    before = os.umask(0o022)
+    try:
+        stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
+        (stage.folder / "model.safetensors").write_text("x")
+        (stage.folder / "model.safetensors").chmod(0o600)
+        stage.finish()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "s").iterdir()} == {0o644}
+
+
+def test_a_file_that_no_stage_wrote_is_not_read(tmp_path):
+    """An extra part-*.parquet was labelled and trained on."""
+    folder = make(tmp_path)
+    for name in (".hidden.npy", "notes.txt"):
+        (folder / name).write_text("mine")
+    assert require_finished(folder, "01.py")
+    write_it(folder / "part-9.parquet", [1])
+    line = stop_line(require_finished, folder, "01.py")
+    assert f"{folder / 'part-9.parquet'}: its stage did not write this file" in line
+    assert require_finished(folder, "01.py", reads=("*.npy",))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advice is a command: run as it stands, it makes what was there
+
+
+def test_advice_repeats_what_a_folder_was_made_with(tmp_path):
+    folder = tmp_path / "a run" / "s"
+    given = ["--run", str(folder.parent), "--epochs", "7", "--overwrite", "--hidden", "5", "6", "--no-merge"]
+    settings = parse(PRESETS, given)
+    Stage(folder, settings, {"data": "d"}).finish()
+    (folder / "x.parquet").write_text("x")
+    line = stop_line(require_finished, folder, "04_train.py --run wrong")
+    command = shlex.split(line.partition("make it again with: python ")[2])
+    assert command[0] == "04_train.py" and command[-1] == "--overwrite"
+    again = parse(PRESETS, command[1:])
+    assert replace(again, given=()) == replace(settings, given=())
+    (folder / "x.parquet").unlink()
+    assert Stage(folder, replace(again, overwrite=False), {"data": "d"}).done

@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
-from common import pad_rows
+from common import CHARACTERS, pad_rows
 from lib import models
 from lib.stages.streams import chosen, keep_chunks, matrix_of, new_matrix, vector_column
 from lib.stages.terminal import Stop, stop_on_error
@@ -22,11 +23,30 @@ class Captioner:
             "use_safetensors": True,
             "trust_remote_code": False,
         }
+        models.weights_of(model)
+        models.refuse_quantization(model, options["config"])
         with stop_on_error(f"{model}: cannot be loaded as a BLIP captioner"):
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()
-        self.tokens, self.device = tokens, device
+        self.name, self.tokens, self.device = model, tokens, device
+        self.check_size()
+        for weights in self.model.parameters():  # of the text decoder a caption would show none
+            refuse_nan(f"--caption-model {model}", weights)
         self.dim = self.model.config.vision_config.hidden_size
+
+    def check_size(self):
+        """Stop unless the processor makes pictures of the size that the vision tower sees."""
+        side = self.model.config.vision_config.image_size
+        with stop_on_error(f"{self.name}: its image processor fails"):
+            shape = tuple(self.pixels([Image.new("RGB", (40, 30))]).shape)
+        if shape != (1, 3, side, side):
+            raise Stop(
+                f"{self.name}: its image processor makes pictures {shape}, the model sees {side} x {side}"
+            )
+
+    def pixels(self, images):
+        """RGB images -> what the vision tower sees [B, 3, side, side]."""
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -38,12 +58,20 @@ class Captioner:
             pooled.append(output.pooler_output)
 
         seen = self.model.vision_model.register_forward_hook(hook)
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.model.dtype)
+        pixels = self.pixels(images).to(self.device, self.model.dtype)
         ids = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
         seen.remove()
         captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        refuse_nan(f"--caption-model {self.name}", pooled[0])
         return [c.strip() for c in captions], pooled[0].float().cpu().numpy().astype(np.float16)
+
+
+def refuse_nan(what, vectors):
+    """Stop if what a model computes, or computes with, is not finite: 04 would blame its learning rate."""
+    if not torch.isfinite(vectors).all():
+        raise Stop(
+            f"{what}: what it computes is no number (NaN, or beyond its precision): are its weights whole?"
+        )
 
 
 def captioner_config(model):
@@ -73,7 +101,7 @@ class TextEncoder:
         config = encoder_config(model, max_tokens)
         self.tokenizer = models.load_tokenizer(model, config)
         self.model = models.load_backbone(model, dtype, device=device).eval()
-        self.max_tokens, self.token_batch, self.device = max_tokens, token_batch, device
+        self.max_tokens, self.token_batch, self.device, self.name = max_tokens, token_batch, device, model
         self.dim = config.hidden_size
 
     @torch.inference_mode()
@@ -82,7 +110,9 @@ class TextEncoder:
         up to a multiple of rows. With 8 a vector depends on its text alone, to the last bit (seen on CPUs, in
         fp32): a matrix product adds up in another order where only a few rows are left."""
         options = {"truncation": True, "max_length": self.max_tokens, "return_attention_mask": False}
-        rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
+        texts = [text[: self.max_tokens * CHARACTERS] for text in texts]
+        with stop_on_error(f"--text-encoder {self.name}: its tokenizer fails"):
+            rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
         lengths = np.array([len(row) for row in rows])
         out = np.empty((len(texts), self.dim), dtype=np.float16)
         for batch in one_length_batches(lengths, self.token_batch, multiple):
@@ -90,6 +120,7 @@ class TextEncoder:
             mask = mask.to(self.device)
             hidden = self.model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state.float()
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            refuse_nan(f"--text-encoder {self.name}", mean)
             out[batch] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
         return out
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from lib import models
 from lib.inputs.rows import content_order, hash_rows
 from lib.stages.files import hashed, read_json
-from lib.stages.finished import require_finished
+from lib.stages.finished import read_about, remake, require_finished
 from lib.stages.terminal import Stop
+from lib.tables.languages import is_spoken
 
 
 def require_teacher(run, folder, model=None):
@@ -44,7 +45,7 @@ def require_trained_on(run, trained, rows):
     order = content_order(rows, levels)
     if hash_rows([rows[row] for row in order], levels[order]) != trained["inputs"]["rows"]:
         what = f"trained on other labelled rows than {run / 'features'} holds now"
-        raise Stop(f"{run / 'teacher'}: {what}: run 02_train_teacher.py --run {run} --overwrite")
+        raise Stop(f"{run / 'teacher'}: {what}: {remake(run / 'teacher', '02_train_teacher.py')}")
 
 
 def require_pairs(run, reads, labels=True, impressions=False):
@@ -52,12 +53,16 @@ def require_pairs(run, reads, labels=True, impressions=False):
     impressions: the labels must be those of impressions too."""
     read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", reads)}
     if labels:
-        command = f"03_label.py --run {run}"
+        folder, command = run / "labels", f"03_label.py --run {run}"
         read["labels"] = require_finished(run / "labels", command, reads)
         if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
-            raise Stop(f"{run / 'labels'}: of other features than those here; python {command} --overwrite")
+            raise Stop(f"{folder}: of other features than those here; {remake(folder, command)}")
+        teacher = Path(read["labels"]["arguments"].get("teacher") or run / "teacher")
+        trained = read_about(teacher, damaged_is_fine=True) if (teacher / "stage.json").exists() else None
+        if trained and read["labels"]["inputs"].get("teacher") not in (None, teacher_identity(trained)):
+            raise Stop(f"{folder}: of another teacher than {teacher}; {remake(folder, command)}")
         if impressions and read["labels"]["arguments"].get("only_labelled"):
-            raise Stop(f"{run / 'labels'}: made with --only-labelled; python {command} --overwrite")
+            raise Stop(f"{folder}: made with --only-labelled; python {command} --overwrite")
     return read
 
 
@@ -66,7 +71,7 @@ def require_languages(run, languages):
     column = pq.read_table(run / "features" / "queries.parquet", columns=["language"])["language"]
     known = sorted(column.unique().to_pylist())
     for language in languages:
-        if language not in known:
+        if not any(is_spoken(tag, [language]) for tag in known):
             raise Stop(f"--languages {language}: no query is in this language; there are {' '.join(known)}")
 
 
@@ -112,7 +117,7 @@ def require_student(run, name, read):
     student = require_finished(run / name, command)
     for folder, identity in student["inputs"].items():
         if identity != read[folder]["identity"]:
-            raise Stop(f"{run / name}: trained on other {folder}; python {command} --overwrite")
+            raise Stop(f"{run / name}: trained on other {folder}; {remake(run / name, command)}")
     return student
 
 

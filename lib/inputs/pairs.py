@@ -17,6 +17,7 @@ from lib.inputs.pool import read_pool
 from lib.inputs.regression import stacked
 from lib.stages.files import write_parquet
 from lib.stages.terminal import Stop, progress_bar
+from lib.tables.languages import is_spoken, primary
 from lib.tables.splits import hash_split, in_hash_split, query_key
 
 COLUMNS = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]  # of a file of labels
@@ -100,6 +101,7 @@ def read_labelled(run, labels="labels"):
     rows["label"] = rows["label"].astype(np.int64)
     for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
+    rows["language"] = np.array([primary(tag) for tag in rows["language"]], dtype=object)
     if labels:
         p, pool = read_labels(run / labels / "labelled.parquet", len(table)), read_pool(run / labels)
         rows["teacher"] = rows["learnt"] = p.astype(np.float64)
@@ -119,8 +121,8 @@ class PairFiles:
     def __init__(self, run, languages=()):
         self.run, features = run, run / "features"
         self.keys, known = read_queries(features)
-        wanted = set(languages or known)
-        self.is_wanted = np.array([language in wanted for language in known])
+        wanted = {tag for tag in set(known) if not languages or is_spoken(tag, languages)}
+        self.is_wanted = np.array([tag in wanted for tag in known])
         self.languages = np.array(known, dtype=object)
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         self.match = match_names(features / "labelled.parquet")

@@ -4,7 +4,7 @@ one that is kept: the learning rate falls to zero there."""
 import torch
 
 from lib.stages.files import whole_file
-from lib.stages.terminal import Stop
+from lib.stages.terminal import stop_on_error
 
 CHECKPOINT = "checkpoint.pt"  # what a finished stage does not need any more
 SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # primes: one number for each (seed, step, process)
@@ -46,18 +46,40 @@ def save_checkpoint(path, model, optimizer, train_state):
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     with whole_file(path) as temporary, open(temporary, "wb") as f:
         saved = {"weights": weights, "optimizer": optimizer.state_dict(), "train_state": train_state}
-        torch.save(saved, f)
+        file = RememberingFile(f)
+        try:
+            torch.save(saved, file)
+        except Exception as error:
+            raise file.error or error from None  # PyTorch reports a full disk in ways of its own
+
+
+class RememberingFile:
+    """A file for torch.save, which hides what went wrong in a write."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, content):
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
 
 
 @torch.no_grad()
 def load_checkpoint(path, model, optimizer, needed=frozenset()):
     """Puts a checkpoint's weights and moments in place; returns its train_state. Stop without the `needed`
     values in that."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if needed - saved["train_state"].keys():
-        raise Stop(f"{path}: written by another version of this project; --overwrite starts again")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.copy_(saved["weights"][name])
-    optimizer.load_state_dict(saved["optimizer"])
+    with stop_on_error(f"{path}: written by another version of this project", "--overwrite starts again"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name in needed:
+            saved["train_state"][name]
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(saved["weights"][name])
+        optimizer.load_state_dict(saved["optimizer"])
     return saved["train_state"]

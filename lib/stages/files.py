@@ -10,6 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+UNFINISHED = ".unfinished-"  # stands in the name of a folder in which a stage is at work
+MAX_JSON = 1 << 30  # bytes
+JOURNAL = ".made-"  # begins the names of files there that say what was written whole: name, bytes, hash
+
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -20,7 +24,56 @@ def whole_file(path):
     yield temporary
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
+    note_made(path, temporary)
     os.replace(temporary, path)
+
+
+def note_made(path, content):
+    """Notes what is written to a path of an unfinished folder (work_folder), in a journal beside it."""
+    work = next((folder for folder in path.parents if UNFINISHED in folder.name), None)
+    if work is not None:
+        made = [path.relative_to(work).as_posix(), content.stat().st_size, fingerprint(content)]
+        with open(work / f"{JOURNAL}{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(made) + "\n")
+
+
+def drop_damaged(work):
+    """Removes from an unfinished folder all that is not as it was written: half a file, a damaged or a
+    strange one. A damaged one is named."""
+    known = set()
+    for journal in work.glob(f"{JOURNAL}*"):
+        if is_plain_file(journal):
+            for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # a last line that was cut
+                    known.add(tuple(json.loads(line)))
+    names = {name for name, *_ in known}
+    for path in sorted(work.rglob("*")):
+        name = path.relative_to(work).as_posix()
+        if path.is_dir() and not path.is_symlink() and name not in names:
+            continue
+        plain = is_plain_file(path)
+        if plain and name.startswith(JOURNAL):
+            continue
+        if not (plain and (name, path.stat().st_size, fingerprint(path)) in known):
+            if name in names:
+                print(f"{path}: not as it was written, it is made again")
+            remove(path)
+
+
+def stamps(folder, paths):
+    """[[path below the folder, inode, bytes, time of the last write]] of files: other stamps, other content,
+    perhaps only for a while."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            state = os.stat(path)
+            found.append([str(path.relative_to(folder)), state.st_ino, state.st_size, state.st_mtime_ns])
+    return found
+
+
+def is_plain_file(path):
+    """Is it a regular file, and no link to one?"""
+    return path.is_file() and not path.is_symlink()
 
 
 def write_json(path, value):
@@ -43,8 +96,11 @@ def write_parquet(path, columns, **options):
 
 
 def read_json(path):
-    """The value of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value of a JSON file. ValueError if it is none, or no regular file of a size that one may have."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() and path.stat().st_size < MAX_JSON):
+        raise ValueError(f"{path}: no file of JSON")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fingerprint(path):
@@ -68,7 +124,7 @@ def list_files(folder, without=()):
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder)
-        if name.parts[0] not in without and str(name) != "stage.json":
+        if name.parts[0] not in without and not str(name).startswith(("stage.json", JOURNAL)):
             found[name.as_posix()] = {"bytes": path.stat().st_size, "hash": fingerprint(path)}
             if path.suffix == ".parquet":
                 found[name.as_posix()]["rows"] = pq.read_metadata(path).num_rows

@@ -8,13 +8,16 @@ import contextlib
 import fnmatch
 import json
 import os
+import shlex
 import sqlite3
 from pathlib import Path
 
 import filelock
 
-from lib.stages.files import fingerprint, hashed, read_json
+from lib.stages.files import fingerprint, hashed, is_plain_file, read_json
 from lib.stages.terminal import Stop, first_line
+
+READ_ALL = (".parquet", ".npy")  # stages read whatever lies in a folder under such a name
 
 
 class Finished(dict):
@@ -25,7 +28,7 @@ def require_finished(folder, command, reads=("*",)):
     """stage.json of an earlier stage. Stop, naming `command`, if it is missing or unfinished, or if one of
     its files whose name fits a pattern of `reads` is not what the stage wrote."""
     folder = Path(folder)
-    if not (folder / "stage.json").exists():
+    if not os.path.lexists(folder / "stage.json"):
         raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
     about = Finished(read_about(folder))
     about.lock = hold(folder, "read")
@@ -37,9 +40,15 @@ def require_finished(folder, command, reads=("*",)):
 def check_files(folder, about, reads, command=None):
     """Stop, naming `command`, if a file of a finished folder (`about`: its stage.json) whose name fits a
     pattern of `reads` is not what the stage wrote. Without a command: the stage itself was asked again."""
-    again = f"make it again with: python {command} --overwrite"
-    if command is None:
-        again = "--overwrite rebuilds all of it"
+    again = "--overwrite rebuilds all of it"
+    if command is not None:
+        again = f"make it again with: {remake(folder, command)}"
+    extra = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*.*") if path.suffix in READ_ALL
+    }
+    for name in sorted(extra - about["outputs"].keys()):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
+            raise Stop(f"{folder / name}: its stage did not write this file; remove it, or {again}")
     for name, made in about["outputs"].items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
             path = folder / name
@@ -47,6 +56,18 @@ def check_files(folder, about, reads, command=None):
                 raise Stop(f"{path}: missing; {again}")
             if not is_as_made(path, made):
                 raise Stop(f"{path}: not what its stage wrote; {again}")
+
+
+def remake(folder, command):
+    """The command that makes a folder again: the script of `command`, and the flags that the folder's
+    stage.json says it was made with."""
+    about, run = read_about(folder, damaged_is_fine=True), str(Path(folder).parent)
+    if "command" in about:
+        flags = about["command"]
+        if about["stage"] != Path(folder).name:  # renamed since, or copied
+            flags = [*flags, *command.partition(run)[2].split()]
+        command = shlex.join([command.split()[0], "--run", run, *flags])
+    return f"python {command} --overwrite"
 
 
 def is_as_made(path, made):
@@ -86,6 +107,8 @@ def hold(folder, mode):
     except (OSError, RuntimeError) as error:
         raise Stop(f"--run {folder.parent}: no folder can be made there ({first_line(error)})") from None
     path = folder.with_name(f".{folder.name}.lock")
+    if os.path.lexists(path) and not is_plain_file(path):
+        raise Stop(f"{path}: no lock of ours (not a regular file); remove it")
     if mode == "read" and not os.access(folder.parent, os.W_OK):
         return None
     lock = filelock.ReadWriteLock(path, timeout=0, blocking=False, is_singleton=False)

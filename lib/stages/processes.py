@@ -8,17 +8,41 @@ from accelerate.utils import broadcast_object_list
 
 from lib.stages.hardware import pick_hardware
 from lib.stages.stage import Stage
-from lib.stages.terminal import Stop
+from lib.stages.terminal import Stop, stop_on_error
+
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_DEEPSPEED")
+LAUNCHER += ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+NO = ("no", "false", "0", "")
 
 
 def start_processes(settings):
     """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo. Also
     the dtype that they compute with, and device and dtype in words."""
     device, dtype, hardware = pick_hardware(settings)
+    refuse_launcher()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         launch = "torchrun --nproc_per_node N -- SCRIPT --run RUN"
         raise Stop(f"accelerate launch --cpu starts one process where N were asked for; on CPUs: {launch}")
-    return Accelerator(cpu=device.type == "cpu"), dtype, hardware
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and os.environ.get("RANK", "0") == "0":
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        print(f"WORLD_SIZE is {world}: waits for {world - 1} more process(es) at {where}", flush=True)
+    with stop_on_error(f"{world} processes do not come together", "WORLD_SIZE=1 runs one alone"):
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no")
+    return accelerator, dtype, hardware
+
+
+def refuse_launcher():
+    """Stop if accelerate launch, or its config file, asks for what would change the result behind a stage's
+    settings."""
+    asked = [
+        f"{name}={os.environ[name]}" for name in LAUNCHER if os.environ.get(name, "no").lower() not in NO
+    ]
+    if asked:
+        advice = (
+            "--precision says what is computed with; launch without these, or with --config_file /dev/null"
+        )
+        raise Stop(f"accelerate launch asks for {', '.join(asked)}: {advice}")
 
 
 def start_stage(accelerator, place, settings, inputs, earlier=()):

@@ -53,6 +53,7 @@ class StageSettings:
 
     preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
     run: Path = ROOT / "outputs" / "toy"  # run directory (default: outputs/PRESET)
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()  # the flags as they were written; parse() notes them
     overwrite: bool = False  # rebuild this stage's folder; the old one stays until the new one is finished
 
 
@@ -89,6 +90,9 @@ def parse(presets, argv=None, description=""):
                     flag = f"--{field.replace('_', '-')} {each}"
                     print(f"error: {flag}: must be {bounds}", file=sys.stderr)
                     raise SystemExit(2)
+    if hasattr(settings, "given"):
+        words = sys.argv[1:] if argv is None else argv
+        settings = dataclasses.replace(settings, given=tuple(map(str, words)))
     return settings
 
 

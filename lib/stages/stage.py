@@ -14,12 +14,22 @@ import os
 import time
 from pathlib import Path
 
-from lib.stages.files import hashed, link_or_copy, list_files, read_json, remove, write_json
+from lib.stages.files import (
+    JOURNAL,
+    UNFINISHED,
+    drop_damaged,
+    hashed,
+    link_or_copy,
+    list_files,
+    read_json,
+    remove,
+    write_json,
+)
 from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
 # Neither can change a result: these are not part of a folder's identity …
-WITHOUT_EFFECT = {"preset", "run", "overwrite", "known"}
+WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given"}
 WITHOUT_EFFECT |= {"device", "workers", "memory", "batch_tokens", "checkpoint_steps", "long_queries"}
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"base", "data", "teacher", "model", "caption_model", "text_encoder", "precision"}
@@ -38,8 +48,10 @@ class Stage:
         self.place, self.start = Path(folder), time.time()
         self.done, self.old = False, None
         self.about = describe(self.place.name, settings, inputs)
-        unfinished = f".{self.place.name}.unfinished-{self.about['identity'][:8]}"
+        unfinished = f".{self.place.name}{UNFINISHED}{self.about['identity'][:8]}"
         self.folder = self.place.with_name(unfinished)
+        if os.path.lexists(self.folder) and (self.folder.is_symlink() or not self.folder.is_dir()):
+            raise Stop(f"{self.folder}: a link or a file where a stage puts its work: remove it")
         refuse_strangers(self.place, settings.overwrite)
         self.lock = hold(self.place, "write")
         try:
@@ -57,9 +69,9 @@ class Stage:
             else:
                 self.compare(read_about(self.place))
             if self.done:
+                self.clear_up()
                 return
-        for temporary in list(self.folder.rglob(".*")):  # half-written by a killed process
-            remove(temporary)
+        drop_damaged(self.folder)
         write_json(self.folder / "stage.json", self.about)
 
     def recover(self):
@@ -105,9 +117,31 @@ class Stage:
             self.done = True
             print(f"{self.place}: the same as {other}, linked")
 
+    def made_from(self, read, spare):
+        """Notes the stamps of what is read. What was begun when they were other ones is removed, but for the
+        folder `spare`: content that is the same now was perhaps another for a while."""
+        note = self.folder / "work" / "read.json"
+        if note.exists() and read_json(note) != read:
+            print(f"{self.folder}: its inputs were written again since: made again, but for {spare}")
+            for path in self.folder.iterdir():
+                if path.name not in (spare, "stage.json") and not path.name.startswith(JOURNAL):
+                    remove(path)
+        write_json(note, read)
+
+    def refuse_changed(self, read, now):
+        """Stop if what was read was written meanwhile: what was made of it goes. read, now: stamps."""
+        changed = [path for path, *stamp in read if [path, *stamp] not in now]
+        if changed or len(now) != len(read):
+            remove(self.folder)
+            raise Stop(f"{', '.join(changed) or 'a table'}: written while this stage read it; run it again")
+
     def finish(self, without=(), **facts):
         """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
         place. without: files and folders of intermediate results, which go."""
+        mode = (self.folder / "stage.json").stat().st_mode  # as umask has it; libraries write 0600
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.stat().st_mode != mode:
+                path.chmod(mode)
         outputs = list_files(self.folder, without)
         seconds = round(time.time() - self.start, 1)
         finished = {**self.about, **facts, "finished": True, "seconds": seconds, "outputs": outputs}
@@ -130,8 +164,15 @@ class Stage:
             os.replace(self.place, aside)
         os.replace(self.folder, self.place)
         remove(aside)
-        for other in self.place.parent.glob(f".{self.place.name}.unfinished-*"):
-            remove(other)
+        self.clear_up()
+
+    def clear_up(self):
+        """Removes unfinished work that is older than the folder, of whatever settings."""
+        made = (self.place / "stage.json").stat().st_mtime
+        for other in self.place.parent.glob(f".{self.place.name}{UNFINISHED}*"):
+            begun = other / "stage.json"
+            if not begun.is_file() or begun.stat().st_mtime <= made:
+                remove(other)
 
 
 def refuse_strangers(folder, overwrite):
@@ -166,12 +207,24 @@ def describe(stage, settings, inputs):
     return {
         "stage": stage,
         "finished": False,
+        "command": flags_to_repeat(settings.given),
         "arguments": arguments,
         "inputs": inputs,
         "identity": identity(arguments, inputs),
         "seed": arguments.get("seed"),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
+
+
+def flags_to_repeat(given):
+    """The flags that a stage was given, without those that every advice has: --run DIR, --overwrite."""
+    flags, words = [], iter(given)
+    for word in words:
+        if word == "--run":
+            next(words, None)
+        elif word != "--overwrite" and not word.startswith("--run="):
+            flags.append(word)
+    return flags
 
 
 def identity(arguments, inputs):

@@ -36,7 +36,7 @@ def run_main(main):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
         if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            sys.exit(f"error: {error.filename}: cannot be written ({error.strerror})")
+            sys.exit(f"error: {error.filename}: cannot be read or written ({error.strerror})")
         if number in (errno.ENAMETOOLONG, errno.ELOOP):
             sys.exit(f"error: {error.filename}: no usable path ({error.strerror})")
         raise
@@ -48,7 +48,10 @@ def stop_on_error(what, advice=""):
     what to do. Around calls of libraries that raise many kinds."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        # A panic of the tokenizers' Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise Stop(f"{what} ({first_line(error)})" + f"; {advice}" * bool(advice)) from error
 
 

@@ -6,7 +6,10 @@ import csv
 import io
 import os
 import re
+import shutil
 import stat
+import unicodedata
+import urllib.parse
 from pathlib import Path
 
 import duckdb
@@ -17,6 +20,7 @@ from lib.stages.terminal import Stop, first_line
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
 NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # what pyarrow calls it
 FILE = "name of the file"  # a column of ours that no table has
 NAMELESS = "without a name"  # ends the name that we give to a column that has none
 # What lies in a table of a format whose log says which files count: the format, what exports its live rows.
@@ -41,6 +45,15 @@ def inside(folder, path):
     if not full.is_relative_to(Path(folder).resolve()):
         raise ValueError("path leaves the dataset folder")
     return full
+
+
+def spellings(path):
+    """Ways to write the path of a file of the dataset: as it stands, without spaces around it, a file: URL as
+    a path, composed and decomposed (a table and a file system may differ in that). Case counts."""
+    plain = path.strip()
+    if plain.lower().startswith("file:"):
+        plain = urllib.parse.unquote(urllib.parse.urlsplit(plain).path)
+    return dict.fromkeys([path, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))])
 
 
 def regular_file(folder, path):
@@ -142,6 +155,33 @@ def plain_reader(db, files, contract, sample):
     return sql, types
 
 
+def without_marks(files, base, folder):
+    """JSON of files (their table is the file or folder `base`) as DuckDB reads it: where one begins with a
+    byte order mark, the same files below `folder`, without. Returns files and base."""
+    packing = {path: PACKED.get(path.suffix.lower()) for path in files}
+
+    def start(path):
+        with pa.input_stream(str(path), compression=packing[path]) as stream:
+            return stream.read(3)
+
+    marked = {path for path in files if start(path) == codecs.BOM_UTF8}
+    if not marked:
+        return files, base
+    copies = []
+    for path in files:
+        copy = folder / path.relative_to(base.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path in marked:
+            copy = copy.with_name(f"{copy.name.split('.')[0]}.jsonl")
+            with pa.input_stream(str(path), compression=packing[path]) as stream, open(copy, "wb") as plain:
+                stream.read(3)
+                shutil.copyfileobj(stream, plain)
+        else:
+            copy.symlink_to(path.resolve())
+        copies.append(copy)
+    return copies, copies[0] if base in files else folder / base.name
+
+
 def json_reader(db, files, options, contract, sample):
     """Likewise of lines of JSON; options: of read_json."""
     if not any(path.stat().st_size for path in files):
@@ -185,7 +225,7 @@ def csv_reader(files):
 
 def csv_header(path):
     """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
-    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    packing = PACKED.get(path.suffix.lower())
     with pa.input_stream(str(path), compression=packing) as stream:
         start = stream.read(1 << 20)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from lib.stages.files import whole_file
 from lib.stages.terminal import first_line, progress_bar
-from lib.tables.files import plain_cell, regular_file
+from lib.tables.files import plain_cell, regular_file, spellings
 
 # What Pillow decodes by itself: for others (EPS) it starts other programs.
 Image.init()
@@ -29,7 +29,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # de
 
 def image_bytes(folder, path):
     """Content of a picture's file. ValueError with the reason if it cannot be had."""
-    full = regular_file(folder, path)
+    for spelling in spellings(path):
+        with contextlib.suppress(ValueError):
+            full = regular_file(folder, spelling)
+            break
+    else:
+        full = regular_file(folder, path)
     try:
         size = full.stat().st_size
         if size > MAX_BYTES:

@@ -8,21 +8,24 @@ It trusts nothing that it reads: what does not hold ends in one line
 
 import contextlib
 import re
+import tempfile
 from pathlib import Path
 
-from lib.stages.files import fingerprint, hashed
-from lib.stages.terminal import Stop
+from lib.stages.files import fingerprint, hashed, stamps
+from lib.stages.terminal import Stop, progress_bar
 from lib.tables.columns import as_text, nested_in, survey
 from lib.tables.database import Database
 from lib.tables.files import (
     NUMERIC,
     find_table,
+    format_of,
     one_line,
     other_files,
     plain_names,
     quoted,
     reader,
     text_literal,
+    without_marks,
 )
 from lib.tables.names import near
 
@@ -98,7 +101,7 @@ class RawTables(Database):
         self.faults, self.broken = faults, set()  # broken: tables that cannot be asked
         self.levels, self.required, self.files, self.name = levels, required, {}, {}
         self.types = {name: {} for name in TABLES}  # of the columns as stored
-        self.surveyed = {}
+        self.surveyed, self.unmarked = {}, tempfile.TemporaryDirectory()  # for copies of files
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             with self.noting(name):
@@ -132,6 +135,8 @@ class RawTables(Database):
         self.name[name] = base.name + "/" * base.is_dir()
         sample = 20_480 if name in ("impressions", *LOGS) else -1  # of a log not every row is read for it
         with one_line(files[0]):
+            if format_of(files[0]) == "json":
+                files, base = without_marks(files, base, Path(self.unmarked.name) / name)
             sql, stored = reader(self.db, files, base, contract, sample)
             names = plain_names(stored, contract)
             self.types[name] = {names[column]: stored[column] for column in stored}
@@ -223,6 +228,11 @@ class RawTables(Database):
             found[f"table {name}"] = hashed(parts)
         return found
 
+    def stamps(self):
+        """Stamps of all files of tables and embeddings."""
+        own = sorted((self.folder / "embeddings").glob("*.*"))
+        return stamps(self.folder, [path for files in self.files.values() for path in files] + own)
+
     def count_rows(self):
         """{table: its number of rows}"""
         return {name: self.ask(f"SELECT count(*) FROM raw_{name}")[0][0] for name in self.files}
@@ -254,7 +264,7 @@ class RawTables(Database):
                 if column in self.types[name]:
                     with self.noting():
                         self.check_kind(name, column, kind)
-        for name, column, sql, problem in RULES:
+        for name, column, sql, problem in progress_bar(iterable=RULES, desc="tables checked", unit=" rules"):
             read = re.findall(r"\b(?:raw|rated)_(\w+)", sql)
             if self.has(name) and self.broken.isdisjoint(read):
                 with self.noting():
