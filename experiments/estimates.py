@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-from common import NUM_LEVELS, RELEVANT, at_least, expected_level
+from common import LEVELS, NUM_LEVELS, RELEVANT, at_least, expected_level
 
 HOW = ("expected", "probable")  # a pair's gain: the mean under its probabilities, or its likeliest level's
 MOST = 2.0 ** (NUM_LEVELS - 1) - 1  # gain of level 5
@@ -105,7 +105,7 @@ def agreement(level, p, query, how):
     ours, theirs = (per_query(gains(x, how)[0], query) for x in (p, people))
     kappa, several = np.nan, min(np.ptp(ours), np.ptp(theirs)) > 0
     if len(np.union1d(level, likeliest)) > 1:
-        kappa = cohen_kappa_score(level, likeliest, weights="quadratic")
+        kappa = cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic")
     return {
         "pairs": len(level),
         "queries": len(ours),

@@ -95,6 +95,10 @@ def test_agreement():
     assert [found[name] for name in ("exact", "within_one", "kappa", "tau", "rho")] == pytest.approx([1] * 5)
     off = estimates.agreement(level, np.eye(5)[np.minimum(level, 4)], query, "probable")
     assert off["exact"] == pytest.approx(2 / 6) and off["within_one"] == 1 and 0 < off["kappa"] < 1
+    level, likeliest = np.array([5, 1]), np.array([4, 1])  # levels that nobody gives keep their distance
+    two = estimates.agreement(level, np.eye(5)[likeliest - 1], np.array([0, 1]), "probable")
+    assert two["kappa"] == pytest.approx(1 - 0.5 / (26 / 4))  # Cohen, 1968
+    level = np.array([1, 2, 5, 5, 3, 3])
     assert estimates.nearer(level, np.eye(5)[level - 1], query)[1] == {"expected": 0, "probable": 0}
 
 

@@ -114,7 +114,8 @@ def agreement(raw):
     if len(two):
         first = np.concatenate([two["one"], two["other"]])
         second = np.concatenate([two["other"], two["one"]])
-        kappa = cohen_kappa_score(first, second, weights="quadratic")
+        levels = list(range(1, 6))
+        kappa = cohen_kappa_score(first, second, labels=levels, weights="quadratic")
         line += f"; two of one pair agree in {(first == second).mean():.0%}, weighted kappa {kappa:.2f}"
     yield line
 

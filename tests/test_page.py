@@ -1,0 +1,235 @@
+"""The page in the browser, people's labels, and the choice of what to label."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+import time
+from shutil import which
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+from finished_run import finished_run
+from helpers import ROOT, stop_line
+
+from experiments import choose
+from lib.stages.terminal import Stop
+from serving.labels import Labels
+from serving.page import Page, application
+
+BROWSER = which("chromium") or which("chromium-browser") or which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def run(features, models):
+    return finished_run(features, models["llama"])
+
+
+@pytest.fixture(scope="module")
+def queue(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("queue") / "queue.csv"
+    choose.main(["--run", str(run), "--queries", "3", "--pins", "5", "--out", str(path)])
+    return path
+
+
+@pytest.fixture
+def labels(queue, tmp_path):
+    return Labels(queue, tmp_path, raters=2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which queries
+
+
+def test_the_queue(run, queue):
+    with open(queue, newline="") as file:
+        rows = [*csv.DictReader(file)]
+    queries = {row["query_id"] for row in rows}
+    assert len(queries) == 3 and len(rows) == 15 == len({(row["query_id"], row["pin_id"]) for row in rows})
+    labelled = pq.read_table(run / "features" / "labelled.parquet")["query_index"].unique()
+    ids = pq.read_table(run / "features" / "queries.parquet")["query_id"].take(labelled).to_pylist()
+    assert not queries & {*ids}
+    assert sum(float(row["weight"]) for row in rows) / 5 == pytest.approx(
+        1, abs=0.35
+    )  # a stratum may get none
+
+
+def test_the_draw_follows_the_traffic():
+    stratum, traffic = np.array(["a"] * 50 + ["b"] * 50), np.array([3.0] * 50 + [1.0] * 50)
+    open_to = np.arange(100) % 10 > 0
+    rows, weights = choose.draw(stratum, traffic, open_to, 40, np.random.default_rng(0))
+    assert len({*rows}) == 40 and open_to[rows].all() and sum(weights) == pytest.approx(1)
+    assert (np.array(rows) < 50).sum() == 30
+    few, _ = choose.draw(stratum, traffic * (np.arange(100) < 5), open_to, 40, np.random.default_rng(0))
+    assert len(few) == 4  # no more are shown
+
+
+def test_strata():
+    queries = pa.table({"language": ["en", "de", "en"]})
+    traffic = np.array([10.0, 1.0, 1.0])
+    assert choose.strata_of(queries, traffic, ("language",)).tolist() == ["en", "de", "en"]
+    popular = choose.strata_of(queries, np.array([1.0, 1.0, 1.0]), ("popularity",)).tolist()
+    assert sorted(popular) == ["head", "tail", "torso"]
+    assert "no column" in stop_line(choose.strata_of, queries, traffic, ("shop",))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def test_labels_survive(queue, labels, tmp_path):
+    first, done, left = labels.next("ann", [])
+    assert done == 0 and left == 15
+    labels.add("ann", first, 4, "a\nnote, with comma")
+    again = Labels(queue, tmp_path, raters=2)  # as after a kill
+    second, done, left = again.next("ann", [])
+    assert second != first and (done, left) == (1, 14)
+    with open(tmp_path / "labels_ann.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert [*row.values()] == [*first, "4", "ann", "a note, with comma"]
+    assert "before" in stop_line(again.add, "ann", first, 5, "")
+    assert again.undo("ann") == first and again.undo("ann") is None
+    assert Labels(queue, tmp_path, raters=2).next("ann", [])[0] == first
+
+
+def test_as_many_people_as_asked(labels):
+    first, *_ = labels.next("ann", [])
+    for name, level in (("ann", 5), ("bob", 4)):
+        assert labels.next(name, [])[0] == first
+        labels.add(name, first, level, "")
+    assert labels.next("cid", [])[0] != first
+    second, *_ = labels.next("ann", [])
+    assert labels.next("ann", [list(second)])[0] not in (first, second)
+    for name in ("ann", "bob"):
+        labels.add(name, second, 1, "")
+    found = labels.agreement()
+    assert found["pairs"] == 2 and found["exact"] == 0.5
+    assert found["kappa"] == pytest.approx(
+        1 - 0.5 / ((1 + 16 + 9 + 0) / 4)
+    )  # Cohen, 1968: disagreement, chance
+
+
+@pytest.mark.parametrize("name", ["../up", "", "a/b", "x" * 41])
+def test_a_name_is_no_path(labels, name):
+    with pytest.raises(Stop):
+        labels.add(name, labels.pairs[0], 3, "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Over HTTP
+
+
+@pytest.fixture(scope="module")
+def client(run, queue, tmp_path_factory):
+    page = Page(run, queue, tmp_path_factory.mktemp("labels"))
+    return TestClient(application(page), base_url="http://127.0.0.1")
+
+
+def test_search(client, run):
+    found = client.get("/search", params={"query": "red chair", "teacher": True, "top": 3}).json()
+    assert [*found] == ["BM25", "student", "teacher"] and all(len(pins) == 3 for pins in found.values())
+    bm25 = [pin["why"]["bm25"] for pin in found["BM25"]]
+    assert bm25 == sorted(bm25, reverse=True)
+    for pins in (found["student"], found["teacher"]):
+        level = [np.dot(pin["p"], range(1, 6)) for pin in pins]
+        assert level == sorted(level, reverse=True) and sum(pins[0]["p"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_teacher_is_03s(client, run):
+    """The page's teacher, LoRA beside the model, on pairs that 03 has labelled."""
+    page = Page(run)
+    rows = pq.read_table(run / "features" / "labelled.parquet").slice(0, 3)
+    text = pq.read_table(run / "features" / "queries.parquet")["query"][
+        rows["query_index"][0].as_py()
+    ].as_py()
+    p = page.teacher(text, rows["pin_index"].to_numpy()[:1])
+    table = pq.read_table(run / "labels" / "labelled.parquet").slice(0, 1).to_pylist()[0]
+    assert np.abs(p[0] - [table[f"p{level}"] for level in range(1, 6)]).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "path", ["/search", "/search?query=a&top=99", "/image/..%2F..%2Fetc", "/image/nobody"]
+)
+def test_what_is_refused(client, path):
+    assert client.get(path).status_code in (404, 422)
+
+
+def test_only_this_machine(client):
+    assert client.get("/about", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_label_over_http(client):
+    asked = {"name": "dora"}
+    pair = client.post("/next", json=asked).json()
+    said = {**asked, "query_id": pair["query_id"], "pin_id": pair["pin_id"], "level": 5}
+    assert client.post("/label", json=said).status_code == 200
+    assert client.post("/label", json=said | {"level": 6}).status_code == 422
+    assert client.post("/next", json=asked).json()["done"] == 1
+    client.post("/undo", json=asked)
+    assert client.post("/next", json=asked).json()["pin_id"] == pair["pin_id"]
+    assert client.post("/next", json={"name": "../x"}).status_code == 422
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture
+def server(run, queue, tmp_path):
+    """Address and process of the page on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"RUN": str(run), "QUEUE": str(queue), "LABELS": str(tmp_path), "PORT": str(port)}
+    return port, told
+
+
+def start(port, told):
+    process = subprocess.Popen([sys.executable, "-m", "serving.page"], cwd=ROOT, env={**os.environ, **told})
+    for _ in range(600):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return process
+        time.sleep(0.1)
+    raise AssertionError("the page does not answer")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium chromium-driver")
+def test_in_a_browser(server, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    port, told = server
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
+        options.add_argument(flag)
+    process = start(port, told)
+    service = webdriver.ChromeService(which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    until = WebDriverWait(driver, 60).until
+    try:
+        driver.get(f"http://127.0.0.1:{port}/?query=roter+stuhl&language=de")  # a link that somebody sent
+        until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "#columns section")) == 2)
+        assert driver.find_element(By.NAME, "query").get_attribute("value") == "roter stuhl"
+        driver.find_element(By.ID, "to-label").click()
+        driver.find_element(By.NAME, "name").send_keys("eve\n")
+        until(lambda d: d.find_element(By.ID, "work").is_displayed())
+        body = driver.find_element(By.TAG_NAME, "body")
+        for done in range(1, 11):
+            if done == 6:  # killed halfway, and started again
+                process.kill()
+                process.wait()
+                process = start(port, told)
+            body.send_keys(str(1 + done % 5))
+            until(lambda d, done=done: f"{done} labelled" in d.find_element(By.ID, "progress").text)
+        rows = (tmp_path / "labels_eve.csv").read_text().splitlines()
+        assert len(rows) == 11 and [row.split(",")[2] for row in rows[1:4]] == ["2", "3", "4"]
+    finally:
+        driver.quit()
+        process.kill()
