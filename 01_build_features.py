@@ -256,6 +256,7 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
+    warn_if_all_fail(pictures)
     if "caption model" in inputs:  # else no picture can be read
         key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
         cache = out / "captions" / key[:16]
@@ -393,10 +394,7 @@ def main(argv=None):
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
     numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
-    columns = list(look.look_at(raw))
-    for line in [*look.lines_of(columns), *raw.remarks(), *look.oddities(raw, columns), *look.agreement(raw)]:
-        print(line)
-    warn_if_all_fail(pictures)
+    look.show(raw)
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
     captions, images = make_captions(pictures, settings, inputs, device, dtype, out)

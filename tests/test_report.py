@@ -189,7 +189,7 @@ def test_in_short_is_better_worse_or_not_clear():
         compared["student", other, "ndcg_20"] = SimpleNamespace(value=(low + high) / 2, low=low, high=high)
     lines = [line for line in report.in_short(compared) if line.startswith("-")]
     assert [line.split("**")[1] for line in lines] == ["better", "no clear difference", "worse"]
-    assert "nDCG@20: +0.150 [+0.100, +0.200]" in lines[0] and report.in_short({}) == [""]
+    assert "nDCG@20: +0.150 [+0.100, +0.200]" in lines[0] and report.in_short({}) == []
 
 
 def test_queries_stand_one_by_one(measured):

@@ -10,24 +10,28 @@ from lib.stages.files import whole_file
 from lib.tables.files import plain_cell
 
 SHOWN = 10  # queries in the report
+MAIN = ("student", "teacher", "student_human_labels", "match")  # the first that is there is compared
 
 
 def one_by_one(features, rows, ndcg, found):
     """A dict for each evaluation query that has a gain: its row number, text, language, judged pins, best
-    level, nDCG@20 of each system, and `difference`, of the best trained kind of system here to bm25; worst
-    first. ndcg(labels, scores) -> nDCG of one query; found: {system: (probabilities, score)}."""
-    main = next(name for name in ("student", "teacher", "student_human_labels", "match") if name in found)
+    level, nDCG@20 of each system, and `difference`, of the first of MAIN to bm25; worst first.
+    ndcg(labels, scores) -> nDCG of one query; found: {system: (probabilities, score)}."""
+    main = next(name for name in MAIN if name in found)
     texts = pq.read_table(features / "queries.parquet", columns=["query", "language"])
-    order = np.argsort(rows["query_index"], kind="stable")
-    numbers, starts = np.unique(rows["query_index"][order], return_index=True)
     queries = []
-    for number, at in zip(numbers.tolist(), np.split(order, starts[1:])):
+    for number in np.unique(rows["query_index"]).tolist():
+        at = np.flatnonzero(rows["query_index"] == number)
         label = rows["label"][at]
-        if label.max() > 1:
-            about = {"index": number, **texts.slice(number, 1).to_pylist()[0]}
-            about |= {"judged pins": len(at), "best level": int(label.max())}
-            scores = {name: float(ndcg(label, score[at])) for name, (_, score) in found.items()}
-            queries.append({**about, **scores, "difference": scores[main] - scores["bm25"]})
+        best = int(label.max())
+        if best == 1:
+            continue
+        query = {"index": number, **texts.slice(number, 1).to_pylist()[0]}
+        query["judged pins"], query["best level"] = len(at), best
+        for name, (_, score) in found.items():
+            query[name] = float(ndcg(label, score[at]))
+        query["difference"] = query[main] - query["bm25"]
+        queries.append(query)
     return sorted(queries, key=lambda query: query["difference"])
 
 
@@ -35,9 +39,17 @@ def write_csv(queries, path):
     """queries.csv: all of them."""
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        for line in [list(queries[0]), *(query.values() for query in queries)] if queries else ():
-            cells = (f"{cell:.4f}" if isinstance(cell, float) else plain_cell(str(cell)) for cell in line)
-            writer.writerow(cells)
+        if queries:
+            writer.writerow(queries[0])
+        for query in queries:
+            writer.writerow([cell_of(value) for value in query.values()])
+
+
+def cell_of(value):
+    """A number in four places, a text that no spreadsheet takes for a formula."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return plain_cell(str(value))
 
 
 def for_pages(queries, n):
@@ -51,15 +63,20 @@ def section(queries, systems):
     """The worst queries beside bm25 as Markdown; systems: names."""
     if not queries:
         return []
-    names = ["bm25", *(name for name in systems if name not in ("majority", "bm25"))]
+    names = [name for name in systems if name != "majority"]
     body = []
     for query in queries[:SHOWN]:
-        cells = [escaped(query["query"]), escaped(query["language"]), f"{query['judged pins']:,}"]
-        cells += [f"{query[name]:.3f}" for name in names]
-        body.append([*cells, f"{query['difference']:+.3f}"])
-    worse = sum(query["difference"] < 0 for query in queries)
-    better = sum(query["difference"] > 0 for query in queries)
-    says = f"{better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse"
-    head = ["query", "language", "judged", *names, "difference"]
-    title = ["## Queries, the worst beside bm25 first", "", f"nDCG@20. {says}; all in queries.csv."]
-    return [*title, *markdown_table(head, body)]
+        about = [escaped(query[name]) for name in ("query", "language", "judged pins")]
+        scores = [f"{query[name]:.3f}" for name in names]
+        difference = query["difference"]
+        body.append([*about, *scores, f"{difference:+.3f}"])
+    differences = np.array([query["difference"] for query in queries])
+    better, worse = (differences > 0).sum(), (differences < 0).sum()
+    says = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse"
+    head = ["query", "language", "judged pins", *names, "difference"]
+    return [
+        "## Queries, the worst beside bm25 first",
+        "",
+        f"{says}; all are in queries.csv.",
+        *markdown_table(head, body),
+    ]

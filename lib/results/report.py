@@ -162,13 +162,19 @@ def below(compared):
 def in_short(compared):
     """What a reader who reads no further should know: the system to serve beside bm25, the best of those that
     need no training, and human labels alone."""
-    system = next((name for name in ("student", "teacher") if (name, "bm25", "ndcg_20") in compared), None)
-    lines = ["## In short", ""] if system else []
-    for (first, other, metric), m in compared.items():
-        if first == system and m.value is not None and other in ("bm25", "match", "student_human_labels"):
-            verdict = "better" if m.low > 0 else "worse" if m.high < 0 else "no clear difference"
-            lines.append(f"- {first} beside {other}, {METRICS[metric].heading}: {signed(m)}: **{verdict}**")
-    return [*lines, ""]
+    lines, beside = [], ("bm25", "match", "student_human_labels")
+    served = "student" if ("student", "bm25", "ndcg_20") in compared else "teacher"
+    for (system, other, metric), m in compared.items():
+        if system != served or other not in beside or m.value is None:
+            continue
+        verdict = "no clear difference"
+        if m.low > 0:
+            verdict = "better"
+        elif m.high < 0:
+            verdict = "worse"
+        heading = METRICS[metric].heading
+        lines.append(f"- {system} beside {other}, {heading}: {signed(m)}: **{verdict}**")
+    return ["## In short", "", *lines, ""] if lines else []
 
 
 def more_labels(curve):

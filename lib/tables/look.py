@@ -133,6 +133,15 @@ def try_pictures(raw):
         yield f"odd: pictures: {len(bad):,} of {len(images):,} tried cannot be read, {first}"
 
 
+def show(raw, *first):
+    """Prints what is known of the tables after `first`, lines of heavier weight: what is odd, what is used of
+    the logs, how far raters agree, what becomes of each column."""
+    columns = list(look_at(raw))
+    for lines in (first, oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns)):
+        for line in lines:
+            print(line)
+
+
 def check(raw, checks):
     """Everything that is wrong or odd in the tables, printed, the heaviest first; Stop where something is
     wrong. raw: with `faults`; checks: {names of tables that must be whole: a call that may end in Stop}."""
@@ -141,11 +150,7 @@ def check(raw, checks):
         if all(raw.has(name) and name not in raw.broken for name in tables.split()):
             with raw.noting():
                 call()
-    columns = list(look_at(raw))
-    wrong = [f"wrong: {fault}" for fault in raw.faults]
-    odd = [*oddities(raw, columns), *try_pictures(raw)]
-    for line in [*wrong, *odd, *raw.remarks(), *agreement(raw), *lines_of(columns)]:
-        print(line)
+    show(raw, *(f"wrong: {fault}" for fault in raw.faults), *try_pictures(raw))
     if raw.faults:
         raise Stop(f"{raw.folder}: {len(raw.faults)} thing(s) wrong, said above")
     print(f"{raw.folder}: nothing is wrong")
