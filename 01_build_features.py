@@ -304,6 +304,15 @@ def open_match_features(out, workers, base=None):
     return MatchFeatures(bm25, *vectors)
 
 
+def write_pairs(raw, match, numbers, settings, out):
+    """All files of pairs, with match features and the user's `numbers`. Returns {split: labelled rows}."""
+    features_of = functools.partial(match.columns, numbers=list(numbers))
+    splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
+    write_impressions(raw, features_of, numbers, out, settings.shard_rows)
+    write_engagements(raw, out / ENGAGEMENTS)
+    return splits
+
+
 def inputs_of(raw, settings, own, pictures, hardware):
     """Fingerprints of everything that the result depends on. own: names of the user's embeddings."""
     found = raw.fingerprints() | {f"embeddings/{name}": own_fingerprint(raw.folder, name) for name in own}
@@ -409,10 +418,7 @@ def main(argv=None):
 
     # 4. Match features of every labelled and unlabelled pair
     match = open_match_features(out, settings.workers if counts["pins"] > WORTH_PROCESSES else 1, base)
-    features_of = functools.partial(match.columns, numbers=list(numbers))
-    splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
-    write_impressions(raw, features_of, numbers, out, settings.shard_rows)
-    write_engagements(raw, out / ENGAGEMENTS)
+    splits = write_pairs(raw, match, numbers, settings, out)
 
     # 5. Summary
     facts = about_dataset(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})

@@ -297,8 +297,7 @@ def main(argv=None):
     if settings.epochs is None:
         settings = replace(settings, epochs=passes_over(len(rows.train), settings.batch_size))
     inputs = {"rows": hash_rows(rows.ids, rows.levels), "held-out rows": hash_rows([], rows.held_out)}
-    inputs["model"] = models.model_fingerprint(settings.model)
-    inputs["precision"] = hardware
+    inputs |= {"model": models.model_fingerprint(settings.model), "precision": hardware}
     place, earlier = settings.run / "teacher", bases_of(settings.run)
     stage, folder = start_stage(accelerator, place, settings, inputs, earlier)
     if folder is None:
@@ -324,7 +323,7 @@ def main(argv=None):
         save(teacher, finetuning, text, settings, folder)
         write_jsonl(folder / "training_log.jsonl", log)
         counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
-        counts["train_queries"] = rows.train_queries
+        counts |= {"train_queries": rows.train_queries}
         facts = {"scores": log[-1], "text": text.describe(), "held_out": rows.split}
         stage.finish([CHECKPOINT], rows=counts, **facts)
     accelerator.wait_for_everyone()

@@ -117,12 +117,13 @@ def merge_lora(teacher, adapter):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_teacher(folder, settings, sample, pad_id, device, dtype):
+def load_teacher(folder, settings, sample, text, device, dtype):
     """The teacher in `folder`, ready to label, and how far merging LoRA moved the labels of `sample`, rows of
     token ids (None: nothing was merged)."""
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
     if about["finetuning"] == "full" or not settings.merge:
         return teacher, None
+    pad_id = text.tokenizer.pad_token_id
     before = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
     with stop_on_error("LoRA cannot be merged", "--no-merge labels without"):
         merge_lora(teacher, folder / "adapter")
@@ -147,12 +148,19 @@ def what_decides(trained, hardware, merge):
     return hashed([teacher_identity(trained), trained["text"], hardware, merge])
 
 
-def label_shards(teacher, shards, known, pad_id, target, settings, bar):
-    """Labels shard after shard into target(path of the shard), each written whole or not at all."""
+def shard_paths(settings):
+    """The files of pairs to label: the human-labelled ones, and those of impressions."""
+    features = settings.run / "features"
+    impressions = [] if settings.only_labelled else features.glob("impressions/part-*.parquet")
+    return [features / "labelled.parquet", *sorted(impressions)]
+
+
+def label_shards(teacher, shards, known, text, settings, bar):
+    """Labels shards, pairs of (path to write to, rows), each written whole or not at all."""
     for path, rows in ahead(shards, depth=1):
-        of_rows = path.stem, known, pad_id, settings.batch_tokens
+        of_rows = path.stem, known, text.tokenizer.pad_token_id, settings.batch_tokens
         labels, counts = label_shard(teacher, rows, *of_rows, bar.update)
-        write_labels(target(path), labels, counts)
+        write_labels(path, labels, counts)
         bar.update(len(rows) - counts["passes"])
 
 
@@ -174,58 +182,47 @@ def main(argv=None):
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
     accelerator, dtype, hardware = start_processes(settings)
-    is_main = accelerator.is_main_process
-    features, folder = settings.run / "features", settings.teacher or settings.run / "teacher"
+    is_main, features = accelerator.is_main_process, settings.run / "features"
+    folder = settings.teacher or settings.run / "teacher"
     read, about, model = require_teacher(settings.run, folder, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
-    inputs["teacher"] = teacher_identity(read["teacher"])
-    inputs["precision"] = hardware
+    inputs |= {"teacher": teacher_identity(read["teacher"]), "precision": hardware}
     stage, work = start_stage(accelerator, settings.run / "labels", settings, inputs)
     if work is None:
         return
 
     # 2. The text of the pairs, the shards that are left to label, and labels that are known
-    def target(path):
-        return work / path.relative_to(features)
-
-    text = open_text(folder, settings, about, model)
-    labelled, impressions = features / "labelled.parquet", sorted(features.glob("impressions/part-*.parquet"))
-    paths = [labelled] if settings.only_labelled else [labelled, *impressions]
-    todo = [path for path in paths if not target(path).exists()]
+    text, paths = open_text(folder, settings, about, model), shard_paths(settings)
+    target = {path: work / path.relative_to(features) for path in paths}
+    todo = [path for path in paths if not target[path].exists()]
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
     known = KnownLabels(earlier, own, decided_by, todo)
     accelerator.wait_for_everyone()  # all see the same files before one writes
 
     # 3. The teacher, LoRA merged
-    [(_, rows)] = tokenized_shards(features, text, [labelled])
+    [(_, rows)] = tokenized_shards(features, text, paths[:1])
     if settings.teacher is None:
         require_trained_on(settings.run, read["teacher"], rows)
-    pad_id = text.tokenizer.pad_token_id
-    teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], pad_id, accelerator.device, dtype)
+    teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], text, accelerator.device, dtype)
     if is_main:
-        print(f"teacher: {about['model']}, trained on {', '.join(about['fields'])}")
-        print(f"LoRA merged: {moved}" if moved else "nothing merged")
-        processes = f"{hardware}, {accelerator.num_processes} process(es)"
-        print(f"shards: {len(paths)}, of which {len(todo)} to label; {processes}")
+        summary.describe_labelling(about, moved, len(paths), len(todo))
+        print(f"{hardware}, {accelerator.num_processes} process(es)")
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    shards = tokenized_shards(features, text, mine)
+    shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, mine))
     with progress_bar(total=count_rows(mine), unit=" rows", disable=not is_main) as bar:
-        label_shards(teacher, shards, known, pad_id, target, settings, bar)
+        label_shards(teacher, shards, known, text, settings, bar)
     accelerator.wait_for_everyone()
 
-    # 5. What the match features say, pooled with that (ours)
-    if is_main and settings.pool == "auto":
-        pool_labels(settings.run, work, read["teacher"]["held_out"])
-
-    # 6. Summary
+    # 5. What the match features say, pooled with that (ours); summary
     if is_main:
-        table, made = merge_own(own, work / FILE), [target(path) for path in paths]
-        counts = count_labels(made)
-        summary.describe_labels(counts, table, made[-100:])
-        sizes = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
+        if settings.pool == "auto":
+            pool_labels(settings.run, work, read["teacher"]["held_out"])
+        counts = count_labels(made := [*target.values()])
+        summary.describe_labels(counts, merge_own(own, work / FILE), made[-100:])
+        sizes = {"impressions": count_rows(paths[1:]), "labelled": len(rows)}
         whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
         stage.finish(["known"], rows=sizes, merge=moved, labels=counts, teacher=whose)
     accelerator.wait_for_everyone()

@@ -97,16 +97,13 @@ def label_pairs(settings, query, pin, read, about, model, work):
     todo = [path for path in paths if not target(path).exists()]
     decided_by = stage_03.what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of((settings.run,), settings.run, decided_by, print)
-    known, pad_id = (
-        KnownLabels(earlier, work / "work" / "known", decided_by, todo),
-        text.tokenizer.pad_token_id,
-    )
+    known = KnownLabels(earlier, work / "work" / "known", decided_by, todo)
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     sample = rows[: stage_03.CHECKED_ROWS]
-    teacher, _ = stage_03.load_teacher(folder, settings, sample, pad_id, device, dtype)
+    teacher, _ = stage_03.load_teacher(folder, settings, sample, text, device, dtype)
     with progress_bar(total=count_rows(todo), desc="pairs", unit=" rows") as bar:
-        shards = tokenized_shards(features, text, todo)
-        stage_03.label_shards(teacher, shards, known, pad_id, target, settings, bar)
+        shards = ((target(path), ids) for path, ids in tokenized_shards(features, text, todo))
+        stage_03.label_shards(teacher, shards, known, text, settings, bar)
     print(f"labels: {whence(count_labels([target(path) for path in paths]))}")
     return np.concatenate([read_labels(target(path)) for path in paths])
 

@@ -35,17 +35,22 @@ def describe_teacher(teacher, finetuning, rows, settings):
 
 def describe_rows(rows, max_tokens):
     """How many rows a teacher learns, how long they are, and how their labels are spread."""
-    n, longest = len(rows.train), rows.lengths.max()
-    mean = rows.lengths.mean()
+    n = len(rows.train)
     print(f"rows: {n:,} of {rows.train_queries:,} queries train")
+    mean, longest = rows.lengths.mean(), rows.lengths.max()
     print(f"tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
     levels = rows.levels[rows.train]
     counts = torch.bincount(levels, minlength=NUM_LEVELS)
-    shares = []
-    for level, share in enumerate(100 * counts / n, 1):
+    print_shares("labels", counts / n)
+
+
+def print_shares(what, shares):
+    """The shares of the levels [C] in percent."""
+    named = []
+    for level, share in enumerate(shares, 1):
         name = LEVELS[level]
-        shares.append(f"{level} {name} {share:.0f} %")
-    print("labels:", ", ".join(shares))
+        named.append(f"{level} {name} {100 * share:.0f} %")
+    print(f"{what}:", ", ".join(named))
 
 
 def describe_student(student, rows, held_out, settings, device):
@@ -65,6 +70,14 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"parameters: {weights:,}")
 
 
+def describe_labelling(about, moved, shards, todo):
+    """What is going to be labelled, by which teacher. about: teacher.json; moved: by merging LoRA."""
+    fields = ", ".join(about["fields"])
+    print(f"teacher: {about['model']}, trained on {fields}")
+    print(f"LoRA merged: {moved}" if moved else "nothing merged")
+    print(f"shards: {shards}, of which {todo} to label")
+
+
 def describe_pool(pool, rows, queries):
     """What 03 has found."""
     weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
@@ -77,6 +90,4 @@ def describe_labels(counts, table, paths):
     labels."""
     print(f"labels: {whence(counts)}")
     print(f"{table.path.name}: {table.rows:,} different pairs, {table.path.stat().st_size / 1e6:.1f} MB")
-    percent = 100 * mean_label(paths)
-    shares = [f"{level}: {share:.0f} %" for level, share in enumerate(percent, 1)]
-    print("mean soft label:", ", ".join(shares))
+    print_shares("mean soft label", mean_label(paths))
