@@ -18,20 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lib.levels import (  # noqa: F401  a service takes them from there
+    FIELDS,
+    LEVELS,
+    NUM_LEVELS,
+    RELEVANT,
+    THRESHOLDS,
+    at_least,
+    expected_level,
+    side_of,
+)
 from lib.models import load_backbone, load_lora, output_width
 from lib.stages.files import read_json, write_json
 from lib.stages.terminal import Stop, stop_on_error
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  The text of a pair and its tokens  (paper: "Pin Text Representations")
-
-LEVELS = {5: "excellent", 4: "good", 3: "complementary", 2: "poor", 1: "highly irrelevant"}
-NUM_LEVELS = len(LEVELS)
-THRESHOLDS = (3, 4, 5)  # paper: AUROC of label >= 3, 4, 5
-RELEVANT = 4  # a pin of this level or above is relevant
-
-# The six text sources of the paper in the order they are read. Each is a column of features/pins.parquet.
-FIELDS = ("title", "description", "caption", "queries", "boards", "links")
 
 
 def share_budget(lengths, budget):
@@ -44,16 +46,6 @@ def share_budget(lengths, budget):
         allowed[field] = min(lengths[field], left // (len(lengths) - rank))
         left -= allowed[field]
     return allowed
-
-
-def at_least(p, level):
-    """Probabilities [B, C], an array or a tensor -> P(label >= level) [B]."""
-    return p[:, level - 1 :].sum(1)
-
-
-def expected_level(p):
-    """Probabilities [B, C], an array or a tensor -> expected level [B], to rank by."""
-    return sum(level * p[:, level - 1] for level in range(1, NUM_LEVELS + 1))
 
 
 def at_temperature(p, temperature):
@@ -401,8 +393,3 @@ def pairs_of_a_size(embeddings):
     queries = [name for name in embeddings if side_of(name) == "query"]
     pins = [name for name in embeddings if side_of(name) == "pin"]
     return [(query, pin) for query in queries for pin in pins if embeddings[query] == embeddings[pin]]
-
-
-def side_of(name):
-    """'query' or 'pin': what an embedding or category belongs to."""
-    return name.split("_")[0]

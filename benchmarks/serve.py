@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import FIELDS, PairText, Student, Teacher, expected_level  # noqa: E402
 from lib import models  # noqa: E402
-from lib.results.export import ONNX, OUTPUTS, open_onnx  # noqa: E402
+from lib.results.contract import ONNX, OUTPUTS, open_onnx  # noqa: E402
 from lib.stages.files import write_json  # noqa: E402
 from lib.stages.terminal import run_main  # noqa: E402
 from serving.ranker import Query, Ranker  # noqa: E402

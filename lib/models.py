@@ -142,11 +142,6 @@ def model_fingerprint(model):
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
-def public_name(model):
-    """A hub id as it is, a model folder by its last name, without its path."""
-    return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
-
-
 def is_model(model, trained_fingerprint):
     """Is the model with this fingerprint here?"""
     try:

@@ -9,20 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
-from PIL import Image
 from scipy.sparse import csr_matrix, vstack
 
-from common import FIELDS, side_of
 from lib.inputs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
-from lib.inputs.encoders import Captioner, TextEncoder
 from lib.inputs.match import ENGAGEMENTS, MatchFeatures, pin_text, pin_texts
 from lib.inputs.student_inputs import StudentInputs
-from lib.models import model_fingerprint
+from lib.levels import FIELDS, side_of
 from lib.stages.streams import matrix_of
-from lib.stages.terminal import Stop, first_line
-from lib.tables.images import decode_image, image_bytes, upright_rgb
+from lib.stages.terminal import Stop, first_line, stop_on_error
 from lib.tables.splits import query_key
+from serving.text_encoder import saved_encoder
 
 LARGEST = 1e30  # a number beyond is not known, as in the raw tables
 
@@ -126,7 +122,8 @@ def spaced_key(text):
 
 class NewFeatures:
     """Makes Sides of new queries and pins, and the match features of pairs. Loads the text encoder at once,
-    the captioner at the first picture."""
+    the captioner at the first picture. Needs PyTorch for pictures, and for texts if text_encoder.py has not
+    saved the encoder beside the features."""
 
     def __init__(self, folder, about, spec, device="cpu", models=None):
         """folder: RUN/features; about: its stage.json; spec: the student's; models: {"text encoder": …,
@@ -140,17 +137,27 @@ class NewFeatures:
         self.locks = {kind: threading.Lock() for kind in ("text", "caption")}  # tokenizers take one thread
         self.captioner, self.text_encoder = None, None
         if "text encoder" in about["models"]:
-            size = self.settings["text_tokens"], self.settings["token_batch"]
-            model = self.model("text encoder")
-            self.text_encoder = TextEncoder(model, *size, device, self.dtype())
+            self.text_encoder = saved_encoder(folder.parent, about) or self.load_text_encoder()
         inputs = StudentInputs(folder, spec)
         columns, sides = {**inputs.embeddings, **inputs.codes, **inputs.values}, {"query": {}, "pin": {}}
         for name, column in columns.items():
             sides[side_of(name)][name] = column
         self.known, self.pin_columns = KnownQueries(folder, sides["query"]), sides["pin"]
 
+    def load_text_encoder(self):
+        """The text encoder in PyTorch."""
+        command = f"python -m serving.text_encoder --run {self.folder.parent}"
+        advice = f"where PyTorch is, {command} saves it for services without"
+        with stop_on_error("the text encoder cannot be loaded", advice):
+            from lib.inputs.encoders import TextEncoder
+            from lib.stages.hardware import pick_device
+        size = self.settings["text_tokens"], self.settings["token_batch"]
+        return TextEncoder(self.model("text encoder"), *size, pick_device(self.device), self.dtype())
+
     def model(self, kind):
         """The model that stage 01 used; Stop if its content is not the same."""
+        from lib.models import model_fingerprint
+
         used = self.about["models"].get(kind)
         if used is None:
             raise Stop(f"{self.folder}: stage 01 used no {kind} for these features")
@@ -162,6 +169,8 @@ class NewFeatures:
 
     def dtype(self):
         """Of the models' weights, as in stage 01."""
+        import torch
+
         return getattr(torch, self.about["inputs"]["precision"].split()[0])
 
     def is_own(self, name):
@@ -249,11 +258,14 @@ class NewFeatures:
         rows = [row for row, pin in enumerate(pins) if pin.image is not None]
         if not rows:
             return captions, {}
+        with stop_on_error("no picture can be read without PyTorch and transformers"):
+            from lib.inputs.encoders import Captioner
+            from lib.stages.hardware import pick_device
         images = [open_picture(pins[row].image) for row in rows]
         with self.locks["caption"]:
             if self.captioner is None:
                 model, tokens = self.model("caption model"), self.settings["caption_tokens"]
-                self.captioner = Captioner(model, tokens, self.device, self.dtype())
+                self.captioner = Captioner(model, tokens, pick_device(self.device), self.dtype())
             found, vectors = self.captioner(images)
         visual = np.zeros((len(pins), vectors.shape[1]), vectors.dtype)
         visual[rows] = vectors
@@ -336,6 +348,10 @@ def finite_vector(name, vector, size):
 
 def open_picture(image):
     """A picture's path, its content (bytes), an open file or a PIL image -> RGB; Stop if it is none."""
+    from PIL import Image
+
+    from lib.tables.images import decode_image, image_bytes, upright_rgb
+
     name = image if isinstance(image, (str, Path)) else "the picture"
     try:
         if isinstance(image, Image.Image):

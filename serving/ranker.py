@@ -19,13 +19,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from common import NUM_LEVELS, expected_level, side_of
 from lib.inputs.match import ENGAGEMENTS
-from lib.results.export import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
+from lib.levels import NUM_LEVELS, expected_level, side_of
+from lib.results.contract import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
 from lib.stages.finished import remake, require_finished
-from lib.stages.hardware import pick_device
-from lib.stages.settings import TEMPERATURES
 from lib.stages.terminal import Stop
 from serving.new_features import NewFeatures, Pin, Query, text_of
 
@@ -57,8 +55,8 @@ class Ranker:
         """threads: cores that onnxruntime uses for a call; device: of text encoder and captioner; models:
         {"text encoder": …, "caption model": …}, where they are if they have moved since stage 01;
         temperature: of the probabilities, such as the one in report/temperatures.json."""
-        if temperature not in TEMPERATURES:
-            raise Stop(f"temperature {temperature}: must be {TEMPERATURES}")
+        if not 0.01 <= temperature < 100:
+            raise Stop(f"temperature {temperature}: must be at least 0.01 and below 100")
         self.temperature = temperature
         folder, features = Path(run) / student, Path(run) / "features"
         command = f"04_train_student.py --run {run} --name {student}"
@@ -75,7 +73,7 @@ class Ranker:
         self.features = features
         self.ids = self.pin_column("pin_id").to_pylist()
         self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
-        self.new = NewFeatures(features, self.made, self.spec, pick_device(device), models)
+        self.new = NewFeatures(features, self.made, self.spec, device, models)
         self.pins = self.new.known_pins()
 
     def pin_column(self, name):

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, BertModel
 
 import common
 from lib.inputs.match import MATCH_FEATURES, MatchFeature, match_names
-from lib.results.export import contract
+from lib.results.contract import contract
 from lib.stages import streams
 from lib.stages.files import read_json
 from lib.stages.terminal import Stop

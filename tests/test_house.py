@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [path.stem for path in sorted(ROOT.glob("0?_*.py"))]
-FLOORS = [["lib.stages"], ["lib.tables", "lib.models"], ["common"], ["lib.inputs"], ["lib.results"], STAGES]
-FLOORS += [["serving"], ["experiments", "benchmarks"]]
+FLOORS = [["lib.stages", "lib.levels"], ["lib.tables", "lib.models"], ["common"], ["lib.inputs"]]
+FLOORS += [["lib.results"], STAGES, ["serving"], ["experiments", "benchmarks"]]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -22,6 +22,7 @@ from common import FIELDS, Student
 from lib.inputs.bm25 import tokenize
 from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.student_inputs import StudentInputs
+from lib.results import contract as served
 from lib.results import export
 from lib.stages.files import read_json, write_json
 from lib.stages.terminal import Stop
@@ -169,7 +170,7 @@ def test_class_onnx_and_05_rank_the_evaluation_pairs_alike(run, ranker, queries,
     match = np.stack([labelled[name] for name in MATCH_FEATURES], 1).astype(np.float32)
     gathered = inputs.gather(labelled["query_index"], labelled["pin_index"], match)
     feed = {name: tensor.numpy() for name, tensor in gathered.items()}
-    onnx_p, onnx_level = export.open_onnx(run / "student" / "student.onnx").run(export.OUTPUTS, feed)
+    onnx_p, onnx_level = served.open_onnx(run / "student" / "student.onnx").run(served.OUTPUTS, feed)
     rows = {**labelled, **{name: labelled[name].astype(np.float32) for name in MATCH_FEATURES}}
     torch_p, torch_level = stage("05").student_system(run / "student", run / "features", rows)
     np.testing.assert_allclose(onnx_p, torch_p, atol=1e-5)
@@ -210,20 +211,20 @@ def test_both_onnx_files_are_the_network(kind, hidden, tmp_path):
         inputs[name][5] = torch.nan
     assert export.save_onnx(student, inputs, tmp_path) < 1e-5
     assert student.training  # what was given is left as it was
-    names = (export.ONNX, export.ONNX_ONE_QUERY)
+    names = (served.ONNX, served.ONNX_ONE_QUERY)
     first = [(tmp_path / name).read_bytes() for name in names]
     export.save_onnx(student, inputs, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in names] == first
     assert str(ROOT).encode() not in first[0] + first[1]
 
-    one_row = {name: tensor[3:4] for name, tensor in inputs.items() if export.is_query(name, spec)}
+    one_row = {name: tensor[3:4] for name, tensor in inputs.items() if served.is_query(name, spec)}
     assert one_row.keys() == {name for name in (*embeddings, *categories, *numbers) if "query" in name}
     repeated = {name: tensor.expand(40, *tensor.shape[1:]) for name, tensor in one_row.items()}
     with torch.inference_mode():
         expected = student.eval()(inputs | repeated).softmax(1).numpy()
         broadcast = student(inputs | one_row).softmax(1).numpy()
     feed = {name: tensor.numpy() for name, tensor in (inputs | one_row).items()}
-    p, level = export.open_onnx(tmp_path / export.ONNX_ONE_QUERY).run(export.OUTPUTS, feed)
+    p, level = served.open_onnx(tmp_path / served.ONNX_ONE_QUERY).run(served.OUTPUTS, feed)
     for found in (p, broadcast):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(level, expected @ np.arange(1, 6), atol=1e-4)
@@ -247,19 +248,19 @@ def test_an_input_has_a_name_of_its_own():
         "numbers": {},
         "match": ["bm25"],
     }
-    assert "'pin_text'" in stop_line(export.input_names, spec)
+    assert "'pin_text'" in stop_line(served.input_names, spec)
 
 
 def test_features_json_is_the_contract(run):
     """Names, order, types and sizes are those of the files; sources are fingerprints of what is there."""
     contract = read_json(run / "student" / "features.json")
     made = read_json(run / "features" / "stage.json")
-    for file in (export.ONNX, export.ONNX_ONE_QUERY):
-        session = export.open_onnx(run / "student" / file)
+    for file in (served.ONNX, served.ONNX_ONE_QUERY):
+        session = served.open_onnx(run / "student" / file)
         kinds = {"float32": "tensor(float)", "int64": "tensor(int64)"}
         for wanted, has in zip(contract["inputs"], session.get_inputs(), strict=True):
             assert (wanted["name"], kinds[wanted["dtype"]]) == (has.name, has.type)
-            one_row = file == export.ONNX_ONE_QUERY and wanted["of"] == "query"
+            one_row = file == served.ONNX_ONE_QUERY and wanted["of"] == "query"
             assert [1 if one_row else "B", *wanted["shape"][1:]] == has.shape
         for promised, has in zip(contract["outputs"], session.get_outputs(), strict=True):
             assert (promised["name"], promised["shape"]) == (has.name, ["B", *promised["shape"][1:]])

@@ -4,20 +4,22 @@ import base64
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
-from helpers import stop_line
+from helpers import ROOT, environment, stop_line
 from PIL import Image
 from served_run import served_run
 
 from lib.inputs.student_inputs import StudentInputs
-from lib.results import export
+from lib.results import contract as export
 from lib.tables.database import Database
-from serving import search, service
+from serving import search, service, text_encoder
 from serving.new_features import number
 from serving.ranker import Pin, Query, Ranker
 
@@ -105,6 +107,59 @@ def test_what_the_caller_gives_is_taken(client, ranker, texts):
         asked = {"query": text, "embeddings": {"query_text": wrong}}
         assert client.post("/rank", json=asked).status_code == 422
     assert client.post("/rank", json={"query": text, "embeddings": {"query_txt": vector}}).status_code == 422
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without PyTorch
+
+WITHOUT = """
+import sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "safetensors", "duckdb", "tyro", "PIL"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refused())
+import json
+from fastapi.testclient import TestClient
+from serving import service
+client = TestClient(service.from_environment({"RUN": sys.argv[1]}))
+pin = {"title": "Red chair", "boards": ["Kitchen"]}
+print(json.dumps([client.post("/rank", json={"query": text, "top": 100}).json() for text in sys.argv[2:]]))
+print(json.dumps(client.post("/score", json={"query": "red chair", "pins": [pin]}).json()))
+picture = client.post("/score", json={"query": "red chair", "pins": [{"image": "aGVsbG8="}]})
+assert picture.status_code == 422 and "PyTorch" in picture.json()["detail"]
+"""
+
+
+def test_a_process_without_pytorch_serves(run, ranker, tmp_path, capsys):
+    """The text encoder as ONNX says what PyTorch says; a query never seen, a known one and a new pin get the
+    same probabilities, in a process to which torch and transformers are refused."""
+    (tmp_path / "run").mkdir()
+    for name in ("features", "student"):
+        (tmp_path / "run" / name).symlink_to(run / name)
+    texts = ["wooden red chair for a kitchen", ranker.new.known.texts[0]]
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run"), *texts]
+    options = {"cwd": ROOT, "env": environment(1), "capture_output": True, "text": True}
+    refused = subprocess.run(command, **options)
+    assert refused.returncode == 1 and "serving.text_encoder" in refused.stderr.splitlines()[-1]
+    text_encoder.main(["--run", str(tmp_path / "run")])
+    served = subprocess.run(command, **options)
+    assert served.returncode == 0, served.stderr
+    ranked, new = map(json.loads, served.stdout.splitlines())
+    for text, rows in zip(texts, ranked):
+        expected = ranker.score([(text, row["pin_id"]) for row in rows]).probabilities
+        np.testing.assert_allclose([row["probabilities"] for row in rows], expected, atol=2e-4)
+    expected = ranker.score([("red chair", Pin("Red chair", boards=["Kitchen"]))]).probabilities
+    np.testing.assert_allclose([row["probabilities"] for row in new], expected, atol=2e-4)
+    capsys.readouterr()
+
+
+def test_the_text_encoder_as_onnx(run, ranker, tmp_path):
+    text_encoder.export(ranker.new.text_encoder, tmp_path)
+    ours = text_encoder.OnnxTextEncoder(tmp_path, {"max_tokens": 64, "dim": 64, "cut": "right"})
+    assert not ours.vector("").any()
+    for text in ("a", "Red Chair!", "red chair for ideas " * 40, "stuhl 椅子 [SEP]"):
+        np.testing.assert_allclose(ours.vector(text), ranker.new.text_encoder([text])[0], atol=4e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
-from common import FIELDS
+from lib.levels import FIELDS
 from lib.stages.streams import row_groups, slices
 
 RULES = 1  # of 01's identity: raise it when a field of the text or a match feature is computed in another way
@@ -61,9 +60,9 @@ class Pairs:
         queries, pins = self.source.query_vectors, self.source.pin_vectors
         if queries.shape[1] != pins.shape[1]:
             return np.zeros(len(self.query))
-        q = torch.from_numpy(queries[self.query]).float()
-        p = torch.from_numpy(pins[self.pin]).float()
-        return ((q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1)).clamp(min=1e-12)).numpy()
+        q, p = (vectors.astype(np.float32) for vectors in (queries[self.query], pins[self.pin]))
+        product, qq, pp = (np.einsum("bd,bd->b", *pair) for pair in ((q, p), (q, q), (p, p)))
+        return product / np.maximum(np.sqrt(qq * pp), 1e-12)
 
 
 class MatchFeature(NamedTuple):
@@ -136,6 +135,6 @@ class MatchFeatures:
         if len(query) <= self.chunk:
             return computed(slice(None))
         chunks = [slice(start, start + self.chunk) for start in range(0, len(query), self.chunk)]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy and PyTorch release the interpreter lock
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy releases the interpreter lock
             parts = list(threads.map(computed, chunks))
         return {name: np.concatenate([part[name] for part in parts]) for name in MATCH_FEATURES}

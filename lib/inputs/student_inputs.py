@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
-from common import FIELDS, side_of
 from lib.inputs.match import match_names
+from lib.levels import FIELDS, side_of
 from lib.stages.terminal import Stop
 
 OUR_COLUMNS = {"query": ("query_id", "query", "language"), "pin": ("pin_id", "image", *FIELDS)}
@@ -67,6 +66,8 @@ class StudentInputs:
 
     def to(self, device, share=0.5):
         """On a GPU: moves the embeddings there if they take at most `share` of its free memory."""
+        import torch  # a service has none, and gathers nothing
+
         size = sum(array.nbytes for array in self.embeddings.values())
         if device.type == "cuda" and size < share * torch.cuda.mem_get_info(device)[0]:
             for name, array in self.embeddings.items():
@@ -76,6 +77,8 @@ class StudentInputs:
     def gather(self, query_index, pin_index, match):
         """Row numbers [B] of queries and pins, and numbers of the pairs [B, F] -> the student's inputs:
         embeddings [B, D], category codes [B] int64, numbers and match features [B], by name."""
+        import torch
+
         index, gathered = {"query": query_index, "pin": pin_index}, {}
         for name, column in {**self.embeddings, **self.codes, **self.values}.items():
             rows = index[side_of(name)]

@@ -10,9 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 
-from lib.models import public_name
 from lib.results.report import ALL, METRICS, UNTRAINED, cell, escaped, markdown_table, metrics_of
-from lib.stages.files import whole_file
+from lib.stages.files import public_name, whole_file
 from lib.stages.stage import PLACES
 
 TAGS = ["search-relevance", "knowledge-distillation", "arxiv:2410.17152"]

@@ -7,7 +7,7 @@ from common import LEVELS, NUM_LEVELS
 from lib.inputs.held_out import describe_held_out
 from lib.inputs.inherited import whence
 from lib.inputs.pairs import mean_label
-from lib.results.export import input_names
+from lib.results.contract import input_names
 from lib.stages.hardware import dtype_name
 
 TOY_WEIGHTS = 10_000_000  # of a larger model the learning rates of --preset toy are too high

@@ -145,3 +145,8 @@ def remove(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def public_name(model):
+    """A hub id as it is, a model folder by its last name, without its path."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model

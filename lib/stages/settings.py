@@ -41,8 +41,7 @@ Width = Annotated[int, Range(1, 10**6)]
 Positive = Annotated[float, Range(0, 1e31, low_included=False)]  # far within fp32
 NonNegative = Annotated[float, Range(0, 1e31)]
 Share = Annotated[float, Range(0, 1)]
-TEMPERATURES = Range(0.01, 100)
-Temperature = Annotated[float, TEMPERATURES]
+Temperature = Annotated[float, Range(0.01, 100)]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 
