@@ -68,7 +68,9 @@ def test_rows_are_those_of_the_run_or_of_the_dataset(run, toy, models, capsys, m
     out = capsys.readouterr().out
     assert f"300 labelled, 2,000 impressions ({toy})" in out
     cells = table(out.partition("on this machine")[2])
-    assert cells["02, 40 epochs"] == ["12,000", "64", "3.1"]  # 32 rows a step of half a second
+    epochs = stage("02").passes_over(300, 32)
+    minutes = 300 * epochs / 64 / 60  # 32 rows a step of half a second
+    assert cells[f"02, {epochs} epochs"] == [f"{300 * epochs:,}", "64", f"{minutes:.1f}"]
     assert cells["04, 20 epochs"][:2] == ["46,000", "512"] and "captions are not in it" in out
     plan.main(["--data", str(toy), "--model", str(models["llama"])])
     assert "has an encoder as teacher" in capsys.readouterr().out
