@@ -128,6 +128,7 @@ def gpu_hours(linear, finetuning, plan, epochs):
 
 def main(argv=None):
     # 1. Rows, and the paper's settings
+    models.quiet_libraries()
     plan, where = counted(tyro.cli(Plan, args=argv, description=__doc__))
     train, label = stage02.PRESETS["paper"], stage03.PRESETS["paper"]
     steps = train.epochs * -(-plan.labels // train.batch_size)

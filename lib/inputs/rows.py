@@ -38,14 +38,19 @@ class LabelledRows:
         self.pad_id = text.tokenizer.pad_token_id
         keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
         self.train, self.held_out, self.split = split_rows(keys, settings)
-        self.train_queries = len({keys[row] for row in self.train})
-        self.held_out_queries = len({keys[row] for row in self.held_out})
+        self.train_queries = count_queries(keys, self.train)
+        self.held_out_queries = count_queries(keys, self.held_out)
         self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
         ids, mask = pad_rows([self.ids[row] for row in rows], self.pad_id)
         return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
+
+
+def count_queries(keys, rows):
+    """Of how many queries some rows are. keys [N]: of all rows' queries."""
+    return len({keys[row] for row in rows})
 
 
 def split_rows(keys, settings):
@@ -75,10 +80,11 @@ def tokenized_shards(features, text, paths):
     """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs."""
     queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
     read_pins = functools.partial(read_fields, features / "pins.parquet", text.fields)
+    columns = ["query_index", "pin_index"]
     for path in paths:
-        pairs = pq.read_table(path, columns=["query_index", "pin_index"])
-        query_index, pin_index = pairs["query_index"].to_numpy(), pairs["pin_index"].to_numpy()
-        yield path, tokenize_pairs(text, queries, read_pins, query_index, pin_index)
+        pairs = pq.read_table(path, columns=columns)
+        indices = [pairs[name].to_numpy() for name in columns]
+        yield path, tokenize_pairs(text, queries, read_pins, *indices)
 
 
 def read_fields(path, fields, pins):

@@ -25,19 +25,25 @@ def metrics_table(table, system):
     """A system's metrics, overall and by language, and those of the untrained ones, as Markdown. table:
     {(system, language, metric): Interval}."""
     metrics = metrics_of(table)
-    kinds = {(name, language) for name, language, _ in table if name == system or name in UNTRAINED}
-    lines = []
-    for name, language in dict.fromkeys((name, language) for name, language, _ in table):
-        if (name, language) in kinds and (name == system or language == ALL):
-            cells = [cell(table.get((name, language, metric)), METRICS[metric].percent) for metric in metrics]
-            lines.append([escaped(name), escaped(language or "all"), *cells])
     head = ["system", "language", *(METRICS[metric].heading for metric in metrics)]
-    return "\n".join(markdown_table(head, lines)).strip()
+    rows = {}
+    for name, language, _ in table:
+        if name == system or (name in UNTRAINED and language == ALL):
+            rows[name, language] = [escaped(name), escaped(language or "all")]
+    for (name, language), line in rows.items():
+        for metric in metrics:
+            value = table.get((name, language, metric))
+            line.append(cell(value, METRICS[metric].percent))
+    return "\n".join(markdown_table(head, rows.values())).strip()
 
 
 def counted(numbers):
     """{"train": 1000, …} -> "1,000 train, …"."""
-    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items())
+    words = []
+    for name, number in numbers.items():
+        what = name.replace("_", " ")
+        words.append(f"{number:,} {what}")
+    return ", ".join(words)
 
 
 def taught_by(teacher):

@@ -55,11 +55,13 @@ def print_shares(what, shares):
 
 def describe_student(student, rows, held_out, settings, device):
     """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
-    n, of = len(held_out), len(np.unique(rows.human["query"]))
-    human = f"{len(rows.human):,} human-labelled, of {of:,} queries"
+    n = len(rows.human)
+    queries = len(np.unique(rows.human["query"]))
+    human = f"{n:,} human-labelled, of {queries:,} queries"
+    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human}; {device}")
+    n = len(held_out)
     queries = len(np.unique(held_out["query"]))
     few = "" if queries else ": too few queries"
-    print(f"{settings.labels}'s labels: {rows.total:,} rows, {human}; {device}")
     print(f"held out: {n:,} rows of {queries:,} queries{few}")
     names = input_names(student.spec)
     sizes = student.spec["embeddings"].values()
