@@ -1,7 +1,9 @@
 """The notebooks, every cell as committed, on a tiny finished run; and the state they are committed in."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -111,3 +113,27 @@ def test_source_is_at_most_110_wide(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert [line for source in code for line in source.splitlines() if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("name", ["walkthrough", "paper_findings"])
+def test_the_clone_is_found_beside_a_folder_that_cannot_be_read(name, tmp_path, monkeypatch):
+    """As lost+found is: Path.exists() raises a PermissionError there."""
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    for script in ("01_build_features.py", "05_evaluate.py"):
+        (tmp_path / "clone" / script).write_text("")
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    source = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    lines = source[source.index("here = ") : source.index("assert ROOT")]
+    stat = os.stat
+
+    def refused(path, **options):
+        if "lost+found" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "stat", refused)
+    found = {"os": os, "Path": Path}
+    exec(lines, found)
+    assert found["ROOT"] == tmp_path / "clone"
