@@ -194,10 +194,11 @@ def main(argv=None):
     # 2. The text of the pairs, the shards that are left to label, and labels that are known
     text, paths = open_text(folder, settings, about, model), shard_paths(settings)
     target = {path: work / path.relative_to(features) for path in paths}
-    todo = [path for path in paths if not target[path].exists()]
+    unwritten = {path.stem for path in paths if not target[path].exists()}
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
-    known = KnownLabels(earlier, own, decided_by, todo)
+    known = KnownLabels(earlier, own, decided_by, unwritten)
+    todo = [path for path in paths if path.stem in unwritten or path.stem not in known.covered]
     accelerator.wait_for_everyone()  # all see the same files before one writes
 
     # 3. The teacher, LoRA merged

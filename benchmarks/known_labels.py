@@ -40,7 +40,7 @@ def labels_of(keys):
 
 def yesterday(folder, pairs):
     """The table of as many pairs, made shard by shard as 03 makes it."""
-    known = KnownLabels({}, folder / "parts", DECIDED_BY, [])
+    known = KnownLabels({}, folder / "parts", DECIDED_BY, set())
     for start in range(0, pairs, SHARD):
         keys, _, _ = different(keys_of(np.arange(start, min(start + SHARD, pairs), dtype=np.uint64)))
         known.add(f"part-{start // SHARD:05d}", keys, labels_of(keys))
@@ -50,7 +50,7 @@ def yesterday(folder, pairs):
 def today(table, folder, rows, new):
     """Looks `rows` pairs up, of which a share `new` nobody has labelled. Returns how many were found, and the
     processor's seconds of the lookup in yesterday's table alone."""
-    known = KnownLabels({"yesterday": table}, folder, DECIDED_BY, [])
+    known = KnownLabels({"yesterday": table}, folder, DECIDED_BY, set())
     found, seconds = 0, 0.0
     for start in range(0, rows, SHARD):
         numbers = np.arange(start, min(start + SHARD, rows), dtype=np.uint64)

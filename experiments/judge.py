@@ -97,8 +97,8 @@ def label_pairs(settings, query, pin, read, about, model, work):
     todo = [path for path in paths if not target(path).exists()]
     decided_by = stage_03.what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of((settings.run,), settings.run, decided_by, print)
-    written = [target(path) for path in todo]
-    known = KnownLabels(earlier, work / "work" / "known", decided_by, written)
+    unwritten = {target(path).stem for path in todo}
+    known = KnownLabels(earlier, work / "work" / "known", decided_by, unwritten)
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     sample = rows[: stage_03.CHECKED_ROWS]
     teacher, _ = stage_03.load_teacher(folder, settings, sample, text, device, dtype)

@@ -245,6 +245,22 @@ def test_a_day_that_is_killed_again_and_again_ends_the_same(shop, models, tmp_pa
         assert [name for name in one if one[name] != other[name]] == []
 
 
+def test_a_table_of_labels_that_is_damaged_is_made_again(shop, tmp_path, monkeypatch):
+    """Of a day that was killed: the labels that it had are those of its shards."""
+    run, teacher = tmp_path / "run", shop / "monday" / "teacher"
+    run.mkdir()
+    (run / "features").symlink_to(shop / "wednesday" / "features")
+    argv = "--teacher", teacher, "--known"
+    at_rename(functools.partial(label, run, *argv), 8, monkeypatch)
+    tables = sorted(run.glob(".labels.unfinished-*/known/*.arrow"))
+    assert len(tables) > 1
+    content = bytearray(tables[0].read_bytes())
+    content[-300] ^= 1
+    tables[0].write_bytes(content)
+    label(run, *argv)
+    assert LabelTable(run / "labels" / FILE).rows == len(pairs_of(run, teacher))
+
+
 def test_columns_that_a_student_reads_and_a_day_lacks_are_said_and_unknown(shop, models, tmp_path, capsys):
     """And pictures, of which there are none: zeros."""
     tables = read_tables(shop / "data2")

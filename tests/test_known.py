@@ -77,14 +77,15 @@ def test_a_process_finds_its_own_and_earlier_labels(tmp_path):
         "monday": known.write_table(tmp_path / "m.arrow", [batch_of(keys[:50], labels[:50])], DECIDED_BY)
     }
     own = tmp_path / "own"
-    process = KnownLabels(earlier, own, DECIDED_BY, [])
+    process = KnownLabels(earlier, own, DECIDED_BY, set())
     for shard in range(9):
         rows = slice(100 * shard, 100 * shard + 100)
         _, source = process.find(keys[rows])
         assert source.tolist() == [1] * 50 * (shard == 0) + [-1] * (50 if shard == 0 else 100)
         process.add(f"part-{shard:05d}", keys[rows], labels[rows])
     assert len(list(own.iterdir())) <= 4 and (process.find(keys)[1] == 0).all()
-    again = KnownLabels(earlier, own, DECIDED_BY, [own / "part-00008.parquet"])
+    again = KnownLabels(earlier, own, DECIDED_BY, {"part-00008"})
+    assert again.covered == {f"part-{shard:05d}" for shard in range(8)}
     found, source = again.find(keys)
     assert (source[:800] == 0).all() and (source[800:] == -1).all()
     np.testing.assert_array_equal(found[:800], labels[:800])

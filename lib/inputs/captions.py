@@ -4,14 +4,13 @@ once, kept by its content.
 
 import functools
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.inputs.encoders import Captioner
-from lib.stages.files import link_or_copy
+from lib.stages.files import link_or_copy, remove
 from lib.stages.finished import is_as_made, read_about
 from lib.stages.streams import (
     keep_chunks,
@@ -72,15 +71,16 @@ def captions_of(pictures, cache, out):
 
 def reuse_captions(folders, out):
     """Brings the captions of the first of some folders of features (None: none) that has any into the folder
-    `out`, by hard links if possible; without files that are not what stage 01 wrote."""
-    temporary = out / ".captions.tmp"
+    `out`, by hard links if possible; without files that are not what stage 01 wrote. Those that are there
+    stay: a process that was killed made them, under later numbers."""
     for old in [folder for folder in folders if folder]:
-        if (out / "captions").exists():
+        outputs = read_about(old, damaged_is_fine=True).get("outputs", {}).items()
+        names = [n for n, made in outputs if n.startswith("captions/") and is_as_made(old / n, made)]
+        for name in [name for name in names if not (out / name).exists()]:
+            temporary = out / ".captions.tmp"
+            remove(temporary)
+            link_or_copy(old / name, temporary)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, out / name)
+        if names:
             return
-        for name, made in read_about(old, damaged_is_fine=True).get("outputs", {}).items():
-            if name.startswith("captions/") and is_as_made(old / name, made):
-                target = temporary / Path(name).relative_to("captions")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(old / name, target)
-        if temporary.exists():
-            os.replace(temporary, out / "captions")

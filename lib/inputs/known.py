@@ -7,6 +7,7 @@ Shapes: N keys of 16 bytes, uint64 [N, 2]; C = 5 levels.
 """
 
 import hashlib
+import json
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ from lib.stages.terminal import Stop
 
 BATCH = 1 << 20  # rows of a table that are in memory at once, 36 MB
 FILE = "known.arrow"  # of RUN/labels
-DECIDED_BY = b"decided by"  # in a table's metadata
+DECIDED_BY, SHARDS = b"decided by", b"shards"  # in a table's metadata
 
 
 def label_keys(rows, decided_by):
@@ -54,11 +55,13 @@ def batch_of(keys, labels):
     return pa.record_batch(columns, ["key", "key_end", "label"])
 
 
-def write_table(path, batches, decided_by):
-    """A stream of batches in the order of their keys -> a table. The same rows give the same bytes."""
+def write_table(path, batches, decided_by, shards=()):
+    """A stream of batches in the order of their keys -> a table. The same rows give the same bytes. shards:
+    names of those whose rows it has."""
     with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         schema = batch_of(np.empty((0, 2), np.uint64), np.empty((0, NUM_LEVELS), np.float32)).schema
-        with pa.ipc.new_file(file, schema.with_metadata({DECIDED_BY: decided_by})) as writer:
+        metadata = {DECIDED_BY: decided_by, SHARDS: json.dumps(shards)}
+        with pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
             for rows in slices(batches, BATCH):
                 writer.write_batch(rows.combine_chunks().to_batches()[0])
     return LabelTable(path)
@@ -73,6 +76,7 @@ class LabelTable:
             reader = pa.ipc.open_file(file)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             self.decided_by = reader.schema.metadata[DECIDED_BY].decode()
+            self.shards = json.loads(reader.schema.metadata[SHARDS])
             self.firsts = np.array([batch["key"][0].as_py() for batch in batches], np.uint64)
             self.rows = sum(len(batch) for batch in batches)
 
@@ -112,8 +116,9 @@ class LabelTable:
         return np.concatenate(keys), np.concatenate(labels)
 
 
-def merge(tables, path):
-    """Tables -> one at `path`; of a key that stands in several of them the label of the first counts."""
+def merge(tables, path, shards=()):
+    """Tables -> one at `path`, of a key that stands in several of them the label of the first counts.
+    shards: of write_table()."""
     parts = math.ceil(sum(table.rows for table in tables) / BATCH)
     bounds = np.array([number * 2**64 // parts for number in range(parts)] + [2**64 - 1], np.uint64)
 
@@ -124,18 +129,20 @@ def merge(tables, path):
             keys, rows, _ = different(keys)
             yield batch_of(keys, labels[rows])
 
-    return write_table(path, batches(), tables[0].decided_by)
+    return write_table(path, batches(), tables[0].decided_by, shards)
 
 
 class KnownLabels:
     """What a process looks labels up in: the tables of earlier runs, {name: LabelTable}, and those of this
     run in the folder `own`, where it keeps what it has labelled or found itself, shard by shard."""
 
-    def __init__(self, earlier, own, decided_by, todo):
-        """todo: shards without labels; one that was killed may have left a table of such a shard."""
+    def __init__(self, earlier, own, decided_by, unwritten):
+        """unwritten: names of shards without labels; a process that was killed may have left the table of
+        one. Of the others all labels are here if they are `covered`: a damaged table is gone."""
         self.earlier, self.own, self.decided_by = earlier, own, decided_by
-        names = {path.stem for path in todo}
-        self.before = [LabelTable(path) for path in sorted(own.glob("*.arrow")) if path.stem not in names]
+        found = [LabelTable(path) for path in sorted(own.glob("*.arrow"))]
+        self.before = [t for t in found if len(t.shards) > 1 or t.shards[0] not in unwritten]  # until then
+        self.covered = {shard for table in self.before for shard in table.shards}
         self.since = []  # so that every table is twice as large as the next one, or larger
 
     def find(self, keys):
@@ -152,15 +159,14 @@ class KnownLabels:
 
     def add(self, name, keys, labels):
         """Keeps n sorted keys and their labels, under the name of a shard. Shards before it are written."""
-        while len(self.since) > 1 and self.since[-2].rows < 2 * self.since[-1].rows:
+        while len(self.since) > 1 and self.since[-2].rows < 2 * max(self.since[-1].rows, 1):
             pair = self.since[-2:]
-            names = [part for table in pair for part in table.path.stem.split("+")]
-            self.since[-2:] = [merge(pair, self.own / f"{names[0]}+{names[-1]}.arrow")]
+            shards = pair[0].shards + pair[1].shards
+            self.since[-2:] = [merge(pair, self.own / f"{shards[0]}+{shards[-1]}.arrow", shards)]
             for table in pair:
                 table.path.unlink()
-        if len(keys):
-            table = write_table(self.own / f"{name}.arrow", [batch_of(keys, labels)], self.decided_by)
-            self.since.append(table)
+        batches = [batch_of(keys, labels)] if len(keys) else []
+        self.since.append(write_table(self.own / f"{name}.arrow", batches, self.decided_by, [name]))
 
 
 def merge_own(own, path):
