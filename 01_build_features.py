@@ -32,7 +32,15 @@ from lib.inputs.bm25 import PairBM25, tokenize
 from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
 from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
 from lib.inputs.graph import graph_embedding
-from lib.inputs.match import ENGAGEMENTS, MATCH_FEATURES, RULES, MatchFeatures, pin_texts, query_texts
+from lib.inputs.match import (
+    ENGAGEMENTS,
+    MATCH_FEATURES,
+    RULES,
+    WINDOW_YEARS,
+    MatchFeatures,
+    pin_texts,
+    query_texts,
+)
 from lib.stages.files import hashed, write_parquet
 from lib.stages.hardware import pick_hardware
 from lib.stages.settings import ROOT, Count, ModelSettings, Share, Size, Width, parse
@@ -99,7 +107,6 @@ PRESETS = {
         token_batch=65_536,  # our choice
     ),
 }
-WINDOW_YEARS = 2  # paper: engaged queries of the past two years
 MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
 ENOUGH_EVAL = 50  # evaluation queries
 ROUGH_WIDTH = 0.4  # half an interval of AUROC or nDCG, times the root of the queries (MSRD, Commons)

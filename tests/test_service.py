@@ -19,6 +19,7 @@ from served_run import served_run
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import contract as export
 from lib.tables.database import Database
+from lib.tables.raw import RawTables
 from serving import search, service, text_encoder
 from serving.new_features import number
 from serving.ranker import Pin, Query, Ranker
@@ -160,6 +161,106 @@ def test_the_text_encoder_as_onnx(run, ranker, tmp_path):
     assert not ours.vector("").any()
     for text in ("a", "Red Chair!", "red chair for ideas " * 40, "stuhl 椅子 [SEP]"):
         np.testing.assert_allclose(ours.vector(text), ranker.new.text_encoder([text])[0], atol=4e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The contract
+
+STRANGER = """
+import json, sys, unicodedata
+from collections import Counter
+import numpy as np, onnxruntime, pyarrow.parquet as pq, regex
+features, student, toy = sys.argv[1:]
+spec = json.load(open(f"{student}/features.json", encoding="utf-8"))
+table = {name: pq.read_table(f"{features}/{name}.parquet") for name in ("pins", "queries", "bm25", "graph")}
+pairs = pq.read_table(f"{features}/labelled.parquet").slice(0, 100).to_pylist()
+engaged = pq.read_table(f"{features}/engagements.parquet").to_pylist()
+engaged = {(row["query_index"], row["pin_index"]): row["engaged"] for row in engaged}
+settings, rows = spec["settings"], {side: table[side].to_pylist() for side in ("pins", "queries")}
+
+def tokens(text):
+    text = unicodedata.normalize("NFKC", text).casefold()
+    for found in regex.finditer(settings["token"], regex.sub(settings["invisible"], "", text)):
+        word = found.group()
+        if found.group("run") and len(word) > 1:
+            yield from (word[i : i + 2] for i in range(len(word) - 1))
+            yield from (c for c in word if unicodedata.category(c)[0] != "M")
+        else:
+            yield word
+
+idf = dict(zip(table["bm25"]["token"].to_pylist(), table["bm25"]["idf"].to_pylist()))
+k1, b, mean = (float(table["bm25"].schema.metadata[name]) for name in (b"k1", b"b", b"mean_length"))
+saves, boards = {}, {row["board_title"]: row for row in table["graph"].to_pylist()}
+for row in pq.read_table(f"{toy}/boards.parquet").to_pylist():
+    saves.setdefault(row["pin_id"], []).append(row["board_title"])
+
+def graph(pin_id):
+    counts = Counter(title for title in saves.get(pin_id, []) if title in boards)
+    if not counts:
+        return np.zeros(len(table["graph"]["axes"][0]))
+    weights = np.array([(1 + np.log(n)) * boards[title]["idf"] for title, n in counts.items()])
+    axes = np.array([boards[title]["axes"] for title in counts])
+    return (weights / np.linalg.norm(weights) @ axes).astype(np.float16)
+
+feed = {one["name"]: [] for one in spec["inputs"]}
+stored = {name: np.load(f"{features}/{name}_embedding.npy") for name in spec["embeddings"]}
+for pair in pairs:
+    index = {"query": pair["query_index"], "pin": pair["pin_index"]}
+    query, pin = rows["queries"][index["query"]], rows["pins"][index["pin"]]
+    fields = [f for f in spec["how"]["pin_text"].split(" of ")[0].split(", ")]
+    text = list(tokens(" ".join(pin[field] for field in fields if pin[field])))
+    asked, f = list(tokens(query["query"])), Counter(text)
+    q, p = (np.float32(stored[f"{side}_text"][at]) for side, at in index.items())
+    norm = k1 * (1 - b + b * len(text) / mean)
+    value = {
+        "bm25": sum(idf.get(token, 0) * f[token] * (k1 + 1) / (f[token] + norm) for token in asked),
+        "terms_matched": sum(f[token] > 0 for token in asked) / len(asked),
+        "text_cosine": q @ p / (np.linalg.norm(q) * np.linalg.norm(p)),
+        "engagement": np.log1p(engaged.get((index["query"], index["pin"]), 0)),
+    }
+    for one in spec["inputs"]:
+        name, kind = one["name"], one["kind"]
+        if name == "pin_graph":
+            value[name] = graph(pin["pin_id"])
+        elif kind == "embedding":
+            value[name] = stored[name][index[one["of"]]]
+        elif kind == "category":
+            values = spec["categories"][name]
+            cell = (query if one["of"] == "query" else pin)[name.split("_", 1)[1]]
+            value[name] = values.index(cell) + 1 if cell in values else 0
+        feed[name].append(value[name])
+session = onnxruntime.InferenceSession(f"{student}/student.onnx")
+assert session.get_modelmeta().custom_metadata_map["contract"] == "features.json"
+feed = {one["name"]: np.array(feed[one["name"]], one["dtype"]) for one in spec["inputs"]}
+p, level = session.run(None, feed)
+code = next(iter(spec["categories"]))
+below, zero = ({**feed, code: np.full(100, number)} for number in (-1, 0))
+assert (session.run(None, below)[0] == session.run(None, zero)[0]).all()
+unknown = session.run(None, {**feed, "bm25": np.full(100, np.nan, np.float32)})[0]
+at = spec["match"].index("bm25")
+mean = session.run(None, {**feed, "bm25": np.full(100, spec["mean"][at], np.float32)})[0]
+assert abs(unknown - mean).max() < 1e-5
+ends = [np.full(100, number, np.float32) for number in (1e9, spec["high"][at])]
+beyond, end = (session.run(None, {**feed, "bm25": column})[0] for column in ends)
+assert abs(beyond - end).max() < 1e-6
+assert not {"lib", "common", "serving", "torch"} & set(sys.modules)
+print(json.dumps(p.tolist()))
+"""
+
+
+def test_100_pairs_from_the_contract_alone(run, labelled, ranker, toy, tmp_path):
+    """features.json says all that somebody without this code must know."""
+    pq.write_table(RawTables(toy).table("SELECT * FROM raw_boards"), tmp_path / "boards.parquet")
+    folders = [str((run / name).resolve()) for name in ("features", "student")]
+    env = {name: value for name, value in environment(1).items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", STRANGER, *folders, str(tmp_path)]
+    served = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert served.returncode == 0, served.stderr
+    expected = []
+    for query, pin in zip(labelled["query_index"][:100], labelled["pin_index"][:100]):
+        expected.append((Query(ranker.new.known.texts[query]), ranker.ids[pin]))
+    expected = ranker.score(expected).probabilities
+    np.testing.assert_allclose(json.loads(served.stdout), expected, atol=1e-3)  # float16 of the graph
 
 
 # ------------------------------------------------------------------------------------------------------------

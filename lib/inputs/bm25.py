@@ -21,6 +21,7 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _TOKEN = regex.compile(rf"(?P<run>[{_UNSPACED}ー]+)|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}\p{{M}}])+")
 _ASCII = regex.compile(r"[a-z0-9]+")
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")  # soft hyphens, joiners, zero-width spaces
+PATTERNS = {"token": _TOKEN.pattern, "invisible": _INVISIBLE.pattern}
 
 
 def tokenize(text, characters=True):

@@ -18,6 +18,7 @@ from lib.stages.streams import row_groups, slices
 
 RULES = 1  # of 01's identity: raise it when a field of the text or a match feature is computed in another way
 
+WINDOW_YEARS = 2  # paper: engaged queries of the past two years
 ENGAGEMENTS = "engagements.parquet"  # of a run's queries and pins: what a service needs for a known query
 
 

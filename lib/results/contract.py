@@ -3,8 +3,9 @@ Needs no PyTorch."""
 
 import os
 
-from lib.inputs.match import MATCH_FEATURES
-from lib.levels import NUM_LEVELS, side_of
+from lib.inputs.bm25 import PATTERNS
+from lib.inputs.match import MATCH_FEATURES, WINDOW_YEARS
+from lib.levels import FIELDS, NUM_LEVELS, side_of
 from lib.stages.files import public_name
 from lib.stages.terminal import Stop
 
@@ -23,6 +24,25 @@ EMBEDDINGS = {
 }
 OWN = ("as brought", "the user's own vector; zeros where there is none", None)
 COLUMN = ("as brought", "column {} of the raw table; NaN: not known, counts as the mean", None)
+HOW = {  # what more must be known to compute the inputs of new texts
+    "tokens": "NFKC, then case folding, then without matches of `invisible`; tokens are the matches of "
+    "`token` (Python's package regex). A match of its group `run` that has several characters is instead "
+    "all pairs of neighbouring characters, and each character that is no mark (Unicode category M)",
+    "pin_text": f"{', '.join(FIELDS)} of pins.parquet, those that are not empty, joined by a space",
+    "bm25": "sum over the query's tokens (one that stands twice counts twice) of idf * f * (k1 + 1) / (f + "
+    "k1 * (1 - b + b * length / mean_length)); f: how often it is in the pin's text, length: tokens of that "
+    "text; idf (0 if not there) and, in the metadata, k1, b, mean_length: bm25.parquet",
+    "terms_matched": "tokens of the query, counted likewise, that the pin's text has, over all of them",
+    "text_cosine": "of the float16 vectors as float32; 0 if one is all zeros",
+    "engagement": f"count summed over {WINDOW_YEARS} years up to and including `as_of`, of log rows of this "
+    "pin whose query has the key of this one: NFC, without spaces around it, lower case, final sigma as "
+    "sigma, dotted capital I as i; engagements.parquet has the sums of the run's own queries",
+    "pin_graph": "(1 + ln(saves)) * idf of each title in graph.parquet, that vector to length 1, times axes",
+    "float16": "embeddings are rounded to float16, then given as float32; the user's own keep their type",
+    "not known": "NaN in a number or match feature counts as its mean, a code below 0 as 0. Numbers and "
+    "match features beyond low and high count as these. An embedding with NaN gives NaN; a code beyond the "
+    "list is an error of onnxruntime",
+}
 SETTINGS = ("text_tokens", "caption_tokens", "top_tokens")  # of stage 01, that a new text needs too
 CODE = ("row number", "1 + place of the value in `categories`; 0: null, or a value not in the list", None)
 
@@ -91,4 +111,6 @@ def contract(spec, features):
     expected = {"name": "expected_level", "shape": ["B"], "unit": "level, 1 to 5: rank by it"}
     outputs = [{**output, "dtype": "float32"} for output in (levels, expected)]
     settings = {name: features["arguments"].get(name) for name in SETTINGS}
-    return {"inputs": inputs, "outputs": outputs, "sources": sources_of(features), "settings": settings}
+    settings |= {"as_of": features.get("as_of"), **PATTERNS}
+    about = {"how": HOW, "sources": sources_of(features), "settings": settings}
+    return {"inputs": inputs, "outputs": outputs, **about}

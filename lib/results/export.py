@@ -10,6 +10,7 @@ import copy
 import warnings
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -59,6 +60,9 @@ def write_onnx(student, path, one_query):
             opset_version=OPSET,
             dynamo=False,
         )
+        model = onnx.load(temporary)
+        onnx.helper.set_model_props(model, {"contract": "features.json"})
+        onnx.save(model, temporary)
 
 
 @torch.inference_mode()
