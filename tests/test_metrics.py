@@ -285,6 +285,7 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     ]  # fmt: skip
     assert "AUROC ≥4 -0." in lines[0] and "nDCG@20 -0." in lines[0] and "more queries" in lines[0]
     assert report.summary(table, compared)[-2:] == lines
+    assert all("AUROC ≥4" in line for line in report.summary(table, compared)[:-2])
     assert report.nested(table, compared)["differences"][0]["minus"] == "bm25"
 
 

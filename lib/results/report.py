@@ -193,8 +193,8 @@ def few_queries(n):
 
 
 def summary(table, compared):
-    """Lines for the terminal."""
-    shown = [name for name in metrics_of(table) if name in AUROCS][:1] + ["ndcg_20"]
+    """Lines for the terminal, by the AUROC that systems are compared by."""
+    shown = [name for name in AUROCS if name in metrics_of(table)][:1] + ["ndcg_20"]
     lines = []
     for system in systems_of(table):
         cells = [f"  {system:<22} accuracy {cell(table[system, ALL, 'accuracy']):<18}"]
