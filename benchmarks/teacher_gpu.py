@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,8 +207,10 @@ def train(teacher, optimizer, lengths, steps, device):
         rows = sum(len(part) for part, _ in passes)
         for part, (ids, mask) in passes:
             logits = teacher(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
-            (F.cross_entropy(logits, targets[part].to(device), reduction="sum") / rows).backward()
-        stage02.update_weights(teacher, optimizer, lr_factor=1.0)
+            (teacher.loss(logits, targets[part].to(device)) / rows).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in teacher.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     one_step(steps[0])
     with Clock(device) as clock:
