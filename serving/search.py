@@ -167,11 +167,6 @@ def main(argv=None):
     best = table.take(best).to_pylist()
     texts = [about["title"] or about["caption"] for about in best]
     head = f"“{escaped(settings.query)}” ({escaped(settings.language)})"
-    print(f"{head}: {len(found.pins):,} pins, best first\n")
-    print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")
-    print_table(found, zip(found.pins, texts))
-
-    head = f"“{settings.query}” ({settings.language})"
     if settings.output == "table":
         print(f"{head}: {len(found.pins):,} pins, best first\n")
         print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")

@@ -198,7 +198,9 @@ def start(port, told):
     raise AssertionError("the page does not answer")
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium chromium-driver")
+@pytest.mark.skipif(
+    not (BROWSER and which("chromedriver")), reason="no Chromium: apt-get install chromium-driver"
+)
 def test_in_a_browser(server, tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     from selenium.webdriver.common.by import By
@@ -209,10 +211,8 @@ def test_in_a_browser(server, tmp_path):
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
         options.add_argument(flag)
-    process = start(port, told)
-    service = webdriver.ChromeService(which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    until = WebDriverWait(driver, 60).until
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(which("chromedriver")))
+    process, until = start(port, told), WebDriverWait(driver, 60).until
     try:
         driver.get(f"http://127.0.0.1:{port}/?query=roter+stuhl&language=de")  # a link that somebody sent
         until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "#columns section")) == 2)

@@ -4,6 +4,7 @@ import os
 import sys
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from lib.stages.hardware import pick_hardware
@@ -27,6 +28,7 @@ def start_processes(settings):
     if world > 1 and os.environ.get("RANK", "0") == "0":
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         print(f"WORLD_SIZE is {world}: waits for {world - 1} more process(es) at {where}", flush=True)
+    AcceleratorState._reset_state()  # of another library in this process, such as a trainer in bf16
     with stop_on_error(f"{world} processes do not come together", "WORLD_SIZE=1 runs one alone"):
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no")
     return accelerator, dtype, hardware
