@@ -247,6 +247,8 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     inputs = StudentInputs(run / "features")
     preset = stage.PRESETS["paper"]
     settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
+    shares = dict(zip(("input_dropout", "dropout"), stage.DROPOUTS[0]))  # of many rows
+    settings = dataclasses.replace(settings, **shares)
     F = len(inputs.match)
     ends = {"mean": 0.0, "std": 1.0, "low": -9.0, "high": 9.0}
     spec = stage.student_spec(settings, inputs, {name: np.full(F, end) for name, end in ends.items()})
