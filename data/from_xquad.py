@@ -25,29 +25,47 @@ equally frequent and languages can be compared. Two questions of the same text i
 "Who won Super Bowl XLIX?" stands there twice) are one query: the later one is listed and left out.
 """
 
-import argparse
-import csv
-import gzip
 import hashlib
 import json
 import random
-import sys
 import unicodedata
-from collections import Counter, namedtuple
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-import pyarrow as pa
+import conversion  # the project's folder is on the path with it
+from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.stages.files import whole_file, write_parquet  # noqa: E402
-from lib.stages.settings import ROOT  # noqa: E402
-from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.stages.settings import ROOT, Count, flags_read
+from lib.stages.terminal import Stop, run_main
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
+PROBLEM = "missing in this language, or the text of an earlier question"
 
-# A question with its place: numbers of its article and paragraph, and the place of its answer in the text.
-Question = namedtuple("Question", "text article paragraph start end")
+
+@dataclass(frozen=True)
+class Settings:
+    """Which questions are used, and as what."""
+
+    source: Positional[Path]  # folder with LANGUAGE.json or .json.gz
+    out: Path = ROOT / "data" / "xquad"  # dataset folder
+    languages: tuple[Literal[LANGUAGES], ...] = LANGUAGES
+    train_language: Literal[LANGUAGES] = "en"  # of the training labels
+    train_questions: Count = 500  # train, 4 rows each
+    eval_questions: Count = 100  # evaluate, 4 rows each a language
+    impression_questions: Count = 150  # unlabelled, in every language
+    titles: bool = False  # pins have their article's English title
+
+
+class Question(NamedTuple):
+    """A question with its place: numbers of its article and paragraph, and of the sentences of the paragraph
+    that hold a part of its answer."""
+
+    text: str
+    article: int
+    paragraph: int
+    answering: list
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -56,51 +74,37 @@ Question = namedtuple("Question", "text article paragraph start end")
 
 def read_language(folder, language):
     """A file -> articles, {question id: Question}. An article: its title and its paragraphs, each a list of
-    sentences (start, end, text)."""
-    path = folder / f"{language}.json"
-    zipped = folder / f"{language}.json.gz"
-    if not path.exists() and not zipped.exists():
-        raise Stop(f"{path}: missing; get it from {HOME}")
-    content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
-    articles, questions = [], {}
-    try:
-        for number, entry in enumerate(json.loads(content)["data"]):
-            articles.append((entry["title"].replace("_", " "), []))
-            for paragraph in entry["paragraphs"]:
-                read_paragraph(paragraph, number, articles[number][1], questions)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise Stop(f"{path}: not as XQuAD-R's files are ({error!r}); get it from {HOME}") from None
+    sentences."""
+    path, articles, questions = folder / f"{language}.json", [], {}
+    with conversion.open_text(path, HOME) as file:
+        try:
+            for number, entry in enumerate(json.load(file)["data"]):
+                articles.append((entry["title"].replace("_", " "), []))
+                for paragraph in entry["paragraphs"]:
+                    read_paragraph(paragraph, number, articles[number][1], questions)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise Stop(f"{path}: not as XQuAD-R's files are ({error!r}); get it from {HOME}") from None
     return articles, questions
 
 
 def read_paragraph(paragraph, article, paragraphs, questions):
     """Adds a paragraph's sentences and questions to those of its article. A sentence without text is none."""
     context = paragraph["context"]
-    sentences = []
-    for start, end in paragraph["sentence_breaks"]:
-        text = context[start:end].strip()
-        if text:
-            sentences.append((start, end, text))
-    if not sentences:
-        raise ValueError("a paragraph without sentences")
+    breaks = [(start, end) for start, end in paragraph["sentence_breaks"] if context[start:end].strip()]
     for entry in paragraph["qas"]:
-        start = entry["answers"][0]["answer_start"]
-        end = start + len(entry["answers"][0]["text"])
-        question = Question(entry["question"].strip(), article, len(paragraphs), start, end)
-        if not any(holds_answer(sentence, question) for sentence in sentences):
+        first = entry["answers"][0]["answer_start"]
+        last = first + len(entry["answers"][0]["text"])
+        answering = [n for n, (start, end) in enumerate(breaks) if start < last and first < end]
+        if not answering:
             raise ValueError(f"no sentence with the answer of question {entry['id']}")
-        questions[entry["id"]] = question
-    paragraphs.append(sentences)
-
-
-def holds_answer(sentence, question):
-    """Does a sentence (start, end, text) of the question's paragraph have a part of the answer in it?"""
-    start, end, _ = sentence
-    return start < question.end and question.start < end
+        questions[entry["id"]] = Question(entry["question"].strip(), article, len(paragraphs), answering)
+    if not breaks:
+        raise ValueError("a paragraph without sentences")
+    paragraphs.append([context[start:end].strip() for start, end in breaks])
 
 
 def without_twins(by_language):
-    """(ids of the questions to use, those left out: (id, language, text)). by_language: {language: {id:
+    """(ids of the questions to use, those left out: (id, language, text, why)). by_language: {language: {id:
     Question}}. A question that some language lacks is left out; of two of one text the later id."""
     used, left_out, taken = [], [], set()
     for question in sorted(set().union(*by_language.values())):
@@ -108,24 +112,13 @@ def without_twins(by_language):
         for language, questions in by_language.items():
             text = questions[question].text if question in questions else ""
             texts.append((language, unicodedata.normalize("NFC", text).strip().lower()))
-        problem = [(language, text) for language, text in texts if not text or (language, text) in taken]
-        if problem:
-            left_out.append((question, *problem[0]))
+        problems = [(language, text) for language, text in texts if not text or (language, text) in taken]
+        if problems:
+            left_out.append((question, *problems[0], PROBLEM))
         else:
             used.append(question)
             taken.update(texts)
     return used, left_out
-
-
-def deal(questions, sizes):
-    """Question ids -> {split: ids}, in the order of a hash of the id. sizes: {split: number of questions}."""
-    keys = {question: hashlib.blake2b(f"xquad:{question}".encode()).digest() for question in questions}
-    order = sorted(questions, key=keys.get)
-    split, start = {}, 0
-    for name, size in sizes.items():
-        split[name] = order[start : start + size]
-        start += size
-    return split
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -137,16 +130,14 @@ def graded_sentences(question_id, question, articles):
     (an answer's paragraph of one sentence has no 3) is left out. The draw of article and paragraph depends on
     the question's id alone."""
     rng = random.Random(question_id)
-    a, p = question.article, question.paragraph
+    _, a, p, answering = question
     other_paragraphs = [number for number in range(len(articles[a][1])) if number != p]
     other_articles = [number for number in range(len(articles)) if number != a]
     near = rng.choice(other_paragraphs) if other_paragraphs else None
     far = rng.choice(other_articles) if other_articles else None
     place = rng.random()  # where in an article or paragraph: as a share, since languages differ in length
 
-    answering, others = [], []
-    for number, sentence in enumerate(articles[a][1][p]):
-        (answering if holds_answer(sentence, question) else others).append(number)
+    others = [number for number in range(len(articles[a][1][p])) if number not in answering]
     found = [(a, p, answering[0], 5)]
     if others:
         found.append((a, p, pick(others, place), 3))
@@ -165,117 +156,62 @@ def pick(choices, place):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tables
 
 
-def pin_rows(language, articles, titles):
-    """(pin_id, title, description) of a language's sentences."""
-    rows = []
-    for a, (title, paragraphs) in enumerate(articles):
-        for p, sentences in enumerate(paragraphs):
-            for s, (_, _, text) in enumerate(sentences):
-                rows.append((pin_id(language, a, p, s), title if titles else None, text))
-    return rows
-
-
-def pin_id(language, article, paragraph, sentence):
-    return f"{language}-{article}-{paragraph}-{sentence}"
-
-
-def make_tables(source, args):
-    """The folder's files -> ({table: {column: values}}, questions left out)."""
-    articles, questions = {}, {}
-    for language in args.languages:
-        articles[language], questions[language] = read_language(source, language)
-    used, left_out = without_twins(questions)
-    sizes = {"train": args.train_questions, "eval": args.eval_questions, "hidden": args.impression_questions}
-    splits = deal(used, sizes)
-    if min(sizes.values()) < 1 or sum(sizes.values()) > len(used):
+def deal(questions, settings):
+    """Question ids -> {side: ids}, in the order of a hash of the id."""
+    order = sorted(questions, key=lambda question: hashlib.blake2b(f"xquad:{question}".encode()).digest())
+    first = settings.train_questions
+    second = first + settings.eval_questions
+    last = second + settings.impression_questions
+    if last > len(order):
         raise Stop(
-            "--train-questions, --eval-questions, --impression-questions: at least 1 each, at most "
-            f"{len(used):,} together, the questions of {source}; they are {list(sizes.values())}"
+            f"--train-questions, --eval-questions, --impression-questions: {last:,} together, and "
+            f"{settings.source} has {len(order):,}"
         )
+    return {"train": order[:first], "eval": order[first:second], "hidden": order[second:last]}
 
+
+def make_tables(settings):
+    """The folder's files -> ({table: (columns, rows)}, questions left out)."""
+    files = {language: read_language(settings.source, language) for language in settings.languages}
+    used, left_out = without_twins({language: questions for language, (_, questions) in files.items()})
+    sides = deal(used, settings)
     pins, queries, labels, impressions = [], [], [], []
-    for language in args.languages:
-        pins += pin_rows(language, articles[language], args.titles)
-        for split, ids in splits.items():
-            if split == "train" and language != args.train_language:
+    for language, (articles, questions) in files.items():
+        for a, (title, paragraphs) in enumerate(articles):
+            for p, sentences in enumerate(paragraphs):
+                for s, text in enumerate(sentences):
+                    pins.append((f"{language}-{a}-{p}-{s}", title if settings.titles else None, text))
+        for side, ids in sides.items():
+            if side == "train" and language != settings.train_language:
                 continue
-            for question_id in ids:
-                query = f"{language}-{question_id}"
-                question = questions[language][question_id]
-                queries.append((query, question.text, language))
-                for a, p, s, level in graded_sentences(question_id, question, articles[language]):
-                    pin = pin_id(language, a, p, s)
-                    if split == "hidden":
-                        impressions.append((query, pin))
+            for question in ids:
+                query = f"{language}-{question}"
+                queries.append((query, questions[question].text, language))
+                for a, p, s, level in graded_sentences(question, questions[question], articles):
+                    pair = (query, f"{language}-{a}-{p}-{s}")
+                    if side == "hidden":
+                        impressions.append(pair)
                     else:
-                        labels.append((query, pin, level, split))
+                        labels.append((*pair, level, side))
     tables = {
-        "pins": as_columns(("pin_id", "title", "description"), pins),
-        "queries": as_columns(("query_id", "query", "language"), queries),
-        "labels": as_columns(("query_id", "pin_id", "label", "split"), labels),
-        "impressions": as_columns(("query_id", "pin_id"), impressions),
+        "pins": (("pin_id", "title", "description"), pins),
+        "queries": (("query_id", "query", "language"), queries),
+        "labels": (("query_id", "pin_id", "label", "split"), labels),
+        "impressions": (("query_id", "pin_id"), impressions),
     }
     return tables, left_out
 
 
-def as_columns(names, rows):
-    """Tuples -> {name: values}."""
-    columns = dict(zip(names, zip(*rows)))
-    if "title" in columns:
-        columns["title"] = pa.array(columns["title"], pa.string())  # all may be null
-    return columns
-
-
-def summary(tables):
-    """Rows a table; labels by split, language and level."""
-    lines = [", ".join(f"{len(columns[next(iter(columns))]):,} {name}" for name, columns in tables.items())]
-    labels = tables["labels"]
-    counts = Counter()
-    for query, level, split in zip(labels["query_id"], labels["label"], labels["split"]):
-        counts[split, query.split("-")[0], level] += 1
-    for split, language in sorted({(split, language) for split, language, _ in counts}):
-        levels = [f"level {level} {counts[split, language, level]:,}" for level in (1, 2, 3, 5)]
-        lines.append(f"{split} {language}: {', '.join(levels)}")
-    return lines
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("source", type=Path, metavar="SOURCE_DIR", help="folder with LANGUAGE.json or .json.gz")
-    p.add_argument("--out", type=Path, default=ROOT / "data" / "xquad", metavar="DIR", help="dataset folder")
-    p.add_argument("--languages", nargs="+", default=LANGUAGES, choices=LANGUAGES, help="(all eleven)")
-    p.add_argument("--train-language", default="en", choices=LANGUAGES, help="of the training labels (en)")
-    p.add_argument("--train-questions", type=int, default=500, metavar="N", help="train, 4 rows each (500)")
-    p.add_argument(
-        "--eval-questions", type=int, default=100, metavar="N", help="evaluate, 4 rows each a language (100)"
-    )
-    p.add_argument(
-        "--impression-questions",
-        type=int,
-        default=150,
-        metavar="N",
-        help="unlabelled, in every language (150)",
-    )
-    p.add_argument("--titles", action="store_true", help="pins have their article's English title")
-    args = p.parse_args(argv)
-    if args.train_language not in args.languages:
-        raise Stop(f"--train-language {args.train_language} is not among --languages {args.languages}")
-    return args
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    tables, left_out = make_tables(args.source, args)
-    for name, columns in tables.items():
-        write_parquet(args.out / f"{name}.parquet", columns)
-    listed = args.out / "skipped_questions.csv"
-    with whole_file(listed) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        rows = [(*row, "missing in this language, or the text of an earlier question") for row in left_out]
-        csv.writer(f).writerows([("question_id", "language", "question", "reason"), *rows])
-    print(f"wrote {args.out}: " + "\n  ".join(summary(tables)))
-    print(f"  {len(left_out):,} questions left out, see {listed.name}")
+    settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
+    if settings.train_language not in settings.languages:
+        raise Stop(f"--train-language {settings.train_language} is not among --languages")
+    tables, left_out = make_tables(settings)
+    columns = ("question_id", "language", "question")
+    conversion.write_dataset(settings.out, tables, "skipped_questions.csv", columns, left_out)
 
 
 if __name__ == "__main__":

@@ -92,24 +92,24 @@ def test_tables(tmp_path, zipped):
     RawTables(tmp_path / "out", spill=tmp_path / "spill").check()  # stage 01 takes it
 
 
+def convert(source, out, *flags):
+    from_msrd.main([str(source), "--out", str(out), *flags])
+
+
 def test_shares_and_limit(tmp_path):
-    counts = from_msrd.convert(
-        source(tmp_path / "source", True),
-        tmp_path / "out",
-        train_share=0.5,
-        eval_share=0.25,
-        max_impressions=7,
-    )
-    assert counts["impressions"] == 7 and 0.6 * 400 < counts["labels"] < 0.9 * 400
+    shares = ("--train-share", "0.5", "--eval-share", "0.25", "--max-impressions", "7")
+    convert(source(tmp_path / "source", True), tmp_path / "out", *shares)
+    rows = lambda name: pq.read_table(tmp_path / "out" / f"{name}.parquet").num_rows
+    assert rows("impressions") == 7 and 0.6 * 400 < rows("labels") < 0.9 * 400
 
 
 def test_missing_file_is_one_line(tmp_path):
     (source(tmp_path / "source", True) / "movies-corpus.jsonl.gz").unlink()
-    line = stop_line(from_msrd.convert, tmp_path / "source", tmp_path / "out")
-    assert "movies-corpus.jsonl.gz" in line and "elasticsearch-labs" in line
+    line = stop_line(convert, tmp_path / "source", tmp_path / "out")
+    assert "movies-corpus.jsonl: missing" in line and "elasticsearch-labs" in line
 
 
 def test_other_grades_are_one_line(tmp_path):
     folder = source(tmp_path / "source", False)
     (folder / "movies-judgments.tsv").write_text("query_id\tquery\tdoc_id\tgrade\nq1\tx\t11\t2\n")
-    assert "'2'" in stop_line(from_msrd.convert, folder, tmp_path / "out")
+    assert "'2'" in stop_line(convert, folder, tmp_path / "out")
