@@ -55,7 +55,9 @@ class Settings(ModelSettings):
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
     teacher: Path | None = None  # teacher/ of another run (default: RUN's own)
-    known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN's base, its base …)
+    known: tuple[Path, ...] | None = (
+        None  # runs whose labels are looked up (default: RUN's own, its base's …)
+    )
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
 

@@ -30,6 +30,7 @@ from lib.levels import (  # noqa: F401  a service takes them from there
 )
 from lib.models import load_backbone, load_lora, output_width
 from lib.stages.files import read_json, write_json
+from lib.stages.finished import remake
 from lib.stages.terminal import Stop, stop_on_error
 
 # ------------------------------------------------------------------------------------------------------------
@@ -379,7 +380,9 @@ class Student(nn.Module):
             student = cls(read_json(Path(folder) / "features.json"))
             student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Stop(f"{folder}: no student of this version; run 04 again with --overwrite") from error
+            folder = Path(folder)
+            how = remake(folder, f"04_train_student.py --run {folder.parent} --name {folder.name}")
+            raise Stop(f"{folder}: no student of this version; {how}") from error
         return student.eval()
 
 

@@ -21,7 +21,7 @@ from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, in_percent, picture_file
 from lib.results.report import ALL, cell, escaped, markdown_table
 from lib.stages.files import hashed, read_json, whole_file, write_json
-from lib.stages.finished import require_finished
+from lib.stages.finished import remake, require_finished
 from lib.stages.terminal import Stop
 
 evaluate = importlib.import_module("05_evaluate")
@@ -82,9 +82,8 @@ def read_system(run, name):
         folder, teach if is_teacher else learn, ("labelled.parquet", "model.safetensors")
     )
     if about["inputs"]["features"] != made["identity"]:
-        raise Stop(
-            f"{folder} was made from other features than {features} holds now: make it again with --overwrite"
-        )
+        how = remake(folder, teach if is_teacher else learn)
+        raise Stop(f"{folder}: of other features than {features} holds now; {how}")
     train, rows = read_labelled(run, "labels" if is_teacher else None)
     p, score = evaluate.trained_system(run, name, rows)
     ids = []

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
 from lib.stages.files import fingerprint, hashed, read_json
+from lib.stages.finished import remake
 from lib.stages.terminal import Stop, stop_on_error
 
 READ = ("*.json", "*.model", "vocab*", "merges*", "dict*")  # of a model folder, beside its weights
@@ -248,7 +249,9 @@ def load_lora(backbone, folder):
     stranger's, sizes and the names of layers are used, nothing else; no memory is taken on its word."""
     from peft import LoraConfig, PeftModel
 
-    with stop_on_error(f"{folder}: LoRA weights that do not fit", "run 02 again"):
+    teacher = Path(folder).parent
+    how = remake(teacher, f"02_train_teacher.py --run {teacher.parent}")
+    with stop_on_error(f"{folder}: LoRA weights that do not fit", how):
         saved = read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = [name for name in file.keys() if "lora_A" in name]  # noqa: SIM118

@@ -62,8 +62,8 @@ class Ranker:
         command = f"04_train_student.py --run {run} --name {student}"
         self.made = require_finished(features, f"01_build_features.py --run {run}", READS)
         if ENGAGEMENTS not in self.made["outputs"]:
-            how = f"python 01_build_features.py --run {run} --overwrite"
-            raise Stop(f"{features / ENGAGEMENTS}: missing, of an earlier version; make it with: {how}")
+            how = remake(features, f"01_build_features.py --run {run}")
+            raise Stop(f"{features / ENGAGEMENTS}: missing, of an earlier version; {how}")
         self.trained = require_finished(folder, command, ("features.json", ONNX_ONE_QUERY))
         self.spec = read_json(folder / "features.json")
         problem = unfit(self.spec, self.made)

@@ -1,5 +1,6 @@
 """experiments/comparison.py and findings.py, and 03_label.py --only-labelled, on a tiny finished run."""
 
+import shlex
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from finished_run import finished_run
 from helpers import mark_finished, stage, stop_line
 
 from experiments import comparison, findings
+from lib.inputs.inherited import require_pairs
 from lib.stages.files import read_json, write_parquet
 
 
@@ -134,8 +136,8 @@ def test_other_evaluation_rows_are_refused(finished, tmp_path):
 
 
 def test_only_labelled(finished, tmp_path):
-    """The human-labelled rows get the labels they get anyway; no student can be trained on them; completing
-    them needs --overwrite."""
+    """The human-labelled rows get the labels they get anyway; no student can be trained on them; what 04
+    advises completes them, and labels none of them again."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "features").symlink_to((finished / "features").resolve())
@@ -147,9 +149,14 @@ def test_only_labelled(finished, tmp_path):
     about = read_json(run / "labels" / "stage.json")
     assert about["arguments"]["only_labelled"] is True and about["rows"]["impressions"] == 0
     line = stop_line(stage("04").main, ["--run", str(run), "--epochs", "1", "--device", "cpu"])
-    assert "--only-labelled" in line and f"python 03_label.py --run {run} --overwrite" in line
-    line = stop_line(stage("03").main, ["--run", str(run), "--device", "cpu"])
-    assert "--only-labelled was True, is False" in line
+    assert "--only-labelled was True" in stop_line(stage("03").main, ["--run", str(run), "--device", "cpu"])
+    command = shlex.split(line.partition("--only-labelled; python ")[2])
+    assert command == ["03_label.py", "--run", str(run), "--device", "cpu", "--overwrite"]
+    stage("03").main(command[1:])
+    counts, whole = (read_json(r / "labels" / "stage.json")["labels"] for r in (run, finished))
+    assert counts["looked_up"] == {str(run): about["labels"]["passes"]}
+    assert counts["passes"] == whole["passes"] - about["labels"]["passes"]
+    assert set(require_pairs(run, ["*.parquet"], impressions=True)) == {"features", "labels"}
 
 
 def test_two_levels_are_shown_by_auroc(finished, tmp_path, monkeypatch):

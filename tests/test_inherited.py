@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from helpers import mark_finished, stop_line, synthetic
+from helpers import mark_finished, stage, stop_line, synthetic
 
 from lib.inputs.inherited import require_pairs, require_student, require_systems, teacher_identity
 from lib.stages.files import read_json, write_json
@@ -47,6 +47,19 @@ def test_advice_on_a_student_of_other_features_trains_what_it_was(inherited, nam
     line = stop_line(require_student, inherited, name, read)
     command = ["04_train_student.py", "--run", str(inherited), *given, "--overwrite"]
     assert "trained on other features" in line and shlex.split(line.partition("; python ")[2]) == command
+
+
+def test_what_is_advised_trains_the_student_that_was_there(tmp_path):
+    """Its own flags, so that the baseline stays one of human labels; then nothing is wrong with it."""
+    run, name = tmp_path / "a run", "student_human_labels"
+    synthetic(run, shards=1, shard_rows=5, queries=60)
+    stage("04").main(["--run", str(run), "--labels", "human", "--epochs", "1", "--hidden", "4"])
+    before = read_json(run / name / "stage.json")["arguments"]
+    mark_finished(run / "features", identity="others")
+    read = require_pairs(run, READS, labels=False)
+    line = stop_line(require_student, run, name, read)
+    stage("04").main(shlex.split(line.partition("; python ")[2])[1:])
+    assert require_student(run, name, read)["arguments"] == before
 
 
 @pytest.mark.parametrize("name", ["impressions/part-00009.parquet", "pin_new_embedding.npy"])

@@ -15,6 +15,7 @@ from lib.inputs.known import (
     merge_own,
     tables_of,
 )
+from lib.stages.finished import hold
 
 DECIDED_BY = "0" * 32
 
@@ -110,6 +111,23 @@ def test_earlier_runs_whose_labels_do_not_serve_are_named(tmp_path):
     assert len(locks) == 1 and len(said) == 4
     for line, why in zip(said, ("not what its stage wrote", "another teacher", "older stage 03", "missing")):
         assert why in line and line.startswith("not looked up: ")
+
+
+def test_labels_that_overwrite_replaces_are_known(tmp_path):
+    """`03 --overwrite`, which is what is advised where features are others, labelled every pair again."""
+    folder = tmp_path / "run" / "labels"
+    table = known.write_table(folder / FILE, [batch_of(*keys_and_labels(10, 5))], DECIDED_BY)
+    mark_finished(folder)
+    lock = hold(folder, "write")  # this process makes the folder
+    found, _ = tables_of(None, tmp_path / "run", DECIDED_BY, print)
+    assert {run: known.rows for run, known in found.items()} == {str(tmp_path / "run"): table.rows}
+    assert not tables_of((), tmp_path / "run", DECIDED_BY, print)[0]
+    assert not tables_of(None, tmp_path / "run", "1" * 32, print)[0]
+    content = bytearray((folder / FILE).read_bytes())
+    content[300] ^= 1
+    (folder / FILE).write_bytes(content)
+    assert not tables_of(None, tmp_path / "run", DECIDED_BY, print)[0]
+    del lock
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):

@@ -122,7 +122,7 @@ def test_through_02_and_03(run, tmp_path, name):
     labels = read_labels(run / "labels" / "labelled.parquet")
     np.testing.assert_allclose(labels.sum(1), 1, atol=1e-6)
     assert labels.std(0).max() > 1e-3  # rows are told apart
-    labeller.main(["--run", str(run), "--only-labelled", "--batch-tokens", "300", "--overwrite"])
+    labeller.main(["--run", str(run), "--only-labelled", "--batch-tokens", "300", "--overwrite", "--known"])
     np.testing.assert_allclose(read_labels(run / "labels" / "labelled.parquet"), labels, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from lib.inputs.captions import reuse_captions
 from lib.stages.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from lib.stages.files import fingerprint, read_json, whole_file, write_json, write_parquet
-from lib.stages.finished import require_finished, sealed
+from lib.stages.finished import remake, require_finished, sealed
 from lib.stages.hardware import pick_device
 from lib.stages.processes import start_stage
 from lib.stages.settings import Count, Share, Size, StageSettings, parse
@@ -763,3 +763,21 @@ def test_advice_repeats_what_a_folder_was_made_with(tmp_path):
     assert replace(again, given=()) == replace(settings, given=())
     (folder / "x.parquet").unlink()
     assert Stage(folder, replace(again, overwrite=False), {"data": "d"}).done
+
+
+def test_advice_is_the_command_that_costs_least(tmp_path):
+    """Unfinished work is continued with its own flags; --overwrite stands where something is replaced."""
+    folder = tmp_path / "s"
+    plain = f"python 03.py --run {tmp_path}"
+    assert remake(folder, f"03.py --run {tmp_path}") == plain
+    settings = parse(PRESETS, ["--run", str(tmp_path), "--epochs", "7", "--overwrite", "--no-merge"])
+    begun = Stage(folder, settings, {})
+    assert stop_line(require_finished, folder, f"03.py --run {tmp_path}").endswith(
+        f"{plain} --epochs 7 --no-merge"
+    )
+    begun.finish()
+    assert (
+        remake(folder, f"03.py --run {tmp_path}", without=["--no-merge"]) == f"{plain} --epochs 7 --overwrite"
+    )
+    (folder / "stage.json").write_text("{}")
+    assert stop_line(require_finished, folder, f"03.py --run {tmp_path}").endswith(f"{plain} --overwrite")

@@ -58,11 +58,12 @@ def require_pairs(run, reads, labels=True, impressions=False):
         if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
             raise Stop(f"{folder}: of other features than those here; {remake(folder, command)}")
         teacher = Path(read["labels"]["arguments"].get("teacher") or run / "teacher")
-        trained = read_about(teacher, damaged_is_fine=True) if (teacher / "stage.json").exists() else None
+        trained = read_about(teacher, damaged_is_fine=True)
         if trained and read["labels"]["inputs"].get("teacher") not in (None, teacher_identity(trained)):
             raise Stop(f"{folder}: of another teacher than {teacher}; {remake(folder, command)}")
         if impressions and read["labels"]["arguments"].get("only_labelled"):
-            raise Stop(f"{folder}: made with --only-labelled; python {command} --overwrite")
+            how = remake(folder, command, without=["--only-labelled"])
+            raise Stop(f"{folder}: made with --only-labelled; {how}")
     return read
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from common import NUM_LEVELS
 from lib.inputs.base import bases_of
 from lib.stages.files import whole_file
-from lib.stages.finished import require_finished
+from lib.stages.finished import is_as_made, read_about, require_finished
 from lib.stages.streams import slices, vector_column
 from lib.stages.terminal import Stop
 
@@ -176,12 +176,18 @@ def merge_own(own, path):
 
 def tables_of(runs, run, decided_by, say):
     """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
-    runs: None: those that RUN builds on. Also locks on their labels, held as long as they live."""
+    runs: None: RUN itself, whose labels --overwrite replaces, and those that RUN builds on. Also locks on
+    their labels, held as long as they live."""
     tables, locks = {}, []
     if runs is None:
         runs = bases_of(run)
         if runs and not runs[0].exists():
             raise Stop(f"{runs[0]}: missing, {run} builds on it; --known says where labels are")
+        own = run / "labels"
+        made = read_about(own, damaged_is_fine=True).get("outputs", {})
+        if FILE in made and is_as_made(own / FILE, made[FILE]):
+            table = LabelTable(own / FILE)
+            tables |= {str(run): table} if table.decided_by == decided_by else {}
     for earlier in runs:
         folder = earlier / "labels"
         try:

@@ -16,6 +16,7 @@ from lib.inputs.match import match_names
 from lib.inputs.pool import read_pool
 from lib.inputs.regression import stacked
 from lib.stages.files import write_parquet
+from lib.stages.finished import remake
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.languages import is_spoken, primary
 from lib.tables.splits import hash_split, in_hash_split, query_key
@@ -45,13 +46,19 @@ def read_labels(path, rows=None):
     """Soft labels [N, C] of a file. Stop if it has not so many rows, or some are no finite numbers."""
     table = pq.read_table(path)
     if rows is not None and len(table) != rows:
-        raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; run 03_label.py --overwrite")
+        raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; {label_again(path)}")
     p = np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
     is_finite = np.isfinite(p).all(axis=1)
     bad = np.count_nonzero(~is_finite)
     if bad:
-        raise Stop(f"{path}: {bad:,} rows are no finite numbers; run 03_label.py --overwrite")
+        raise Stop(f"{path}: {bad:,} rows are no finite numbers; {label_again(path)}")
     return p
+
+
+def label_again(path):
+    """The command that makes the folder of a file of labels again."""
+    folder = path.parents[path.parent.name == "impressions"]
+    return remake(folder, f"03_label.py --run {folder.parent}")
 
 
 def count_labels(paths):

@@ -37,7 +37,7 @@ class StudentInputs:
         self.dims = {name: array.shape[1] for name, array in self.embeddings.items()}
         if spec is not None and self.dims != spec["embeddings"]:
             trained = f"the student was trained on the embeddings {spec['embeddings']}"
-            raise Stop(f"{trained}, {features} has {self.dims}: run 04 again with --overwrite")
+            raise Stop(f"{trained}, {features} has {self.dims}: it cannot read these features")
         self.match = spec["match"] if spec else match_names(features / "labelled.parquet")
         files = {side: pq.ParquetFile(features / table) for side, table in TABLES.items()}
         for side, file in files.items():

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import filelock
 
-from lib.stages.files import fingerprint, hashed, is_plain_file, read_json
+from lib.stages.files import UNFINISHED, fingerprint, hashed, is_plain_file, read_json
 from lib.stages.terminal import Stop, first_line
 
 READ_ALL = (".parquet", ".npy")  # stages read whatever lies in a folder under such a name
+NOT_AS_WRITTEN = "not what its stage wrote"
 
 
 class Finished(dict):
@@ -29,8 +30,12 @@ def require_finished(folder, command, reads=("*",)):
     its files whose name fits a pattern of `reads` is not what the stage wrote."""
     folder = Path(folder)
     if not os.path.lexists(folder / "stage.json"):
-        raise Stop(f"{folder}: missing or unfinished; make it with: python {command}")
-    about = Finished(read_about(folder))
+        raise Stop(f"{folder}: missing or unfinished; make it with: {remake(folder, command)}")
+    about = Finished(read_about(folder, damaged_is_fine=True))
+    if not about:
+        raise Stop(
+            f"{folder / 'stage.json'}: {NOT_AS_WRITTEN}; make it again with: {remake(folder, command)}"
+        )
     about.lock = hold(folder, "read")
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one checks
         check_files(folder, about, reads, command)
@@ -55,19 +60,28 @@ def check_files(folder, about, reads, command=None):
             if not path.is_file():
                 raise Stop(f"{path}: missing; {again}")
             if not is_as_made(path, made):
-                raise Stop(f"{path}: not what its stage wrote; {again}")
+                raise Stop(f"{path}: {NOT_AS_WRITTEN}; {again}")
 
 
-def remake(folder, command):
-    """The command that makes a folder again: the script of `command`, and the flags that the folder's
-    stage.json says it was made with."""
-    about, run = read_about(folder, damaged_is_fine=True), str(Path(folder).parent)
+def remake(folder, command, without=()):
+    """The command that makes a folder with the least work: with the flags that it was begun with last it goes
+    on where that was killed; --overwrite stands there only where a finished folder is to be replaced.
+    command: SCRIPT --run RUN …, for a folder that nobody has begun. without: flags to leave out."""
+    folder = Path(folder)
+    finished = os.path.lexists(folder / "stage.json")
+    about = read_about(folder, damaged_is_fine=True)
+    if not finished:
+        for begun in sorted(
+            folder.parent.glob(f".{folder.name}{UNFINISHED}*/stage.json"), key=os.path.getmtime
+        ):
+            with contextlib.suppress(ValueError):
+                about = read_json(begun)
     if "command" in about:
-        flags = about["command"]
-        if about["stage"] != Path(folder).name:  # renamed since, or copied
-            flags = [*flags, *command.partition(run)[2].split()]
-        command = shlex.join([command.split()[0], "--run", run, *flags])
-    return f"python {command} --overwrite"
+        flags = [word for word in about["command"] if word not in without]
+        if about["stage"] != folder.name:  # renamed since, or copied
+            flags = [*flags, *command.partition(str(folder.parent))[2].split()]
+        command = shlex.join([command.split()[0], "--run", str(folder.parent), *flags])
+    return f"python {command}" + " --overwrite" * finished
 
 
 def is_as_made(path, made):
@@ -76,9 +90,10 @@ def is_as_made(path, made):
 
 
 def read_about(folder, damaged_is_fine=False):
-    """stage.json of a finished folder, checked. damaged_is_fine: it is going to be replaced."""
+    """stage.json of a finished folder, checked. damaged_is_fine: {} if it is damaged or not there."""
     path = Path(folder) / "stage.json"
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    errors = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+    with contextlib.suppress(*errors):
         about = dict(read_json(path))
         kinds = {"finished": bool, "identity": str, "arguments": dict, "inputs": dict, "outputs": dict}
         whole = about.get("digest") in (None, sealed(about)["digest"])
@@ -89,7 +104,7 @@ def read_about(folder, damaged_is_fine=False):
             return about
     if damaged_is_fine:
         return {}
-    raise Stop(f"{path}: not what its stage wrote; make {folder} again with --overwrite")
+    raise Stop(f"{path}: {NOT_AS_WRITTEN}; --overwrite makes {folder} again")
 
 
 def sealed(about):
