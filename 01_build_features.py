@@ -3,11 +3,16 @@
 Paper: "Pin Text Representations" (the six text sources) and "Distill LLM into Servable Student Model" (the
 student's features).
 
+    1  the raw tables, checked; their rows numbered
+    2  the text of a pin: its own, BLIP's caption, and what logs of queries, boards and link visits say
+    3  embeddings, once a query and once a pin
+    4  match features of every labelled and unlabelled pair: BM25, cosine, engagement
+    5  a summary
+
 Reads   --data DIR      raw tables, see data/README.md
 Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_embedding.npy,
                         labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;
-                        bm25.parquet, graph.parquet: what the features of a new text need;
-                        engagements.parquet: events of every engaged pair
+                        for new texts: bm25.parquet, graph.parquet; engagements.parquet of engaged pairs
 
 Toy     python data/toy/make_toy.py && python 01_build_features.py
 Yours   python 01_build_features.py --check --data DIR      in seconds: all that is wrong or odd in the tables
@@ -16,6 +21,7 @@ Later   the same with --base /runs/search --run /runs/tuesday: the next day
 """
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -52,7 +58,7 @@ from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embeddi
 from lib.tables.images import pictures_fingerprint, read_pictures, warn_if_all_fail, write_skipped
 from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names
 from lib.tables.raw import RawTables, levels_of
-from lib.tables.splits import in_hash_split
+from lib.tables.splits import held_out
 
 
 @dataclass(frozen=True)
@@ -132,14 +138,6 @@ def engaged_queries(raw, as_of):
     return as_of
 
 
-def board_saves(raw):
-    """Makes the table saves(pin_id, text, n): how often a pin was saved on boards of a title."""
-    raw.ask("""
-        CREATE TABLE saves AS
-        SELECT pin_id, board_title AS text, count(*) AS n
-        FROM raw_boards WHERE board_title IS NOT NULL GROUP BY ALL""")
-
-
 def top_tokens(raw, source, target, k):
     """Makes the table `target`(pin_id, text): of every pin the k tokens with the largest counts over
     source(pin_id, text, n), ties by token."""
@@ -173,24 +171,26 @@ def top_links(raw, target):
 
 def text_from_logs(raw, as_of, k):
     """What the logs say of a pin: makes the tables pin_queries, pin_boards, pin_links (pin_id, text), from
-    engaged and saves. Returns the end of the engagement window."""
+    engaged and saves(pin_id, text, n), n saves on boards of a title. Returns the end of the engagement
+    window."""
     as_of = engaged_queries(raw, as_of)
-    board_saves(raw)
+    raw.ask("""
+        CREATE TABLE saves AS
+        SELECT pin_id, board_title AS text, count(*) AS n
+        FROM raw_boards WHERE board_title IS NOT NULL GROUP BY ALL""")
     top_tokens(raw, "engaged", "pin_queries", k)
     top_tokens(raw, "saves", "pin_boards", k)
     top_links(raw, "pin_links")
     return as_of
 
 
-def write_queries(raw, path):
-    """query_rows -> queries.parquet, in index order."""
-    with_default = "* EXCLUDE (query_index) REPLACE (coalesce(plain_tag(language), 'en') AS language)"
-    write_stream(path, raw.batches(f"SELECT {with_default} FROM query_rows ORDER BY query_index", 50_000))
-
-
-def write_pins(raw, captions, path):
-    """pin_rows, captions (Arrow, in index order) and what logs say (pin_queries, pin_boards, pin_links) ->
-    pins.parquet, in index order."""
+def write_texts(raw, captions, out):
+    """query_rows -> queries.parquet; pin_rows, captions (Arrow) and pin_queries, pin_boards, pin_links ->
+    pins.parquet; both in index order."""
+    queries = """
+        SELECT * EXCLUDE (query_index) REPLACE (coalesce(plain_tag(language), 'en') AS language)
+        FROM query_rows ORDER BY query_index"""
+    write_stream(out / "queries.parquet", raw.batches(queries, 50_000))
     captions = pa.table({"pin_index": np.arange(len(captions), dtype=np.int32), "caption": captions})
     pins = """
         SELECT pin_id, coalesce(title, '') AS title, coalesce(description, '') AS description, caption,
@@ -198,7 +198,7 @@ def write_pins(raw, captions, path):
                pin_rows.* EXCLUDE (pin_index, pin_id, title, description)
         FROM pin_rows JOIN captions USING (pin_index) LEFT JOIN pin_queries q USING (pin_id)
         LEFT JOIN pin_boards b USING (pin_id) LEFT JOIN pin_links l USING (pin_id) ORDER BY pin_index"""
-    write_stream(path, raw.batches(pins, 50_000, captions=captions))
+    write_stream(out / "pins.parquet", raw.batches(pins, 50_000, captions=captions))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,19 +209,18 @@ def split_of(raw, keys, given, share):
     """Split of each labelled row [B], train or eval: as given, else `share` of the queries go to eval, by a
     hash of the text. keys, given: query_key and split (or None) of each. Prints how many these are; returns
     also {split: rows}."""
-    by_hash = np.where(in_hash_split(keys, share, "eval"), "eval", "train")
-    split = np.array([known or hashed for known, hashed in zip(given, by_hash)])
-    queries = {side: len(set(np.array(keys, dtype=object)[split == side])) for side in ("train", "eval")}
-    counts = {side: int((split == side).sum()) for side in queries}
-    for side, rows in counts.items():
-        if not rows:
+    in_eval, _ = held_out(keys, share, "eval")
+    split = [known or ("eval" if hashed else "train") for known, hashed in zip(given, in_eval)]
+    rows, queries = Counter(split), Counter(side for side, _ in set(zip(split, keys)))
+    for side in ("train", "eval"):
+        if not rows[side]:
             raise Stop(f"{raw.name['labels']}: no row in the split {side!r}; both are needed")
-    sides = [f"{rows:,} rows of {queries[side]:,} queries {side}" for side, rows in counts.items()]
+    sides = [f"{rows[side]:,} rows of {queries[side]:,} queries {side}" for side in ("train", "eval")]
     print("labelled:", ", ".join(sides))
     if queries["eval"] < ENOUGH_EVAL:
         width = f"intervals of AUROC and nDCG will be some ±{ROUGH_WIDTH / queries['eval'] ** 0.5:.2f}"
         print(f"only {queries['eval']} evaluation queries: {width}; --eval-share holds out more")
-    return split, counts
+    return split, dict(rows)
 
 
 def write_labelled(raw, features_of, numbers, share, path):
@@ -236,22 +235,6 @@ def write_labelled(raw, features_of, numbers, share, path):
     indices = {name: columns.pop(name) for name in ("query_index", "pin_index")}
     write_parquet(path, {**indices, "label": pairs["label"].to_numpy(), "split": split, **columns})
     return counts
-
-
-def write_impressions(raw, features_of, numbers, out, shard_rows):
-    """impressions/part-*.parquet, `shard_rows` each, streamed. Shards that exist are complete and kept."""
-    total = raw.ask("SELECT count(*) FROM raw_impressions")[0][0]
-    shards = slices(index_pairs(raw, "impressions", numbers), shard_rows)
-    list(keep_chunks(out / "impressions", shards, features_of, total, "impressions"))
-
-
-def write_engagements(raw, path):
-    """Events of every engaged pair of a query and a pin of ours, by their numbers, in order."""
-    sql = "SELECT query_index, pin_index, engaged FROM engaged_pairs"
-    if raw.ask(f"{sql} LIMIT 1"):
-        write_stream(path, raw.batches(f"{sql} ORDER BY query_index, pin_index"))
-    else:
-        write_parquet(path, raw.table(sql))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -312,11 +295,20 @@ def open_match_features(out, workers, base=None):
 
 
 def write_pairs(raw, match, numbers, settings, out):
-    """All files of pairs, with match features and the user's `numbers`. Returns {split: labelled rows}."""
+    """All files of pairs, with match features and the user's `numbers`: of labelled ones, of impressions
+    (`shard_rows` a shard; one that is there is complete and kept), and events of the engaged ones. Returns
+    {split: labelled rows}."""
     features_of = functools.partial(match.columns, numbers=list(numbers))
     splits = write_labelled(raw, features_of, numbers, settings.eval_share, out / "labelled.parquet")
-    write_impressions(raw, features_of, numbers, out, settings.shard_rows)
-    write_engagements(raw, out / ENGAGEMENTS)
+    shards = slices(index_pairs(raw, "impressions", numbers), settings.shard_rows)
+    [[total]] = raw.ask("SELECT count(*) FROM raw_impressions")
+    for _ in keep_chunks(out / "impressions", shards, features_of, total, "impressions"):
+        pass
+    engaged = "SELECT query_index, pin_index, engaged FROM engaged_pairs ORDER BY query_index, pin_index"
+    if raw.ask(f"{engaged} LIMIT 1"):
+        write_stream(out / ENGAGEMENTS, raw.batches(engaged))
+    else:
+        write_parquet(out / ENGAGEMENTS, raw.table(engaged))
     return splits
 
 
@@ -337,18 +329,14 @@ def inputs_of(raw, settings, own, pictures, hardware):
     return found
 
 
-def models_used(settings, inputs):
-    """Name and fingerprint of the text encoder and the captioner, where the features come from them."""
-    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
-    used = [kind for kind in names if kind in inputs]
-    return {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in used}
-
-
-def about_dataset(raw, settings, counts, splits, as_of):
-    """Prints the engagement window, and returns what stage.json says of the dataset."""
+def about_dataset(raw, settings, inputs, counts, splits, as_of):
+    """Prints the engagement window. Returns what stage.json says of the dataset, and the models that the
+    features come from."""
     if as_of:
         print(f"engagement window: {WINDOW_YEARS} years up to {as_of}")
-    facts = {"dataset": str(settings.data.resolve()), "as_of": as_of and str(as_of)}
+    names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
+    used = {kind: {"name": names[kind], "fingerprint": inputs[kind]} for kind in names if kind in inputs}
+    facts = {"dataset": str(settings.data.resolve()), "as_of": as_of and str(as_of), "models": used}
     facts["levels"] = [int(level) for (level,) in raw.ask("SELECT DISTINCT label FROM raw_labels ORDER BY 1")]
     return {**facts, "rows": {**counts, **{f"labelled_{split}": n for split, n in splits.items()}}}
 
@@ -363,15 +351,11 @@ def open_tables(settings, faults=None):
 def check_tables(settings):
     """--check: prints what is wrong or odd in the tables, and what becomes of each column."""
     raw = open_tables(settings, faults=[])
+    labels = "SELECT query_key(q.query), l.split FROM raw_labels l JOIN raw_queries q USING (query_id)"
 
     def splits():
-        if raw.faults:
-            return
-        sql = (
-            "SELECT query_key(q.query) AS key, l.split FROM raw_labels l JOIN raw_queries q USING (query_id)"
-        )
-        rows = raw.table(sql)
-        split_of(raw, rows["key"].to_pylist(), rows["split"].to_pylist(), settings.eval_share)
+        if not raw.faults:
+            split_of(raw, *zip(*raw.ask(labels)), settings.eval_share)
 
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
@@ -415,8 +399,7 @@ def main(argv=None):
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
     captions, images = make_captions(pictures, settings, inputs, device, dtype, out)
     as_of = text_from_logs(raw, settings.as_of, settings.top_tokens)
-    write_queries(raw, out / "queries.parquet")
-    write_pins(raw, captions, out / "pins.parquet")
+    write_texts(raw, captions, out)
 
     # 3. Embeddings, once a query and once a pin
     make_embeddings(raw, settings, own, (device, dtype), out, base)
@@ -428,10 +411,11 @@ def main(argv=None):
     splits = write_pairs(raw, match, numbers, settings, out)
 
     # 5. Summary
-    facts = about_dataset(raw, settings, counts, splits, as_of) | (base.report(out) if base else {})
+    facts = about_dataset(raw, settings, inputs, counts, splits, as_of)
+    facts |= base.report(out) if base else {}
     raw.db.close()
     stage.refuse_changed(read, raw.stamps())
-    stage.finish(without=["work"], models=models_used(settings, inputs), images=images, **facts)
+    stage.finish(without=["work"], images=images, **facts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lib.inputs.match import MATCH_FEATURES
 from lib.stages import streams
 from lib.stages.files import write_parquet
 from lib.tables.database import Database
-from lib.tables.splits import hash_split, in_hash_split, query_key
+from lib.tables.splits import held_out, in_hash_split, query_key
 
 distil = stage("04")
 
@@ -220,10 +220,10 @@ def test_at_most_a_tenth_of_the_rows_is_held_out(seed):
     rng = np.random.default_rng(seed)
     rows = np.maximum(1, rng.pareto(1.0, 30) * 20).astype(int)
     texts = [f"query {i} of {seed}" for i in range(30)]
-    split = hash_split(texts, rows, 0.2, "s")
-    held = in_hash_split(texts, **split)
+    held, split = held_out(texts, 0.2, "s", rows)
+    assert (held == in_hash_split(texts, **split)).all()
     assert split["share"] <= 0.2 and rows[held].sum() <= rows.sum() / 10
-    every = in_hash_split(texts, 0.2, "s")
+    every, _ = held_out(texts, 0.2, "s")
     if rows[every].sum() <= rows.sum() / 10:
         assert (held == every).all()
 

@@ -11,7 +11,7 @@ from helpers import mark_finished, stop_line, synthetic
 from experiments import peer_quality
 from lib.inputs.pairs import read_labelled
 from lib.stages.files import write_json
-from lib.tables.splits import hash_split, in_hash_split
+from lib.tables.splits import held_out
 
 TRAINED = {
     "epochs": 1,
@@ -46,8 +46,7 @@ def test_the_peer_gets_the_teachers_rows(labelled_run):
     train, _ = read_labelled(run)
     learned = peer_quality.teacher_rows(run, train, TRAINED)
     keys = [f"text {i}" for i in train["query_index"]]
-    split = hash_split(keys, np.ones(len(keys)), 0.1, "teacher:3")
-    is_held_out = in_hash_split(keys, **split)
+    is_held_out, _ = held_out(keys, 0.1, "teacher:3", np.ones(len(keys)))
     assert 0 < is_held_out.sum() < len(is_held_out)
     for name, column in learned.items():
         assert (column == train[name][~is_held_out]).all()

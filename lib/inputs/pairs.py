@@ -19,7 +19,7 @@ from lib.stages.files import write_parquet
 from lib.stages.finished import remake
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.languages import is_spoken, primary
-from lib.tables.splits import hash_split, in_hash_split, query_key
+from lib.tables.splits import held_out, query_key
 
 COLUMNS = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]  # of a file of labels
 HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a tenth of the rows
@@ -200,8 +200,8 @@ class TrainingRows:
         for path in self.shards:
             counts += files.count(path)
         share, salt = HELD_OUT[settings.labels], f"student:{settings.seed}"
-        self.held_out = hash_split(files.keys, counts, share, salt)
-        self.is_held_out = in_hash_split(files.keys, **self.held_out)  # [Q]: no row of these is trained on
+        # [Q]: no row of these is trained on
+        self.is_held_out, self.held_out = held_out(files.keys, share, salt, counts)
         self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):

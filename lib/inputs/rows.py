@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from common import pad_rows
-from lib.tables.splits import hash_split, in_hash_split, query_key
+from lib.tables.splits import held_out, query_key
 
 
 class LabelledRows:
@@ -56,13 +56,12 @@ def count_queries(keys, rows):
 def split_rows(keys, settings):
     """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
     in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
-    split = hash_split(keys, np.ones(len(keys)), 0.1, f"teacher:{settings.seed}")
-    is_held_out = in_hash_split(keys, **split)
-    train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    is_held_out, split = held_out(keys, 0.1, f"teacher:{settings.seed}", np.ones(len(keys)))
+    train = np.flatnonzero(~is_held_out)
     if settings.rows:
         shuffled = np.random.default_rng(settings.seed).permutation(train)
         train = np.sort(shuffled[: settings.rows])
-    return train, held_out, split
+    return train, np.flatnonzero(is_held_out), split
 
 
 def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):

@@ -3,6 +3,7 @@ one side."""
 
 import hashlib
 import unicodedata
+from collections import Counter
 
 import numpy as np
 
@@ -29,15 +30,17 @@ def in_hash_split(keys, share, salt):
     return np.array([held_out[key] for key in keys], dtype=bool)
 
 
-def hash_split(keys, rows, share, salt):
-    """{"share", "salt"} of in_hash_split that hold out about `share` of the queries, but at most a tenth of
-    the rows: of a small data set none. keys [Q]: of the queries; rows [Q]: how many each has."""
-    rows_of = {}
-    for key, count in zip(keys, rows):
-        rows_of[key] = rows_of.get(key, 0) + int(count)
-    held_out, most = 0, MOST_ROWS * sum(rows_of.values())
-    for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
-        held_out += count
-        if position >= share or held_out > most:
-            return {"share": min(position, share), "salt": salt}
-    return {"share": share, "salt": salt}
+def held_out(keys, share, salt, rows=None):
+    """Which queries are held out, and the {"share", "salt"} by which in_hash_split finds them again. keys
+    [B]: of the queries; rows [B]: how many rows each stands for: at most a tenth of them are held out, of a
+    small data set perhaps none. Without rows it is the share of the queries alone."""
+    if rows is not None:
+        rows_of, found = Counter(), 0
+        for key, count in zip(keys, rows):
+            rows_of[key] += int(count)
+        for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
+            found += count
+            if position >= share or found > MOST_ROWS * rows_of.total():
+                share = min(position, share)
+                break
+    return in_hash_split(keys, share, salt), {"share": share, "salt": salt}
