@@ -16,7 +16,8 @@ Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_em
 
 Toy     python data/toy/make_toy.py && python 01_build_features.py
 Yours   python 01_build_features.py --check --data DIR      in seconds: all that is wrong or odd in the tables
-Paper   python 01_build_features.py --preset paper --data /data/search --run /runs/search --as-of 2024-07-01
+Paper   accelerate launch 01_build_features.py --preset paper --data /data/search --run /runs/search
+        captions and text embeddings are dealt to processes; any number of them continues
 Later   the same with --base /runs/search --run /runs/tuesday: the next day
 """
 
@@ -35,8 +36,8 @@ from common import FIELDS
 from lib import models
 from lib.inputs.base import open_base
 from lib.inputs.bm25 import PairBM25, tokenize
-from lib.inputs.captions import caption_pictures, captions_of, reuse_captions
-from lib.inputs.encoders import TextEncoder, captioner_config, embed_texts, encoder_config
+from lib.inputs.captions import caption_pictures, captions_of, plan_captions, reuse_captions
+from lib.inputs.encoders import captioner_config, embed_texts, encoder_config, gather_embeddings
 from lib.inputs.graph import graph_embedding
 from lib.inputs.match import (
     ENGAGEMENTS,
@@ -48,7 +49,7 @@ from lib.inputs.match import (
     query_texts,
 )
 from lib.stages.files import hashed, write_parquet
-from lib.stages.hardware import pick_hardware
+from lib.stages.processes import lead, start_processes
 from lib.stages.settings import ROOT, Count, ModelSettings, Share, Size, Width, parse
 from lib.stages.stage import Stage
 from lib.stages.streams import keep_chunks, slices, write_stream
@@ -240,9 +241,10 @@ def write_labelled(raw, features_of, numbers, share, path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def make_captions(pictures, settings, inputs, device, dtype, out):
-    """Captions every pin's picture. Writes pin_visual_embedding.npy and skipped_images.csv. Returns captions
-    (Arrow, in pin order; "": none), and {captioned, skipped}, numbers of pins; None: no pin has a picture."""
+def make_captions(pictures, settings, inputs, share, out):
+    """Captions every pin's picture, by all processes. Writes pin_visual_embedding.npy and skipped_images.csv.
+    Returns captions (Arrow, in pin order; "": none), and numbers of pins: {captioned, skipped}; None: no pin
+    has a picture."""
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
@@ -250,7 +252,8 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     if "caption model" in inputs:  # else no picture can be read
         key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
         cache = out / "captions" / key[:16]
-        caption_pictures(pictures, cache, settings, device, dtype, CHUNK)
+        plan_captions(pictures, cache, plan := out / "work" / "captions.parquet")
+        share("captions", plan, cache, CHUNK)
         captions, reasons = captions_of(pictures, cache, out)
     skipped = write_skipped(out / "skipped_images.csv", pictures, reasons)
     captioned = len(pictures) - pictures["image"].null_count - skipped
@@ -259,9 +262,8 @@ def make_captions(pictures, settings, inputs, device, dtype, out):
     return captions, {"captioned": captioned, "skipped": skipped}
 
 
-def make_embeddings(raw, settings, own, hardware, out, base):
-    """Every *_embedding.npy: the user's own, else ours. Prints which rows have none."""
-    encoder, (device, dtype) = None, hardware
+def make_embeddings(raw, settings, own, share, out, base):
+    """Every *_embedding.npy: the user's own, else ours, by all processes. Prints which rows have none."""
     for side, table, texts in (("query", "queries", query_texts), ("pin", "pins", pin_texts)):
         ids = pq.read_table(out / f"{table}.parquet", columns=[f"{side}_id"])[f"{side}_id"].combine_chunks()
         for name in own:
@@ -270,12 +272,13 @@ def make_embeddings(raw, settings, own, hardware, out, base):
                 missing = users_embedding(source, ids, out / f"{name}_embedding.npy")
                 print(f"{source.name}: {missing:,} of {len(ids):,} {table} have no row there and get zeros")
         if f"{side}_text" not in own:
-            if encoder is None:
-                size = settings.text_tokens, settings.token_batch
-                encoder = TextEncoder(settings.text_encoder, *size, device, dtype)
-            path, parts = out / f"{side}_text_embedding.npy", out / "work" / f"{side}_text"
-            known = base.known_texts(side, texts, out) if base else None
-            embed_texts(encoder, texts(out / f"{table}.parquet"), (CHUNK, parts), path, len(ids), known)
+            vectors, place = base.known_texts(side, texts, out) if base else (None, np.full(len(ids), -1))
+            folder, dim = (
+                out / "work" / f"{side}_text",
+                encoder_config(settings.text_encoder, settings.text_tokens).hidden_size,
+            )
+            files = share("texts", out / f"{table}.parquet", folder, place < 0, CHUNK)
+            gather_embeddings(files, out / f"{side}_text_embedding.npy", dim, place, vectors)
     if "pin_graph" not in own:
         pins = pq.read_metadata(out / "pins.parquet").num_rows
         graph_embedding(raw, pins, settings.graph_dim, settings.seed, out, base)
@@ -373,13 +376,21 @@ def main(argv=None):
         check_tables(settings)
         return
     models.quiet_libraries()
+    accelerator, dtype, hardware = start_processes(settings)
+    jobs = {"captions": caption_pictures, "texts": embed_texts}
+    for name, job in jobs.items():
+        jobs[name] = functools.partial(job, settings, (accelerator.device, dtype))
+    lead(accelerator, functools.partial(build, settings, hardware), jobs)
+
+
+def build(settings, hardware, share):
+    """The stage in its main process. hardware: in words; share: of lead(), for what all processes do."""
     torch.manual_seed(settings.seed)
-    device, dtype, hardware = pick_hardware(settings)
 
     # 1. Raw tables: open, check, before any model is looked for; number the rows
     raw = open_tables(settings)
     read, counts = raw.stamps(), raw.count_rows()
-    print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; device {device}")
+    print(f"{settings.data}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}; {hardware}")
     raw.check()
     own, pictures = own_embeddings(raw.folder), read_pictures(raw)
     inputs = inputs_of(raw, settings, own, pictures, hardware)
@@ -397,12 +408,12 @@ def main(argv=None):
     look.show(raw)
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")
-    captions, images = make_captions(pictures, settings, inputs, device, dtype, out)
+    captions, images = make_captions(pictures, settings, inputs, share, out)
     as_of = text_from_logs(raw, settings.as_of, settings.top_tokens)
     write_texts(raw, captions, out)
 
     # 3. Embeddings, once a query and once a pin
-    make_embeddings(raw, settings, own, (device, dtype), out, base)
+    make_embeddings(raw, settings, own, share, out, base)
     if base:
         base.complete(out, numbers)
 

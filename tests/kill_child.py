@@ -15,7 +15,7 @@ from peft import PeftModel  # noqa: F401
 from transformers import AutoProcessor, BertModel, BlipForConditionalGeneration, LlamaModel  # noqa: F401
 
 from common import Teacher
-from lib.stages import checkpoint
+from lib.stages import checkpoint, streams
 from lib.stages.terminal import run_main
 
 for number in STAGES:
@@ -46,8 +46,8 @@ def work(number, argv, log, rename=None):
 
 
 def work_as(rank, port, number, argv, log, die_at=0):
-    """main(argv) of a stage as one of two processes, without dropout, which is drawn per process. die_at: the
-    first one dies at its n-th checkpoint."""
+    """main(argv) of a stage as one of two processes, without dropout, which is drawn per process. die_at: it
+    dies after its n-th checkpoint of 02, or chunk of 01."""
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -61,14 +61,18 @@ def work_as(rank, port, number, argv, log, die_at=0):
     os.dup2(out, 2)
     torch.set_num_threads(1)
     Teacher.__init__.__defaults__ = (*Teacher.__init__.__defaults__[:-1], 0.0)
-    save, done = checkpoint.save_checkpoint, 0
+    stage("01").CHUNK, done = 16, 0
 
-    def counted(path, model, optimizer, train_state):
-        nonlocal done
-        save(path, model, optimizer, train_state)
-        done += optimizer is not None
-        if optimizer is not None and done == die_at:
-            os._exit(9)
+    def counted(write):
+        def written(*args):
+            nonlocal done
+            write(*args)
+            done += 1
+            if done == die_at:
+                os._exit(9)
 
-    checkpoint.save_checkpoint = counted
+        return written
+
+    checkpoint.save_checkpoint = counted(checkpoint.save_checkpoint)
+    streams.write_parquet = counted(streams.write_parquet)
     run_main(lambda: stage(number).main(argv))

@@ -1,5 +1,4 @@
-"""02 and 03 in two processes under `accelerate launch`: the same labels, the same training, and a restart
-continues."""
+"""01 to 03 in two processes: the same features, labels and training as in one, and a restart continues."""
 
 import json
 import multiprocessing
@@ -13,8 +12,9 @@ import kill_child
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, environment, stage, stop_line
+from helpers import ROOT, TOY_MODELS, environment, stage, stop_line
 from safetensors.torch import load_file
+from test_kill import content
 
 from common import Teacher
 from lib.inputs.known import FILE, LabelTable
@@ -80,6 +80,24 @@ def new_run(folder, features):
     folder.mkdir()
     (folder / "features").symlink_to(features)
     return folder
+
+
+def test_two_processes_make_the_features_of_one(toy, models, tmp_path, monkeypatch):
+    """Killed within the captions and within the embeddings, continued by one process."""
+    argv = ["--data", toy, "--caption-model", TOY_MODELS / "blip", "--text-encoder", models["bert"]]
+    one, two, parts = tmp_path / "one", tmp_path / "two", []
+    for die_at in (2, 5):  # of 7 chunks of captions, 3 of queries' texts, 7 of pins' texts, in both processes
+        codes, log = two_processes(tmp_path, "01", ["--run", two, *argv], die_at)
+        [work] = two.glob(".features.unfinished-*")
+        assert codes[0] == 9 and codes[1] and "Traceback" not in log, log
+        parts.append({p.relative_to(work): p.stat().st_mtime_ns for p in work.rglob("part-*.parquet")})
+    assert parts[0].items() < parts[1].items() and {p.parts[0] for p in parts[1]} == {"captions", "work"}
+    monkeypatch.setattr(stage("01"), "CHUNK", 16)
+    for run in (one, two):
+        alone(monkeypatch, "01", ["--run", run, *argv])
+    assert content(two / "features") == content(one / "features")
+    made = {path: (two / "features" / path).stat().st_mtime_ns for path in parts[0]}
+    assert made == parts[0]  # not one picture was captioned twice
 
 
 TRAIN = ["--rows", "96", "--epochs", "2", "--batch-size", "16", "--batch-tokens", "256"]

@@ -7,10 +7,11 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.inputs.encoders import Captioner
-from lib.stages.files import link_or_copy, remove
+from lib.stages.files import link_or_copy, remove, write_parquet
 from lib.stages.finished import is_as_made, read_about
 from lib.stages.streams import (
     keep_chunks,
@@ -42,17 +43,29 @@ def caption_chunk(chunk, captioner, root, image_batch):
     return {**columns, "reason": pa.array(reasons, pa.string())}
 
 
-def caption_pictures(pictures, cache, settings, device, dtype, chunk):
-    """Captions each distinct picture that `cache`, a folder of caption_chunk's columns, does not have;
-    `chunk` pictures between two of its files."""
+def plan_captions(pictures, cache, plan):
+    """Writes the file `plan`: each distinct picture that `cache`, a folder of caption_chunk's columns, does
+    not have, and in its metadata the number of the first file they go into. One that is there is kept if it
+    has all that is to do: whatever of it was made before a kill, chunks and numbers stay the same."""
     todo = without_kept(pictures, cache, "digest")
-    if len(todo):
-        captioner = Captioner(settings.caption_model, settings.caption_tokens, device, dtype)
-        options = {"captioner": captioner, "root": settings.data, "image_batch": settings.image_batch}
-        make = functools.partial(caption_chunk, **options)
-        kept = [int(path.stem.removeprefix("part-")) for path in cache.glob("part-*")]
-        first = 1 + max(kept, default=-1)
-        list(keep_chunks(cache, slices([todo], chunk), make, len(todo), "captions", first))
+    if plan.exists() and pc.all(pc.is_in(todo["digest"], pq.read_table(plan)["digest"])).as_py() is not False:
+        return
+    kept = [int(path.stem.removeprefix("part-")) for path in cache.glob("part-*")]
+    write_parquet(plan, todo.replace_schema_metadata({"first": str(1 + max(kept, default=-1))}))
+
+
+def caption_pictures(settings, hardware, part, plan, cache, chunk):
+    """Captions this process's part of a plan, `chunk` pictures a file of the cache. hardware: device, dtype.
+    Returns all of the plan's files."""
+    model = settings.caption_model, settings.caption_tokens
+    captioner = functools.cache(lambda: Captioner(*model, *hardware))
+
+    def make(some):
+        return caption_chunk(some, captioner(), settings.data, settings.image_batch)
+
+    todo = pq.read_table(plan)
+    first, chunks = int(todo.schema.metadata[b"first"]), slices([todo], chunk)
+    return list(keep_chunks(cache, chunks, make, len(todo), "captions", first, part))
 
 
 def captions_of(pictures, cache, out):

@@ -1,5 +1,7 @@
 """Off-the-shelf models behind the features: BLIP's captions and vision tower, a text encoder."""
 
+import functools
+
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from common import CHARACTERS, pad_rows
 from lib import models
+from lib.inputs.match import pin_texts, query_texts
 from lib.stages.streams import chosen, keep_chunks, matrix_of, new_matrix, vector_column
 from lib.stages.terminal import Stop, stop_on_error
 
@@ -124,10 +127,6 @@ class TextEncoder:
             out[batch] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
         return out
 
-    def columns(self, texts):
-        """Columns of a chunk's file."""
-        return {"vector": vector_column(self(texts, multiple=8))}
-
 
 def one_length_batches(lengths, token_budget, multiple):
     """Row numbers of texts of such lengths, in batches of one length and about `token_budget` tokens. Each
@@ -140,17 +139,29 @@ def one_length_batches(lengths, token_budget, multiple):
             yield rows[start : start + size]
 
 
-def embed_texts(encoder, texts, chunks, path, total, known=None):
-    """Texts, a stream of lists -> `path` [total, D]. chunks: (texts a file, folder of files): such a file
-    survives a kill. known: vectors that are there [M, D], and for each text its row there, or -1 [total]."""
-    vectors, place = known or (None, np.full(total, -1))
-    rows, start, (size, parts) = np.flatnonzero(place < 0), 0, chunks
-    with new_matrix(path, total, encoder.dim) as out:
-        for first in range(0, total if known else 0, 65_536):
+def embed_texts(settings, hardware, part, table, folder, new, chunk):
+    """Embeds this process's part of the texts of a table of queries or pins, of those that `new` [N] says;
+    `chunk` texts a file of `folder`, which survives a kill. hardware: device, dtype. Returns all files."""
+    size = settings.text_tokens, settings.token_batch
+    encoder = functools.cache(lambda: TextEncoder(settings.text_encoder, *size, *hardware))
+
+    def make(some):
+        return {"vector": vector_column(encoder()(some, multiple=8))}
+
+    texts = query_texts if table.stem == "queries" else pin_texts
+    chunks = chosen(texts(table), new, chunk)
+    return list(keep_chunks(folder, chunks, make, int(new.sum()), folder.name, part=part))
+
+
+def gather_embeddings(files, path, dim, place, vectors=None):
+    """Vectors of embed_texts' files for the rows where `place` [N] is -1, and rows `place` of known `vectors`
+    [M, D] for the others -> `path` [N, D]."""
+    rows, start = np.flatnonzero(place < 0), 0
+    with new_matrix(path, len(place), dim) as out:
+        for first in range(0, 0 if vectors is None else len(place), 65_536):
             some = place[first : first + 65_536]
             out[first : first + 65_536][some >= 0] = vectors[some[some >= 0]]
-        new = chosen(texts, place < 0, size)
-        for part in keep_chunks(parts, new, encoder.columns, len(rows), path.stem):
-            made = matrix_of(pq.read_table(part)["vector"])
+        for file in files:
+            made = matrix_of(pq.read_table(file)["vector"])
             out[rows[start : start + len(made)]] = made
             start += len(made)

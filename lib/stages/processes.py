@@ -1,11 +1,15 @@
-"""Stages 02 and 03 as several processes, by accelerate launch or torchrun."""
+"""Stages 01 to 03 as several processes, by accelerate launch or torchrun, on one machine or on several that
+share a folder."""
 
 import os
 import sys
+import time
+from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lib.stages.hardware import pick_hardware
 from lib.stages.stage import Stage
@@ -14,6 +18,9 @@ from lib.stages.terminal import Stop, stop_on_error
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_DEEPSPEED")
 LAUNCHER += ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 NO = ("no", "false", "0", "")
+MEET = timedelta(minutes=10)  # how long a process waits for the others to start …
+WORK = timedelta(days=7)  # … and for their work: one may have an hour's shard more to label
+SEEN = 120  # seconds until a file of one machine is seen on another: NFS keeps what it knows for up to 60
 
 
 def start_processes(settings):
@@ -30,7 +37,11 @@ def start_processes(settings):
         print(f"WORLD_SIZE is {world}: waits for {world - 1} more process(es) at {where}", flush=True)
     AcceleratorState._reset_state()  # of another library in this process, such as a trainer in bf16
     with stop_on_error(f"{world} processes do not come together", "WORLD_SIZE=1 runs one alone"):
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no")
+        options = {"mixed_precision": "no", "dynamo_backend": "no"}
+        meet = InitProcessGroupKwargs(timeout=MEET)
+        accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[meet], **options)
+    if accelerator.num_processes > 1:
+        _set_pg_timeout(WORK)
     return accelerator, dtype, hardware
 
 
@@ -71,3 +82,53 @@ def start_stage(accelerator, place, settings, inputs, earlier=()):
     if stopped:
         sys.exit(1)  # the main process says why
     return stage, folder
+
+
+def lead(accelerator, work, jobs):
+    """work(share) in the main process. There share(name, *args) has every process call jobs[name](part,
+    *args), part = (this process, of how many), and returns the files that they write together. The others do
+    that alone, and end as the main one ends."""
+    part, busy = (accelerator.process_index, accelerator.num_processes), False
+
+    def do(name, args):
+        files = jobs[name](part, *args)
+        with stop_on_error("another process has ended", "the same command continues"):
+            accelerator.wait_for_everyone()
+        return files
+
+    def share(name, *args):
+        nonlocal busy
+        busy = True
+        broadcast_object_list([(name, args)])
+        files = do(name, args)
+        wait_for_files(files)
+        busy = False
+        return files
+
+    while not accelerator.is_main_process:
+        order = [None]
+        with stop_on_error("the main process has ended"):
+            broadcast_object_list(order)
+        name, args = order[0]
+        if name is None:
+            sys.exit(args)
+        do(name, args)
+    failed = 1
+    try:
+        work(share)
+        failed = 0
+    finally:
+        if not busy:  # else the others wait for something else, until the launcher ends them
+            broadcast_object_list([(None, failed)])
+
+
+def wait_for_files(paths):
+    """Waits until what other processes have written is seen here. Stop if it is not."""
+    end = time.monotonic() + SEEN
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > end:
+                raise Stop(
+                    f"{path}: written by another process, not seen here: --run must be a shared folder"
+                )
+            time.sleep(0.5)

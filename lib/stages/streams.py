@@ -68,16 +68,18 @@ def write_stream(path, batches):
             writer.write_batch(batch)
 
 
-def keep_chunks(folder, chunks, make, total, what, first=0):
+def keep_chunks(folder, chunks, make, total, what, first=0, part=(0, 1)):
     """Columns make(chunk) of every chunk -> folder/part-N.parquet, N counted from `first`: a stream of the
     files. One that is there is kept: killed, the same command goes on after the last file. total, what:
-    number of rows and a name, for the progress bar."""
-    with progress_bar(total=total, desc=what, unit=" rows", unit_scale=True) as bar:
+    number of rows and a name, for the progress bar. part: this process, of how many."""
+    mine, of = part
+    with progress_bar(total=total // of, desc=what, unit=" rows", unit_scale=True, disable=mine > 0) as bar:
         for number, chunk in enumerate(chunks, first):
             path = folder / f"part-{number:05d}.parquet"
-            if not path.exists():
-                write_parquet(path, make(chunk))
-            bar.update(pq.read_metadata(path).num_rows)
+            if number % of == mine:
+                if not path.exists():
+                    write_parquet(path, make(chunk))
+                bar.update(pq.read_metadata(path).num_rows)
             yield path
 
 
