@@ -8,56 +8,41 @@ Writes into/findings.json, findings.md and finding_KEY.png.
 
 import importlib
 import os
-from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from common import RELEVANT
 from lib.inputs.pairs import read_labelled
-from lib.results.pictures import drawable, in_percent, picture_file
+from lib.results.pictures import drawable, picture_file
 from lib.results.report import ALL, cell, escaped, markdown_table
-from lib.stages.files import hashed, read_json, whole_file, write_json
+from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.finished import remake, require_finished
 from lib.stages.terminal import Stop
 
 evaluate = importlib.import_module("05_evaluate")
 
-# The paper's findings: what it says, and the figures that it gives.
 FINDINGS = {
-    "a": (
-        "A larger language model is a better teacher",
-        "The paper's table of teachers says so.",
-    ),
-    "b": (
-        "More teacher-labelled impressions make a better student",
-        "The paper says so, at about 10, 50 and 100 times the human set; its figures could not be read. One "
-        "summary gives its student 54.8 %.",
-    ),
-    "c": (
-        "A teacher trained on English labels carries over to other languages, and so does its student",
-        "The paper says so; its figures by language could not be read.",
-    ),
-    "d": (
-        "Richer pin text makes a better teacher",
-        "The paper says so, and calls it significant; its figures by text source could not be read.",
-    ),
+    "a": "A larger language model is a better teacher",
+    "b": "More teacher-labelled impressions make a better student",
+    "c": "A teacher trained on English labels carries over to other languages, and so does its student",
+    "d": "Richer pin text makes a better teacher",
 }
 # Accuracy in the paper, of base sizes and of Llama-3-8B with QLoRA
 PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}
 COMPARED = {"accuracy": "accuracy %", f"auroc_{RELEVANT}": f"AUROC ≥{RELEVANT}", "ndcg_20": "nDCG@20"}
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+BLUE = "#0072B2"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-@dataclass
-class System:
+class System(NamedTuple):
     """A trained system on the evaluation rows, in the order of their ids."""
 
     rows: dict  # label, query_index, language [B]
@@ -70,20 +55,15 @@ class System:
 def read_system(run, name):
     """Asks for nothing that it does not use: a teacher needs labels/labelled.parquet, a student its own
     folder."""
-    run = Path(run)
-    is_teacher = name == "teacher"
+    run, is_teacher = Path(run), name == "teacher"
     features, folder = run / "features", run / ("labels" if is_teacher else name)
-    teach, learn = (
-        f"03_label.py --run {run} --only-labelled",
-        f"04_train_student.py --run {run} --name {name}",
-    )
+    command = f"04_train_student.py --run {run} --name {name}"
+    if is_teacher:
+        command = f"03_label.py --run {run} --only-labelled"
     made = require_finished(features, f"01_build_features.py --run {run}", evaluate.READS)
-    about = require_finished(
-        folder, teach if is_teacher else learn, ("labelled.parquet", "model.safetensors")
-    )
+    about = require_finished(folder, command, ("labelled.parquet", "model.safetensors"))
     if about["inputs"]["features"] != made["identity"]:
-        how = remake(folder, teach if is_teacher else learn)
-        raise Stop(f"{folder}: of other features than {features} holds now; {how}")
+        raise Stop(f"{folder}: of other features than {features} holds now; {remake(folder, command)}")
     train, rows = read_labelled(run, "labels" if is_teacher else None)
     p, score = evaluate.trained_system(run, name, rows)
     ids = []
@@ -94,7 +74,6 @@ def read_system(run, name):
     rows = {column: rows[column][order] for column in ("label", "query_index", "language")}
     languages, count = np.unique(train["language"], return_counts=True)
     facts = {
-        "made": about["identity"],
         "home_language": str(languages[count.argmax()]),  # of the human training labels
         "learnt_from": "human labels" if is_teacher else f"{about['arguments']['labels']} labels",
         "training_rows": None if is_teacher else impressions_learnt(about),
@@ -112,16 +91,11 @@ def read_conditions(conditions):
     """{label: [System]}; Stop unless all were evaluated on the same rows."""
     read, first = {}, None
     for label, places in conditions.items():
-        read[label] = []
-        for run, name in places:
-            system = read_system(run, name)
+        read[label] = [read_system(run, name) for run, name in places]
+        for (run, _), system in zip(places, read[label]):
             first = first or (run, system)
-            same = system.ids == first[1].ids and (system.rows["label"] == first[1].rows["label"]).all()
-            if not same:
-                raise Stop(
-                    f"{run} has other evaluation rows than {first[0]}: compare runs on the same labels"
-                )
-            read[label].append(system)
+            if system.ids != first[1].ids or (system.rows["label"] != first[1].rows["label"]).any():
+                raise Stop(f"{run} has other evaluation rows than {first[0]}: compare the same labels")
     return read
 
 
@@ -148,35 +122,25 @@ def measure_condition(systems, at, resamples, number):
     return found
 
 
-def measure(read, resamples):
-    """{label: [System]} -> two flat tables of rows: metrics of each condition, and differences of any two on
-    the same resamples (hence tighter than two intervals). accuracy_kept: accuracy in a language over that in
-    the language of the human labels."""
-    first = next(iter(read.values()))[0]
-    home, language_of = first.facts["home_language"], first.rows["language"]
+def measure(read, resamples, languages=()):
+    """{label: [System]} -> two flat tables of rows, overall and by these languages: metrics of each
+    condition, and differences of any two on the same resamples (hence tighter than two intervals)."""
+    language_of = next(iter(read.values()))[0].rows["language"]
     found, table, differences = {}, [], []
-    languages = [ALL, *sorted(set(language_of), key=lambda language: (language != home, language))]
+    languages = [ALL, *languages]
     for language in languages:
-        at = np.ones(len(language_of), dtype=bool) if language == ALL else language_of == language
+        at = (language_of == language) | (language == ALL)
         for number, (label, systems) in enumerate(read.items()):
             for metric, measured in measure_condition(systems, at, resamples, number).items():
                 found[label, language, metric] = measured
     for (label, language, metric), (value, drawn, seeds) in found.items():
         row = {"condition": label, "language": language, "metric": metric}
-        table.append(
-            {**row, **evaluate.interval(value, drawn)._asdict(), "seeds": [round(float(v), 6) for v in seeds]}
-        )
-        at_home = found.get((label, home, "accuracy"))
-        if metric == "accuracy" and language not in (ALL, home) and at_home:
-            with np.errstate(divide="ignore", invalid="ignore"):  # a resample without a right row
-                kept = evaluate.interval(value / at_home[0], drawn / at_home[1])
-            table.append({**row, "metric": "accuracy_kept", **kept._asdict()})
-    for minus, label in combinations(read, 2):
-        for language in languages:
-            for metric in COMPARED:
-                a, b = found[label, language, metric], found[minus, language, metric]
-                row = {"condition": label, "minus": minus, "language": language, "metric": metric}
-                differences.append({**row, **evaluate.interval(a[0] - b[0], a[1] - b[1])._asdict()})
+        row |= evaluate.interval(value, drawn)._asdict()
+        table.append({**row, "seeds": [round(float(seed), 6) for seed in seeds]})
+    for (minus, label), language, metric in product(combinations(read, 2), languages, COMPARED):
+        a, b = found[label, language, metric], found[minus, language, metric]
+        row = {"condition": label, "minus": minus, "language": language, "metric": metric}
+        differences.append({**row, **evaluate.interval(a[0] - b[0], a[1] - b[1])._asdict()})
     return table, differences
 
 
@@ -184,10 +148,7 @@ def find(rows, **which):
     """The row of a flat table with these values, as attributes; overall unless `language` is given; or None.
     find(entry["table"], condition="title", metric="accuracy").value"""
     which = {"language": ALL, **which}
-    for row in rows:
-        if which.items() <= row.items():
-            return SimpleNamespace(**row)
-    return None
+    return next((SimpleNamespace(**row) for row in rows if which.items() <= row.items()), None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,9 +157,7 @@ def find(rows, **which):
 
 def points(m):
     """A difference of two shares, in points: +3.1 [+1.0, +5.2]."""
-    if m.value is None:
-        return "–"
-    return f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
+    return "–" if m.value is None else f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
 
 
 def languages_of(entry):
@@ -209,32 +168,35 @@ def languages_of(entry):
 def finding_text(key, entry):
     """A finding's section of findings.md, as lines."""
     table, labels, shown = entry["table"], list(entry["conditions"]), entry["shown"]
-    paper = key == "a" and shown == "accuracy" and bool(PAPER_TEACHERS.keys() & set(labels))
-    lines = [f"## ({key}) {escaped(entry['title'])}", ""]
-    lines.append(f"{FINDINGS[key][1]} {entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.")
-    lines += ["", f"![finding {key}](finding_{key}.png)"]
-    body = []
-    for number, label in enumerate(labels):
-        accuracy, auroc, ndcg = (find(table, condition=label, metric=metric) for metric in COMPARED)
-        seeds = ", ".join(f"{100 * value:.1f}" for value in find(table, condition=label, metric=shown).seeds)
-        before = {"condition": label, "minus": labels[number - 1], "metric": shown}
-        step = points(find(entry["differences"], **before)) if number else ""
-        line = [label, cell(accuracy), seeds, step, cell(auroc, False), cell(ndcg, False)]
-        there = PAPER_TEACHERS.get(label)
-        body.append([escaped(label), *line[1:]] + [f"{100 * there:.1f}" if there else "–"] * paper)
     by_seed = f"each seed: {COMPARED[shown].removesuffix(' %')} × 100"
-    head = ["condition", "accuracy %", by_seed, "points above the one before", "AUROC ≥4", "nDCG@20"]
-    lines += markdown_table(head + ["the paper, accuracy %"] * paper, body)
-    shown = COMPARED if key == "c" else {"accuracy": COMPARED["accuracy"]}
-    if key == "c":
-        shown = {**shown, "accuracy_kept": f"accuracy kept, % of that in {entry['home_language']}"}
-    for metric, title in shown.items():
+    head = ["condition", *COMPARED.values(), by_seed, "points above the one before"]
+    paper = key == "a" and shown == "accuracy"
+    body = []
+    for before, label in zip([None, *labels], labels):
+        line = [find(table, condition=label, metric=metric) for metric in COMPARED]
+        line = [escaped(label), cell(line[0]), *(cell(m, False) for m in line[1:])]
+        seeds = find(table, condition=label, metric=shown).seeds
+        line.append(", ".join(f"{100 * value:.1f}" for value in seeds))
+        step = find(entry["differences"], condition=label, minus=before, metric=shown)
+        line.append(points(step) if step else "")
+        if paper:
+            line.append(f"{100 * PAPER_TEACHERS[label]:.1f}" if label in PAPER_TEACHERS else "–")
+        body.append(line)
+    lines = [
+        f"## ({key}) {entry['title']}",
+        "",
+        f"{entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.",
+        "",
+        f"![finding {key}](finding_{key}.png)",
+        *markdown_table(head + ["the paper, accuracy %"] * paper, body),
+    ]
+    tags = languages_of(entry)
+    for metric, title in COMPARED.items() if tags else ():
         body = []
         for label in labels:
-            found = [find(table, condition=label, language=tag, metric=metric) for tag in languages_of(entry)]
-            body.append([escaped(label), *(cell(m, metric.startswith("accuracy")) for m in found)])
-        tags = [escaped(tag) for tag in languages_of(entry)]
-        lines += markdown_table([f"{title} by language", *tags], body)
+            found = [find(table, condition=label, language=tag, metric=metric) for tag in tags]
+            body.append([escaped(label), *(cell(m, metric == "accuracy") for m in found)])
+        lines += markdown_table([f"{title} by language", *map(escaped, tags)], body)
     return lines
 
 
@@ -252,129 +214,69 @@ def findings_report(findings):
     return "\n".join(lines) + "\n"
 
 
-def dots(ax, x, found, color, marker="o", label=None):
-    """Means in % with their intervals, and each seed as a small ring. found: rows of a table."""
-    value, error = in_percent(found)
-    ax.errorbar(x, value, yerr=error, fmt=marker, color=color, capsize=3, ms=6, lw=1.4, label=label)
-    for place, m in zip(x, found):
-        seeds = [100 * seed for seed in m.seeds]
-        ax.plot([place] * len(seeds), seeds, "o", mfc="white", mec=color, ms=3.5, mew=0.9, zorder=3)
-
-
-def plot_amounts(ax, entry):
-    """(b): a curve over training rows, and what the human labels alone give."""
-    curve, x, others = [], [], list(PALETTE[1:])
-    for label, about in entry["conditions"].items():
-        m = find(entry["table"], condition=label, metric=entry["shown"])
-        if about["learnt_from"] == "teacher labels":
-            curve.append(m)
-            x.append(about["training_rows"])
-        else:
-            color = others.pop(0)
-            ax.axhline(100 * m.value, color=color, ls="--", lw=1.4, label=drawable(label))
-            ax.axhspan(100 * m.low, 100 * m.high, color=color, alpha=0.13, lw=0)
-    ax.plot(x, [100 * m.value for m in curve], color=PALETTE[0], lw=1.2)
-    dots(ax, x, curve, PALETTE[0], label="student on the teacher's labels")
-    ax.set(xscale="log", xlabel="teacher-labelled impressions trained on, rows (logarithmic)")
-    ax.set_xticks(x, [f"{n:,}" for n in x])
-    ax.minorticks_off()
-
-
-def plot_languages(ax, entry):
-    """(c): conditions by language."""
-    labels, languages, metric = list(entry["conditions"]), languages_of(entry), entry["shown"]
-    for number, label in enumerate(labels):
-        found = [find(entry["table"], condition=label, language=tag, metric=metric) for tag in languages]
-        shift = 0.7 * (number - (len(labels) - 1) / 2) / len(labels)
-        style = {
-            "color": PALETTE[number % len(PALETTE)],
-            "marker": "osD^vP"[number % 6],
-            "label": drawable(label),
-        }
-        dots(ax, np.arange(len(languages)) + shift, found, **style)
-    ax.set_xticks(range(len(languages)), map(drawable, languages))
-    ax.set_xlabel(f"language of the query (human training labels: {drawable(entry['home_language'])})")
-
-
-def plot_conditions(ax, entry, key):
-    """(a), (d): conditions beside each other."""
-    labels = list(entry["conditions"])
-    found = [find(entry["table"], condition=label, metric=entry["shown"]) for label in labels]
-    dots(ax, range(len(labels)), found, PALETTE[0], label="here")
-    if key == "a" and entry["shown"] == "accuracy" and PAPER_TEACHERS.keys() & set(labels):
-        there = [100 * PAPER_TEACHERS.get(label, np.nan) for label in labels]
-        ax.plot(there, "D", color=PALETTE[1], ms=6, label="the paper (other data and models)")
-    ax.set_xticks(range(len(labels)), map(drawable, labels))
-    ax.set_xlabel("teacher" if key == "a" else "text the teacher reads of a pin")
-    ax.set_xlim(-0.5, len(labels) - 0.5)
-
-
-def plot_finding(key, entry, path):
-    """finding_KEY.png."""
-    texts = [*entry["conditions"], *languages_of(entry)]
-    with whole_file(path) as temporary, picture_file(temporary, (7, 3.8), texts) as figure:
-        ax = figure.subplots()
-        if key == "b":
-            plot_amounts(ax, entry)
-        elif key == "c":
-            plot_languages(ax, entry)
-        else:
-            plot_conditions(ax, entry, key)
-        ax.set_ylabel(f"{COMPARED[entry['shown']].removesuffix(' %')} × 100\n(95 % interval; rings: seeds)")
-        ax.grid(axis="y", color="#DDDDDD", lw=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        if len(ax.get_legend_handles_labels()[0]) > 1:
-            figure.legend(loc="outside upper center", ncols=2, frameon=False)
+def plot_intervals(path, panels):
+    """Metrics in a picture, a row each, with their intervals, and each seed as a ring. panels: {heading:
+    {row's label: a metric with value, low, high, perhaps seeds}}, the same labels in each."""
+    labels = list(next(iter(panels.values())))
+    size = 4 + 3 * len(panels), 1 + 0.25 * len(labels)
+    with whole_file(path) as temporary, picture_file(temporary, size, labels) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (heading, rows) in zip(axes, panels.items()):
+            for place, m in enumerate(rows.values()):
+                if m.value is not None:
+                    ax.plot([m.low, m.high], [place, place], color=BLUE, lw=1.4)
+                    ax.plot(m.value, place, "o", color=BLUE, ms=6)
+                for seed in getattr(m, "seeds", ()):
+                    ax.plot(seed, place, "o", mfc="white", mec=BLUE, ms=3.5)
+            ax.set_xlabel(f"{heading}, 95 % interval")
+            ax.grid(axis="x", color="#DDDDDD", lw=0.6)
+        axes[0].set_yticks(range(len(labels)), map(drawable, labels))
+        axes[0].invert_yaxis()
 
 
 # ------------------------------------------------------------------------------------------------------------
 
 
-def compare(key, conditions, into, resamples=1_000, title=None):
+def compare(key, conditions, into, resamples=1_000):
     """Measures {label: systems} as finding `key` and puts it into the folder `into`."""
     # 1. Systems; all on the same evaluation rows
-    into = Path(into)
-    read = read_conditions(conditions)
-
-    # 2. What is known already
-    findings_path, plot = into / "findings.json", into / f"finding_{key}.png"
-    findings = read_json(findings_path) if findings_path.exists() else {}
-    title = title or FINDINGS[key][0]
-    made = {label: [system.facts["made"] for system in systems] for label, systems in read.items()}
-    rows = next(iter(read.values()))[0].rows
-    two_levels = len(np.unique(rows["label"])) == 2  # accuracy says little then
-    shown = f"auroc_{RELEVANT}" if two_levels else "accuracy"
-    identity = hashed([title, list(made.items()), resamples, shown])
-    if findings.get(key, {}).get("identity") == identity and plot.exists():
-        print(f"{into}: finding {key} was measured before on the same conditions, nothing to do")
-        return
-
-    # 3. Metrics
-    table, differences = measure(read, resamples)
+    into, read = Path(into), read_conditions(conditions)
+    first = next(iter(read.values()))[0]
+    rows, home = first.rows, first.facts["home_language"]
     about = {}
     for label, systems in read.items():
-        facts = systems[0].facts
-        runs = [f"{os.path.relpath(run, into)}:{name}" for run, name in conditions[label]]
         learnt = [system.facts["training_rows"] for system in systems]
-        known = [n for n in learnt if n is not None]
-        about[label] = {"learnt_from": facts["learnt_from"], "runs": runs}
-        about[label]["training_rows"] = round(np.mean(known)) if known else None
-    findings[key] = {
-        "title": title,
-        "identity": identity,
+        about[label] = {
+            "learnt_from": systems[0].facts["learnt_from"],
+            "runs": [f"{os.path.relpath(run, into)}:{name}" for run, name in conditions[label]],
+            "training_rows": None if None in learnt else round(np.mean(learnt)),
+        }
+
+    # 2. Metrics
+    tags = sorted(set(rows["language"]), key=lambda tag: (tag != home, tag))
+    table, differences = measure(read, resamples, tags if len(tags) > 1 else ())
+    two_levels = len(np.unique(rows["label"])) == 2  # accuracy says little then
+    entry = {
+        "title": FINDINGS[key],
         "rows": len(rows["label"]),
         "queries": len(np.unique(rows["query_index"])),
-        "home_language": facts["home_language"],
-        "shown": shown,
+        "home_language": home,
+        "shown": f"auroc_{RELEVANT}" if two_levels else "accuracy",
         "conditions": about,
         "table": table,
         "differences": differences,
     }
 
-    # 4. Plot, tables
-    plot_finding(key, findings[key], plot)
-    write_json(findings_path, dict(sorted(findings.items())))
+    # 3. Plot, tables
+    shown = {}
+    for language in (languages_of(entry) if key == "c" else ()) or [ALL]:
+        for label in about:
+            m = find(table, condition=label, language=language, metric=entry["shown"])
+            shown[f"{label}, {language}" if language else label] = m
+    plot_intervals(into / f"finding_{key}.png", {COMPARED[entry["shown"]].removesuffix(" %"): shown})
+    findings = read_json(into / "findings.json") if (into / "findings.json").exists() else {}
+    findings[key] = entry
+    write_json(into / "findings.json", dict(sorted(findings.items())))
     with whole_file(into / "findings.md") as path:
         path.write_text(findings_report(findings), encoding="utf-8")
-    print(f"({key}) {title}: {into / 'findings.md'}")
+    print(f"({key}) {FINDINGS[key]}: {into / 'findings.md'}")

@@ -8,15 +8,14 @@
 human labels alone      (c) teacher and student by language, the student also without impressions in other
 languages       (d) the teacher's pin text, source by source
 
-A condition is trained with several seeds; RUN itself stands for the first seed of those that equal it. Killed
-or run again, it continues: finished stages do nothing. The toy takes an hour on two CPU cores.
+A condition is trained with several seeds, and with the flags that RUN was made with; RUN itself stands for
+the first seed of those that equal it. Killed or run again, it continues: finished stages do nothing. The toy
+takes an hour on two CPU cores.
 """
 
 import os
-import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,15 +30,15 @@ from lib.stages.files import read_json
 from lib.stages.settings import ROOT, Count, Size, parse
 from lib.stages.terminal import Stop, run_main
 
-TOY_RUN, TOY_MODELS = ROOT / "outputs" / "toy", ROOT / "data" / "toy" / "models"
-STAGES = {stage[:2]: ROOT / stage for stage in ("02_train_teacher.py", "03_label.py", "04_train_student.py")}
+TOY_MODELS = ROOT / "data" / "toy" / "models"
+SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py", "student": "04_train_student.py"}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the experiments."""
 
-    run: Path = TOY_RUN  # a run that has been through the five stages
+    run: Path = ROOT / "outputs" / "toy"  # a run that has been through the five stages
     findings: tuple[Literal["a", "b", "c", "d"], ...] = ("a", "b", "c", "d")  # those to be measured
     into: Path | None = None  # experiments and results (default: findings, beside RUN)
     more: Path | None = None  # run for (b): the same human labels, more impressions (default: RUN)
@@ -52,9 +51,6 @@ class Settings:
     home_language: str = "en"  # language of the human training labels
     seeds: tuple[Size, ...] = (0, 1, 2)  # of students
     teacher_seeds: tuple[Size, ...] = ()  # of teachers (default: the same)
-    teacher_flags: str = ""  # further flags of 02, those that RUN was made with: --teacher-flags="--lr 1e-4"
-    label_flags: str = ""  # likewise of 03
-    student_flags: str = ""  # likewise of 04
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds
 
@@ -69,9 +65,15 @@ class Experiments:
 
     def __init__(self, settings):
         self.settings, self.noted = settings, {}  # name -> command lines of stages
-        self.model = read_json(settings.run / "teacher" / "teacher.json")["model"]  # of RUN's teacher
-        self.seeds = settings.seeds
         self.teacher_seeds = settings.teacher_seeds or settings.seeds
+
+    def made(self, folder):
+        """stage.json of a folder of RUN."""
+        return read_json(self.settings.run / folder / "stage.json")
+
+    def command(self, stage, *flags):
+        """A stage's command line: RUN's own flags, and these, which win."""
+        return [sys.executable, ROOT / SCRIPTS[stage], *self.made(stage)["command"], *flags]
 
     def link(self, folder, run, *names):
         """INTO/folder, with links to some folders of a run."""
@@ -86,60 +88,60 @@ class Experiments:
         """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows."""
         systems = []
         for seed in self.teacher_seeds:
-            if run_is_first and seed == self.teacher_seeds[0]:
-                systems.append((self.settings.run, "teacher"))
-                continue
-            folder = self.link(f"{name}_{seed}", self.settings.run, "features")
-            own, of_labels = map(shlex.split, (self.settings.teacher_flags, self.settings.label_flags))
-            self.noted[folder.name] = (
-                ["02", "--run", folder, "--seed", seed, *flags, *own],
-                ["03", "--run", folder, *of_labels, "--only-labelled"],
-            )
+            folder = self.settings.run
+            if not run_is_first or seed != self.teacher_seeds[0]:
+                folder = self.link(f"{name}_{seed}", self.settings.run, "features")
+                self.noted[folder.name] = (
+                    self.command("teacher", "--run", folder, "--seed", seed, *flags),
+                    self.command("labels", "--run", folder, "--only-labelled"),
+                )
             systems.append((folder, "teacher"))
         return systems
 
     def students(self, run, name, *flags, first=None):
         """A student of each seed on a run's soft labels; `first` stands for that of the first seed."""
         folder = self.link("students" if run == self.settings.run else "more", run, "features", "labels")
-        systems = []
-        for seed in self.seeds:
-            if first and seed == self.seeds[0]:
-                systems.append(first)
-                continue
-            student, own = f"{name}_{seed}", shlex.split(self.settings.student_flags)
-            command = ["04", "--run", folder, "--name", student, "--seed", seed, *flags, *own]
-            self.noted[f"{folder.name}_{student}"] = (command,)
+        systems = [first] if first else []
+        for seed in self.settings.seeds[len(systems) :]:
+            student = f"{name}_{seed}"
+            own = "--run", folder, "--name", student, "--seed", seed
+            self.noted[f"{folder.name}_{student}"] = (self.command("student", *own, *flags),)
             systems.append((folder, student))
         return systems
 
+    def epochs_for(self, impressions):
+        """Epochs that take as many optimizer steps on so many impressions as RUN's student took: at equal
+        epochs a small set would be trained too little, and a curve would show that instead. All students but
+        that on human labels also learn the human-labelled rows, as RUN's does."""
+        made = self.made("student")
+        rows = impressions + made["rows"]["human"]
+        return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
+
     def work(self):
         """Trains all that was noted, JOBS at a time; each has its log in INTO/logs."""
-        jobs = self.settings.jobs
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)
-        print(f"{len(self.noted)} experiments, {jobs} at a time, {threads} threads each")
-        with ThreadPoolExecutor(jobs) as pool:
-            running = [pool.submit(self.train, name, str(threads)) for name in self.noted]
-            for experiment in running:
-                try:
+        print(f"{len(self.noted)} experiments, {self.settings.jobs} at a time")
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            running = [pool.submit(self.train, name) for name in self.noted]
+            try:
+                for experiment in running:
                     experiment.result()
-                except Stop:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            except Stop:
+                pool.shutdown(cancel_futures=True)
+                raise
         self.noted = {}
 
-    def train(self, name, threads):
+    def train(self, name):
         """Runs the stages of one experiment."""
         log = self.settings.into / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
-        start, environment = time.time(), {**os.environ, "OMP_NUM_THREADS": threads}
+        threads = max(1, (os.cpu_count() or 1) // self.settings.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with open(log, "w") as out:
-            for number, *flags in self.noted[name]:
-                command = [sys.executable, str(STAGES[number]), *map(str, flags)]
-                done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            for command in self.noted[name]:
+                done = subprocess.run([*map(str, command)], stdout=out, stderr=out, env=environment)
                 if done.returncode:
-                    out.flush()
                     raise Stop(f"{name} failed ({log}): {log.read_text().strip().splitlines()[-1]}")
-        print(f"  {name}: {time.time() - start:.0f} s")
+        print(f"  {name}: done")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,8 +154,7 @@ def own_teachers(experiments):
     settings = experiments.settings
     if not ({"a", "d"} & set(settings.findings) or settings.teacher_seeds):
         return [(settings.run, "teacher")]
-    name = f"teacher_{settings.run_teacher}"
-    return experiments.teachers(name, "--model", experiments.model, run_is_first=True)
+    return experiments.teachers(f"teacher_{settings.run_teacher}", run_is_first=True)
 
 
 def compare_models(experiments, own):
@@ -167,56 +168,43 @@ def compare_models(experiments, own):
 
 def compare_sources(experiments, own):
     """(d): pin text that grows, source by source; RUN's own teacher reads all of it."""
-    settings = experiments.settings
+    groups = experiments.settings.fields
     conditions, read = {}, set()
-    for group in settings.fields:
+    for group in groups[:-1]:
         read |= set(group.split("+"))
-        label = f"+ {group}" if conditions else group
         fields = [field for field in FIELDS if field in read]
         name = f"fields_to_{group.replace('+', '_')}"
-        last = group == settings.fields[-1]
-        flags = ("--model", experiments.model, "--fields", *fields)
-        conditions[label] = own if last else experiments.teachers(name, *flags)
-    return conditions
-
-
-def epochs_for(settings, impressions):
-    """Epochs that take as many optimizer steps on so many impressions as RUN's student took: at equal epochs
-    a small set would be trained too little, and a curve would show that instead. All students but that on
-    human labels also learn the human-labelled rows, as RUN's does."""
-    made = read_json(settings.run / "student" / "stage.json")
-    rows = impressions + made["rows"]["human"]
-    return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
+        label = f"+ {group}" if conditions else group
+        conditions[label] = experiments.teachers(name, "--fields", *fields)
+    return {**conditions, f"+ {groups[-1]}": own}
 
 
 def compare_amounts(experiments):
     """(b): students on a growing number of impressions, and on human labels alone."""
-    settings = experiments.settings
-    run, more = settings.run, settings.more
-    human = read_json(run / "student_human_labels" / "stage.json")["rows"]["train"]
-    human -= read_json(run / "student" / "stage.json")["rows"]["human"]
+    run, more = experiments.settings.run, experiments.settings.more
+    human = experiments.made("student_human_labels")["rows"]["train"]
+    flags = experiments.epochs_for(human - experiments.made("student")["rows"]["human"])
+    conditions = {
+        "student on human labels": experiments.students(run, "student_human", "--labels", "human", *flags)
+    }
     features = read_json(more / "features" / "stage.json")["rows"]
-    flags = ("--labels", "human", *epochs_for(settings, human))
-    conditions = {"student on human labels": experiments.students(run, "student_human", *flags)}
     for n in sizes(features["labelled_train"], features["impressions"]):
-        flags = ("--rows", n, *epochs_for(settings, n))
+        flags = "--rows", n, *experiments.epochs_for(n)
         conditions[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
-    if more == run:
-        every = experiments.students(run, "student_all", first=(run, "student"))
-    else:
-        every = experiments.students(more, "student_all", *epochs_for(settings, features["impressions"]))
+    first = (run, "student") if more == run else None
+    flags = () if first else experiments.epochs_for(features["impressions"])
+    every = experiments.students(more, "student_all", *flags, first=first)
     return {**conditions, "all impressions": every}
 
 
 def compare_languages(experiments):
     """(c): RUN's student, if any, and students on fewer impressions: of the home language, of all."""
-    settings = experiments.settings
-    run, home = settings.run, settings.home_language
+    run, home = experiments.settings.run, experiments.settings.home_language
     if not (run / "student" / "stage.json").exists():
         print(f"{run}: no student, so (c) shows the teacher alone")
         return {}
     student = experiments.students(run, "student_all", first=(run, "student"))
-    steps = epochs_for(settings, impressions_in(run / "features", home))
+    steps = experiments.epochs_for(impressions_in(run / "features", home))
     alone = experiments.students(run, "student_home", "--languages", home, *steps)
     experiments.work()
     # As few rows as in the home language alone, of all languages: tells fewer rows from fewer languages.
@@ -237,36 +225,32 @@ def sizes(human, impressions):
 def impressions_in(features, language):
     """Number of impressions of queries in a language."""
     is_home = pc.equal(pq.read_table(features / "queries.parquet")["language"], language)
-    count = 0
-    for path in sorted((features / "impressions").glob("part-*.parquet")):
-        query = pq.read_table(path, columns=["query_index"])["query_index"]
-        count += pc.sum(is_home.take(query)).as_py() or 0
-    return count
+    query = pq.ParquetDataset(features / "impressions").read(columns=["query_index"])["query_index"]
+    return pc.sum(is_home.take(query)).as_py() or 0
 
 
 def main(argv=None):
     # 1. The run
     settings = parse({"toy": Settings()}, argv, __doc__)
-    needed = ["features", "teacher", "labels"]
-    if "b" in settings.findings:
-        needed += ["student_human_labels", "student"]
+    run, wanted = settings.run, settings.findings
+    needed = ["features", "teacher", "labels"] + ["student_human_labels", "student"] * ("b" in wanted)
     for stage in needed:
-        if not (settings.run / stage / "stage.json").exists():
-            raise Stop(f"{settings.run / stage}: missing; take {settings.run} through the five stages first")
-    into = settings.into or settings.run.parent / "findings"
-    settings = replace(settings, more=settings.more or settings.run, into=into)
+        if not (run / stage / "stage.json").exists():
+            raise Stop(f"{run / stage}: missing; take {run} through the five stages first")
+    into = settings.into or run.parent / "findings"
+    settings = replace(settings, more=settings.more or run, into=into)
     into.mkdir(parents=True, exist_ok=True)
 
     # 2. Experiments
     experiments = Experiments(settings)
     conditions, own = {}, own_teachers(experiments)
-    if "a" in settings.findings:
+    if "a" in wanted:
         conditions["a"] = compare_models(experiments, own)
-    if "b" in settings.findings:
+    if "b" in wanted:
         conditions["b"] = compare_amounts(experiments)
-    if "c" in settings.findings:
+    if "c" in wanted:
         conditions["c"] = {"teacher": own, **compare_languages(experiments)}
-    if "d" in settings.findings:
+    if "d" in wanted:
         conditions["d"] = compare_sources(experiments, own)
     experiments.work()
 

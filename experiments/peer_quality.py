@@ -5,7 +5,7 @@
     python experiments/peer_quality.py --run outputs/msrd --without-peer    seconds: what needs no training
 
 Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labelled.parquet, RUN/student*/
-Writes  a table; with --json FILE also there
+Writes  two tables; with --json FILE also there
 
     cross_encoder   sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base model,
                     training rows, text fields, greatest length, epochs, batch size, warm-up, decay and
@@ -17,52 +17,48 @@ Writes  a table; with --json FILE also there
 Intervals: 95 %, bootstrap over queries; a difference is taken on the same resample of the queries for both.
 """
 
-import argparse
-import importlib
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import NUM_LEVELS  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import NUM_LEVELS, expected_level  # noqa: E402
+from experiments import comparison  # noqa: E402
 from lib.inputs.pairs import read_labelled  # noqa: E402
 from lib.inputs.rows import split_rows  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
+from lib.results.report import cell, markdown_table, signed  # noqa: E402
 from lib.stages.files import read_json, write_json  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
+from lib.stages.settings import ROOT, Count, Positive, Size, parse  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.splits import query_key  # noqa: E402
 
-stage_02 = importlib.import_module("02_train_teacher")
-stage_05 = importlib.import_module("05_evaluate")
-
-METRICS = ("auroc_4", "accuracy", "ndcg_20")
 PEER = "cross_encoder"
-DIFFERENCES = (  # the first less the second
-    ("teacher", PEER),
-    ("teacher", "bm25"),
-    ("teacher", "embedding"),
-    ("teacher", "match"),
-    ("student", PEER),
-    ("student", "bm25"),
-    ("student", "embedding"),
-    ("student", "match"),
-    ("student", "student_human_labels"),
-    ("student", "teacher"),
-    (PEER, "bm25"),
-)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the comparison."""
+
+    run: Path = ROOT / "outputs" / "toy"  # a run that has been through 03 or 04
+    model: str | None = None  # the peer's base model (default: the teacher's, if it is an encoder)
+    learning_rate: Positive | None = None  # the peer's (default: its own)
+    seed: Size | None = None  # the peer's (default: the teacher's)
+    without_peer: bool = False  # train nothing
+    resamples: Count = 1_000  # of the queries
+    json: Path | None = None  # write the figures there as well
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Systems: probabilities [B, C] and ranking score [B] on the evaluation rows
+# The peer, with what the run's teacher was trained with
 
 
 def pair_texts(features, fields, rows):
@@ -76,31 +72,23 @@ def pair_texts(features, fields, rows):
 
 
 def train_peer(model, pairs, labels, settings):
-    """A CrossEncoder trained on pairs [(query, pin text)] and their labels [B] in 1..5. settings: max_tokens,
-    epochs, batch_size, learning_rate, warmup, weight_decay, bf16, seed."""
+    """A CrossEncoder trained on pairs [(query, pin text)] and their labels [B] in 1..5. settings: of
+    peer_settings."""
     try:
         from datasets import Dataset
-        from sentence_transformers.cross_encoder import (
-            CrossEncoder,
-            CrossEncoderTrainer,
-            CrossEncoderTrainingArguments,
-            losses,
-        )
+        from sentence_transformers import cross_encoder
     except ImportError as error:
         line = "pip install -r benchmarks/requirements.txt, or --without-peer"
         raise Stop(f"{error.name}: not installed; {line}") from None
     from transformers import set_seed
 
     set_seed(settings["seed"])  # of the new head
-    encoder = CrossEncoder(model, num_labels=NUM_LEVELS, max_length=settings["max_tokens"])
-    columns = {
-        "query": [query for query, _ in pairs],
-        "pin": [text for _, text in pairs],
-        "label": [int(label) - 1 for label in labels],
-    }
+    encoder = cross_encoder.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=settings["max_tokens"])
+    queries, pins = zip(*pairs)
+    columns = {"query": queries, "pin": pins, "label": [int(label) - 1 for label in labels]}
     rate = settings["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = CrossEncoderTrainingArguments(
+        arguments = cross_encoder.CrossEncoderTrainingArguments(
             output_dir=folder,
             num_train_epochs=settings["epochs"],
             per_device_train_batch_size=settings["batch_size"],
@@ -115,143 +103,91 @@ def train_peer(model, pairs, labels, settings):
             report_to="none",
             disable_tqdm=False,  # it takes minutes
         )
-        loss = losses.CrossEntropyLoss(encoder)
-        trainer = CrossEncoderTrainer(encoder, arguments, train_dataset=Dataset.from_dict(columns), loss=loss)
-        trainer.train()
+        data, loss = Dataset.from_dict(columns), cross_encoder.losses.CrossEntropyLoss(encoder)
+        cross_encoder.CrossEncoderTrainer(encoder, arguments, train_dataset=data, loss=loss).train()
     return encoder
 
 
 def peer_system(encoder, pairs):
-    """A trained CrossEncoder on pairs."""
+    """A trained CrossEncoder on pairs: probabilities [B, C] and ranking score [B]."""
     p = encoder.predict(pairs, apply_softmax=True, show_progress_bar=False).astype(np.float64)
-    return p, stage_05.expected_level(p)
+    return p, expected_level(p)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the run's teacher was trained with
-
-
-def peer_settings(made, about, args):
+def peer_settings(made, about, settings):
     """Settings for train_peer. made: stage 02's arguments; about: teacher.json; flags win."""
-    return {
+    found = {name: made[name] for name in ("epochs", "batch_size", "warmup", "weight_decay", "seed")}
+    if settings.seed is not None:
+        found["seed"] = settings.seed
+    bf16 = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
+    return found | {
         "max_tokens": about["max_tokens"],
-        "epochs": made["epochs"],
-        "batch_size": made["batch_size"],
-        "learning_rate": args.learning_rate,
-        "warmup": made["warmup"],
-        "weight_decay": made["weight_decay"],
-        "bf16": pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16,
-        "seed": made["seed"] if args.seed is None else args.seed,
+        "learning_rate": settings.learning_rate,
+        "bf16": bf16,
     }
 
 
-def teacher_rows(run, train, made):
+def teacher_rows(train, made):
     """The training rows that the teacher learned from, by stage 02's own split: without the queries it held
     out, and the ones left out by its --rows. made: stage 02's arguments."""
-    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
-    keys = [query_key(query) for query in queries.take(train["query_index"]).to_pylist()]
-    settings = replace(stage_02.TOY, rows=made["rows"], seed=made["seed"])
-    learned, *_ = split_rows(keys, settings)
+    learned, *_ = split_rows(train["key"], SimpleNamespace(rows=made["rows"], seed=made["seed"]))
     return {name: column[learned] for name, column in train.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics and their differences
 
 
-def measure(systems, rows, resamples, seed):
-    """(values, differences): lists of flat rows with system, metric, value, low, high."""
-    value, drawn = {}, {}
-    for name, (p, score) in systems.items():
-        measured = stage_05.Measured(rows["label"], p, score, rows["query_index"])
-        value[name], drawn[name] = measured.bootstrap(resamples, seed)
-    values, differences = [], []
-    for name in systems:
-        for metric in METRICS:
-            found = stage_05.interval(value[name][metric], drawn[name][metric])
-            values.append({"system": name, "metric": metric, **found._asdict()})
-    for first, second in DIFFERENCES:
-        if first not in systems or second not in systems:
-            continue
-        for metric in METRICS:
-            difference = value[first][metric] - value[second][metric]
-            sample = drawn[first][metric] - drawn[second][metric]  # resample by resample: the same queries
-            found = stage_05.interval(difference, sample)
-            differences.append({"system": f"{first} − {second}", "metric": metric, **found._asdict()})
-    return values, differences
+def measure(systems, rows, resamples):
+    """(values, differences) of {name: (p, score)}, two lists of flat rows, as comparison.measure has them."""
+    read = {name: [comparison.System(rows, [], p, score, {})] for name, (p, score) in systems.items()}
+    return comparison.measure(read, resamples)
 
 
-def table(title, rows):
-    """Flat rows -> a Markdown table, one line a system."""
-    cells = {}
+def table(title, rows, names, show):
+    """Flat rows -> a Markdown table, one line a condition. names: columns that tell it."""
+    lines = {}
     for row in rows:
-        text = "–"
-        if row["value"] is not None:
-            text = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        cells.setdefault(row["system"], []).append(text)
-    lines = [f"| {title} | AUROC ≥4 | accuracy | nDCG@20 |", "| --- | --- | --- | --- |"]
-    for system, found in cells.items():
-        lines.append(f"| {system} | {' | '.join(found)} |")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run directory, finished up to 03 or 04"
-    )
-    p.add_argument(
-        "--model",
-        metavar="ENCODER",
-        help="the peer's base model (default: the teacher's, if it is an encoder)",
-    )
-    p.add_argument("--learning-rate", type=float, metavar="X", help="the peer's (default: its own)")
-    p.add_argument("--seed", type=int, metavar="N", help="the peer's (default: the teacher's)")
-    p.add_argument("--without-peer", action="store_true", help="train nothing")
-    p.add_argument("--resamples", type=int, default=1_000, metavar="N", help="of the queries (1,000)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    return p.parse_args(argv)
+        line = lines.setdefault(" − ".join(row[name] for name in names), [])
+        line.append(show(SimpleNamespace(**row)))
+    head = [title, *(heading.removesuffix(" %") for heading in comparison.COMPARED.values())]
+    return "\n".join(markdown_table(head, [[name, *line] for name, line in lines.items()]))
 
 
 def main(argv=None):
     # 1. The run's rows and systems
-    args = parse_args(argv)
+    settings = parse({"toy": Settings()}, argv, __doc__)
     quiet_libraries()
-    run = args.run
+    run = settings.run
     require_finished(run / "features", f"01_build_features.py --run {run}")
     require_finished(run / "labels", f"03_label.py --run {run}", reads=("labelled.parquet",))
     train, evaluation = read_labelled(run)
     students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
-    systems = stage_05.all_systems(run, students, train, evaluation)
+    systems = comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
 
     # 2. The peer, on the teacher's rows
     made = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", reads=())["arguments"]
     about = read_json(run / "teacher" / "teacher.json")
-    settings = peer_settings(made, about, args)
-    model, fields = args.model or about["model"], about["fields"]
-    if about["kind"] == "decoder" and not args.model and not args.without_peer:
-        raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
-    if not args.without_peer:
-        rows = teacher_rows(run, train, made)
-        print(f"{PEER}: {model}, {len(rows['label']):,} rows, {json.dumps(settings)}")
-        pairs = pair_texts(run / "features", fields, rows)
-        encoder = train_peer(model, pairs, rows["label"], settings)
-        systems[PEER] = peer_system(encoder, pair_texts(run / "features", fields, evaluation))
+    of_peer, model = peer_settings(made, about, settings), settings.model or about["model"]
+    if not settings.without_peer:
+        if about["kind"] == "decoder" and not settings.model:
+            raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
+        rows = teacher_rows(train, made)
+        print(f"{PEER}: {model}, {len(rows['label']):,} rows, {json.dumps(of_peer)}")
+        pairs = pair_texts(run / "features", about["fields"], rows)
+        encoder = train_peer(model, pairs, rows["label"], of_peer)
+        peer = peer_system(encoder, pair_texts(run / "features", about["fields"], evaluation))
+        systems = {"majority": systems.pop("majority"), PEER: peer, **systems}
 
     # 3. Metrics, and the differences with their intervals
-    values, differences = measure(systems, evaluation, args.resamples, seed=0)
+    values, differences = measure(systems, evaluation, settings.resamples)
     queries = len(np.unique(evaluation["query_index"]))
-    print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries\n")
-    print(table("system", values))
-    print("\n" + table("difference", differences))
-    if args.json:
-        write_json(
-            args.json, {"peer": settings, "model": model, "systems": values, "differences": differences}
-        )
-        print(f"\nwrote {args.json}")
+    print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
+    print(table("system", values, ["condition"], lambda m: cell(m, False)))
+    print(table("difference", differences, ["condition", "minus"], signed))
+    if settings.json:
+        figures = {"peer": of_peer, "model": model, "systems": values, "differences": differences}
+        write_json(settings.json, figures)
+        print(f"wrote {settings.json}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER
 LLAMA="$(from_here "${4:?$USAGE}")"; MULTILINGUAL="$(from_here "${5:?$USAGE}")"
 PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
 read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
-findings() { run python -m experiments.findings --into "$INTO" --jobs "${JOBS:-1}" --label-flags="--preset small" "$@"; }
+findings() { run python -m experiments.findings --into "$INTO" --jobs "${JOBS:-1}" "$@"; }
 
 # The five stages, with 30 times the human labels in impressions
 MOVIES="$PARENT/msrd"
@@ -29,8 +29,7 @@ RUN="$MOVIES" IMPRESSIONS=84000 bash runs/msrd.sh "$MSRD" "$ENCODER"
 
 # (a), (b), (d)
 findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-seeds "${SEEDS[@]}" \
-    --models "SmolLM2-135M=$LLAMA" "Gemma-270M=$MULTILINGUAL" --fields title description boards links \
-    --teacher-flags="--preset small --max-tokens 64" --student-flags="--preset small"
+    --models "SmolLM2-135M=$LLAMA" "Gemma-270M=$MULTILINGUAL" --fields title description boards links
 
 # A Llama teaches: its soft labels of all impressions, and a student
 WITH_LLAMA="$PARENT/llama"
@@ -50,5 +49,4 @@ run python 01_build_features.py --run "$LANGUAGES" --data data/xquad_500
 run python 02_train_teacher.py --preset small --run "$LANGUAGES" --model "$MULTILINGUAL" --max-tokens 128 \
     --fields description
 run python 03_label.py --preset small --run "$LANGUAGES" --only-labelled
-findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --teacher-seeds "${SEEDS[@]}" \
-    --teacher-flags="--preset small --max-tokens 128 --fields description"
+findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --teacher-seeds "${SEEDS[@]}"

@@ -44,23 +44,23 @@ def labelled_run(tmp_path, models):
 def test_the_peer_gets_the_teachers_rows(labelled_run):
     run = labelled_run
     train, _ = read_labelled(run)
-    learned = peer_quality.teacher_rows(run, train, TRAINED)
+    learned = peer_quality.teacher_rows(train, TRAINED)
     keys = [f"text {i}" for i in train["query_index"]]
     is_held_out, _ = held_out(keys, 0.1, "teacher:3", np.ones(len(keys)))
     assert 0 < is_held_out.sum() < len(is_held_out)
     for name, column in learned.items():
         assert (column == train[name][~is_held_out]).all()
-    assert len(peer_quality.teacher_rows(run, train, {**TRAINED, "rows": 20})["label"]) == 20
+    assert len(peer_quality.teacher_rows(train, {**TRAINED, "rows": 20})["label"]) == 20
 
 
 def test_settings_are_the_teachers(labelled_run):
     about = {"max_tokens": 32}
-    args = peer_quality.parse_args(["--run", "x"])
+    args = peer_quality.Settings()
     found = peer_quality.peer_settings(TRAINED, about, args)
     assert found["learning_rate"] is None and found["seed"] == 3 and found["max_tokens"] == 32
     fast = {**TRAINED, "precision": "bf16"}
     assert not found["bf16"] and peer_quality.peer_settings(fast, about, args)["bf16"]
-    args = peer_quality.parse_args(["--run", "x", "--learning-rate", "5e-5", "--seed", "0"])
+    args = peer_quality.Settings(learning_rate=5e-5, seed=0)
     found = peer_quality.peer_settings(TRAINED, about, args)
     assert found["learning_rate"] == 5e-5 and found["seed"] == 0
 
@@ -85,11 +85,11 @@ def test_differences_are_paired():
     right = np.eye(5)[y - 1]
     p[query % 2 == 0] = right[query % 2 == 0]  # every second query: all right
     better = np.where((query == 1)[:, None], right, p)
-    systems = {"teacher": (better, better @ np.arange(1, 6)), "bm25": (p, p @ np.arange(1, 6))}
-    rows = {"label": y, "query_index": query}
-    values, differences = peer_quality.measure(systems, rows, 200, seed=0)
-    assert {row["system"] for row in differences} == {"teacher − bm25"}  # the others are not there
-    wide = next(row for row in values if (row["system"], row["metric"]) == ("bm25", "accuracy"))
+    systems = {"bm25": (p, p @ np.arange(1, 6)), "teacher": (better, better @ np.arange(1, 6))}
+    rows = {"label": y, "query_index": query, "language": np.array([""] * len(y), object)}
+    values, differences = peer_quality.measure(systems, rows, 200)
+    assert {(row["condition"], row["minus"]) for row in differences} == {("teacher", "bm25")}
+    wide = next(row for row in values if (row["condition"], row["metric"]) == ("bm25", "accuracy"))
     found = next(row for row in differences if row["metric"] == "accuracy")
     expected = ((better.argmax(1) + 1 == y).mean() - (p.argmax(1) + 1 == y).mean()).round(6)
     assert found["value"] == expected > 0
@@ -101,10 +101,10 @@ def test_without_peer(labelled_run, capsys):
     argv = ["--run", str(labelled_run), "--without-peer", "--resamples", "20", "--json", str(out)]
     peer_quality.main(argv)
     found = json.loads(out.read_text())
-    assert [row["system"] for row in found["systems"][::3]] == [
+    assert [row["condition"] for row in found["systems"][::3]] == [
         "majority", "bm25", "embedding", "match", "teacher",
     ]  # fmt: skip
-    assert {row["metric"] for row in found["systems"]} == set(peer_quality.METRICS)
+    assert {row["metric"] for row in found["systems"]} == {"auroc_4", "accuracy", "ndcg_20"}
     assert "| teacher − bm25 | " in capsys.readouterr().out
 
 
