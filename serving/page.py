@@ -64,6 +64,8 @@ class Page:
     def __init__(self, run, queue=None, labels=None, raters=1):
         self.run, features = run, run / "features"
         self.ranker, self.teacher = Ranker(run), PairTeacher(run)
+        of_query = (item for item in self.ranker.spec["categories"].items() if item[0].startswith("query_"))
+        self.columns = {name.removeprefix("query_"): values for name, values in of_query}
         self.pins = pq.read_table(features / "pins.parquet", columns=["title", "caption", "image"])
         self.dataset = Path(read_json(features / "stage.json")["dataset"])
         self.human = human_labels(run, self.ranker.ids)
@@ -135,13 +137,8 @@ def application(page):
 
     @app.get("/about")
     def about():
-        categories = {
-            name: values
-            for name, values in page.ranker.spec["categories"].items()
-            if name.startswith("query_")
-        }
-        columns = {name.removeprefix("query_"): values for name, values in categories.items()}
-        return {"levels": LEVELS, "columns": columns, "queue": len(page.labels.pairs), "slow": SLOW}
+        queue = len(page.labels.pairs)
+        return {"levels": LEVELS, "columns": page.columns, "queue": queue, "slow": SLOW}
 
     @app.get("/search")
     def search(request: Request, query: str, teacher: bool = False, top: int = Bounded(10, ge=1, le=50)):
