@@ -12,7 +12,7 @@ from lib.tables.raw import RawTables
 
 
 def test_every_object_can_be_drawn_and_every_colour_has_one():
-    assert set(toy_images.DRAW) == set(make_toy.OBJECTS) == set(make_toy.FAMILY_OF)
+    assert set(toy_images.SHAPES) == set(make_toy.OBJECTS) == set(make_toy.FAMILY_OF)
     assert set(toy_images.COLOURS) == set(make_toy.COLOURS)
     concepts = sum(
         map(len, (make_toy.OBJECTS, make_toy.COLOURS, make_toy.STYLES, make_toy.MATERIALS, make_toy.SCENES))

@@ -4,7 +4,7 @@ Every pin and every query has a hidden meaning (object, colour, material, style,
 levels follow from the two meanings by `relevance()`, plus annotator noise; pins show their meaning only in
 part, each text source another part. data/toy/README.md describes the world and its traps.
 
-Reads   nothing
+Reads   world.toml (words and phrases), shapes.txt (pictures)
 Writes  data/toy/tables/: pins.parquet, queries.csv, labels.csv, impressions/part-*.parquet,
         engagements.parquet, boards.parquet, link_visits.jsonl, images/*.png (the contract of data/README.md),
         and toy.json (sizes)
@@ -18,6 +18,8 @@ import datetime
 import json
 import shutil
 import sys
+import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,219 +32,78 @@ sys.path.insert(0, str(HERE))
 import toy_images  # noqa: E402
 
 LANGUAGES = ["en", "es", "fr", "de"]
-
-# ---------------------------------------------------------------------------------------------------------
-# Words. One line a concept: English synonyms | Spanish | French | German; synonyms are split by "/".
-# Nouns carry their gender (.m .f .n), because adjectives agree with it: "silla roja", "rotes Kleid".
-
-OBJECT_WORDS = """
-chair: chair seat armchair | silla.f | chaise.f siège.m | stuhl.m sessel.m
-table: table desk | mesa.f | table.f | tisch.m
-sofa: sofa couch settee | sofá.m | canapé.m | sofa.n
-bed: bed | cama.f | lit.m | bett.n
-lamp: lamp light lantern | lámpara.f | lampe.f | lampe.f leuchte.f
-shelf: shelf bookcase rack | estante.m repisa.f | étagère.f | regal.n
-mirror: mirror | espejo.m | miroir.m | spiegel.m
-clock: clock timepiece | reloj.m | horloge.f pendule.f | uhr.f
-dress: dress gown | vestido.m | robe.f | kleid.n
-shirt: shirt blouse tee | camisa.f | chemise.f | hemd.n
-boot: boot boots | bota.f | botte.f | stiefel.m
-hat: hat cap | sombrero.m gorra.f | chapeau.m | hut.m
-bag: bag purse handbag | bolso.m | sac.m | tasche.f
-scarf: scarf shawl | bufanda.f | écharpe.f foulard.m | schal.m
-jacket: jacket coat | chaqueta.f abrigo.m | veste.f manteau.m | jacke.f
-skirt: skirt | falda.f | jupe.f | rock.m
-cake: cake cupcake | pastel.m tarta.f | gâteau.m | kuchen.m torte.f
-cup: cup mug | taza.f | tasse.f | tasse.f becher.m
-bowl: bowl dish | cuenco.m | bol.m | schüssel.f
-teapot: teapot kettle | tetera.f | théière.f | teekanne.f
-pizza: pizza | pizza.f | pizza.f | pizza.f
-salad: salad greens | ensalada.f | salade.f | salat.m
-bread: bread loaf | pan.m | pain.m | brot.n
-soup: soup stew broth | sopa.f | soupe.f | suppe.f
-rose: rose | rosa.f | rose.f | rose.f
-tree: tree sapling | árbol.m | arbre.m | baum.m
-cactus: cactus succulent | cactus.m | cactus.m | kaktus.m
-tulip: tulip | tulipán.m | tulipe.f | tulpe.f
-pot: pot planter | maceta.f | pot.m | topf.m
-fern: fern | helecho.m | fougère.f | farn.m
-bench: bench | banco.m | banc.m | bank.f
-fountain: fountain | fuente.f | fontaine.f | brunnen.m
-candle: candle | vela.f | bougie.f | kerze.f
-wreath: wreath | corona.f | couronne.f | kranz.m
-balloon: balloon | globo.m | ballon.m | luftballon.m
-card: card notecard | tarjeta.f | carte.f | karte.f
-garland: garland bunting | guirnalda.f | guirlande.f | girlande.f
-kite: kite | cometa.f | cerfvolant.m | drachen.m
-quilt: quilt blanket | colcha.f manta.f | couette.f | decke.f
-necklace: necklace pendant | collar.m | collier.m | halskette.f
-ball: ball | pelota.f | balle.f | ball.m
-guitar: guitar | guitarra.f | guitare.f | gitarre.f
-bicycle: bicycle bike | bicicleta.f | vélo.m | fahrrad.n
-boat: boat sailboat | barco.m | bateau.m | schiff.n
-drum: drum | tambor.m | tambour.m | trommel.f
-skateboard: skateboard longboard | monopatín.m | planche.f | skateboard.n
-book: book novel | libro.m | livre.m | buch.n
-umbrella: umbrella parasol | paraguas.m | parapluie.m | regenschirm.m
-"""
-
-# Adjectives: es and fr "masculine/feminine"; de a stem, with "+" where it takes -er, -e, -es.
-COLOUR_WORDS = """
-red: red crimson | rojo/roja | rouge | rot+
-orange: orange | naranja | orange | orange
-yellow: yellow golden | amarillo/amarilla | jaune | gelb+
-green: green emerald | verde | vert/verte | grün+
-blue: blue navy | azul | bleu/bleue | blau+
-purple: purple violet | morado/morada | violet/violette | lila
-pink: pink blush | rosado/rosada | rosé/rosée | pink
-brown: brown tan | marrón | brun/brune | braun+
-black: black | negro/negra | noir/noire | schwarz+
-white: white ivory | blanco/blanca | blanc/blanche | weiß+
-grey: grey gray | gris | gris/grise | grau+
-"""
-
-STYLE_WORDS = """
-modern: modern contemporary | moderno/moderna | moderne | modern+
-rustic: rustic farmhouse | rústico/rústica | rustique | rustikal+
-boho: boho bohemian | bohemio/bohemia | bohème | boho
-vintage: vintage antique | antiguo/antigua | ancien/ancienne | antik+
-minimalist: minimalist minimal | minimalista | minimaliste | schlicht+
-elegant: elegant classy | elegante | élégant/élégante | elegant+
-cosy: cosy cozy | acogedor/acogedora | douillet/douillette | gemütlich+
-playful: playful whimsical | divertido/divertida | ludique | verspielt+
-tropical: tropical | tropical | tropical/tropicale | tropisch+
-luxury: luxury luxurious | lujoso/lujosa | luxueux/luxueuse | luxuriös+
-"""
-
-# Nouns: "de madera", "en bois", "aus Holz".
-MATERIAL_WORDS = """
-wood: wooden wood oak | madera | bois | holz
-metal: metal steel | metal | métal | metall
-glass: glass crystal | vidrio | verre | glas
-ceramic: ceramic porcelain | cerámica | céramique | keramik
-paper: paper | papel | papier | papier
-cotton: cotton linen | algodón | coton | baumwolle
-leather: leather suede | cuero | cuir | leder
-wool: wool knitted | lana | laine | wolle
-silk: silk satin | seda | soie | seide
-plastic: plastic acrylic | plástico | plastique | kunststoff
-"""
-
-# Nouns: "for kitchen", "para cocina", "pour cuisine", "für Küche".
-ROOM_WORDS = """
-kitchen: kitchen | cocina | cuisine | küche
-bedroom: bedroom | dormitorio | chambre | schlafzimmer
-office: office study | oficina | bureau | büro
-balcony: balcony terrace | balcón | balcon | balkon
-hallway: hallway entryway | pasillo | couloir | flur
-library: library | biblioteca | bibliothèque | bibliothek
-lounge: lounge parlour | salón | salon | wohnzimmer
-attic: attic loft | desván | grenier | dachboden
-cellar: cellar basement | sótano | cave | keller
-garage: garage carport | garaje | garage | garage
-"""
-
-OCCASION_WORDS = """
-wedding: wedding bridal | boda | mariage | hochzeit
-christmas: christmas xmas | navidad | noël | weihnachten
-birthday: birthday | cumpleaños | anniversaire | geburtstag
-carnival: carnival | carnaval | carnaval | karneval
-easter: easter | pascua | pâques | ostern
-graduation: graduation | graduación | diplôme | abschluss
-party: party | fiesta | fête | feier
-autumn: autumn fall | otoño | automne | herbst
-baptism: baptism christening | bautizo | baptême | taufe
-picnic: picnic | merienda | goûter | picknick
-"""
-
-FAMILY_WORDS = """
-furniture: furniture | muebles | meubles | möbel
-clothing: clothing fashion | ropa moda | vêtements mode | kleidung mode
-food: food | comida | nourriture | essen
-garden: garden gardening | jardín | jardin | garten
-celebration: celebration | celebración | célébration | feste
-leisure: leisure hobby | ocio | loisirs | freizeit
-"""
+WORLD = tomllib.loads((HERE / "world.toml").read_text(encoding="utf-8"))
 
 
-def _read(text):
-    """{concept: {language: [word, …]}} in the order of the lines."""
+def words_of_concepts(section):
+    """{concept: {language: [word, …]}} in the order of the file."""
     table = {}
-    for line in text.strip().splitlines():
-        name, words = line.split(": ")
-        table[name] = dict(zip(LANGUAGES, (w.split() for w in words.split(" | "))))
+    for concept, by_language in section.items():
+        table[concept] = {lang: words.split() for lang, words in zip(LANGUAGES, by_language)}
     return table
 
 
-OBJECTS, COLOURS, STYLES, MATERIALS, ROOMS, OCCASIONS, FAMILIES = map(
-    _read, (OBJECT_WORDS, COLOUR_WORDS, STYLE_WORDS, MATERIAL_WORDS, ROOM_WORDS, OCCASION_WORDS, FAMILY_WORDS)
+OBJECTS, FAMILY_OF = {}, {}
+for _family, _objects in WORLD["objects"].items():
+    OBJECTS |= words_of_concepts(_objects)
+    FAMILY_OF |= dict.fromkeys(_objects, _family)
+COLOURS, STYLES, MATERIALS, FAMILIES = (
+    words_of_concepts(WORLD[name]) for name in ("colours", "styles", "materials", "families")
 )
-SCENES = ROOMS | OCCASIONS
+SCENES = words_of_concepts(WORLD["rooms"] | WORLD["occasions"])
 ATTRIBUTES = {"colour": COLOURS, "material": MATERIALS, "style": STYLES, "scene": SCENES}
-
-FAMILY_OF = {obj: family for i, family in enumerate(FAMILIES) for obj in list(OBJECTS)[8 * i : 8 * i + 8]}
-MATERIALS_OF = {
-    "furniture": ["wood", "metal", "glass", "leather", "plastic"],
-    "clothing": ["cotton", "leather", "wool", "silk"],
-    "food": ["ceramic", "glass", "wood", "paper"],
-    "garden": ["ceramic", "metal", "wood", "plastic", "glass"],
-    "celebration": ["paper", "silk", "glass", "metal", "wool"],
-    "leisure": ["wood", "metal", "leather", "plastic", "paper"],
-}
-SHOPPING_INTEREST = {
-    "furniture": "home",
-    "garden": "home",
-    "clothing": "fashion",
-    "food": "dining",
-    "celebration": "gifts",
-    "leisure": "gifts",
-}
-
-# What goes together with what; symmetric.
-PAIRS = """
-table-chair table-bowl table-candle chair-book chair-lamp sofa-lamp sofa-quilt sofa-shelf bed-quilt bed-clock
-bed-mirror lamp-book shelf-book shelf-clock mirror-necklace mirror-dress clock-teapot dress-necklace dress-hat
-shirt-jacket shirt-skirt shirt-bag boot-jacket boot-scarf boot-skirt hat-scarf hat-boat bag-skirt bag-umbrella
-scarf-jacket necklace-card cake-candle cake-balloon cake-cup cup-teapot cup-bread bowl-soup bowl-salad
-teapot-rose pizza-salad pizza-bread pizza-ball bread-soup soup-pot salad-bench rose-card rose-fountain
-tree-bench tree-kite tree-garland cactus-pot cactus-fern cactus-guitar tulip-pot tulip-fountain tulip-wreath
-fern-fountain fern-bench candle-wreath wreath-garland balloon-card balloon-garland kite-ball kite-boat
-quilt-book guitar-drum guitar-boat drum-ball bicycle-umbrella bicycle-skateboard skateboard-ball
-"""
-COMPLEMENTS = {obj: set() for obj in OBJECTS}
-for _pair in PAIRS.split():
-    _a, _b = _pair.split("-")
-    COMPLEMENTS[_a].add(_b)
-    COMPLEMENTS[_b].add(_a)
+MATERIALS_OF, SHOPPING_INTEREST, PHRASES = WORLD["materials_of"], WORLD["shopping_interest"], WORLD["phrases"]
+COMPLEMENTS = defaultdict(set)
+for _pair in WORLD["together"]["pairs"].split():
+    _one, _other = _pair.split("-")
+    COMPLEMENTS[_one].add(_other)
+    COMPLEMENTS[_other].add(_one)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Language: from a meaning to words
+
+
+def pick(rng, options):
+    """One of the options, each as likely."""
+    return options[rng.integers(len(options))]
+
+
+def other(rng, options, not_this):
+    """One of the options that is not `not_this`."""
+    return pick(rng, [option for option in options if option != not_this])
+
+
+def usual(rng, words):
+    """The first of a concept's words with 60 %, else any of them."""
+    if rng.random() < 0.6:
+        return words[0]
+    return pick(rng, words)
 
 
 def noun(obj, lang, rng):
     """A word for an object, and its grammatical gender."""
-    words = OBJECTS[obj][lang]
-    word = words[0] if rng.random() < 0.6 else words[rng.integers(len(words))]
-    word, _, gender = word.partition(".")
+    word, _, gender = usual(rng, OBJECTS[obj][lang]).partition(".")
     return word, gender
 
 
-def adjective(forms, lang, gender, rng):
-    """An adjective in a language: the usual word with 60 %, else any of its words, with the ending of the
-    noun's gender."""
-    word = forms[lang][0] if rng.random() < 0.6 else forms[lang][rng.integers(len(forms[lang]))]
-    if lang == "de":
-        stem = word.rstrip("+")
-        return stem + {"m": "er", "f": "e", "n": "es"}.get(gender, "") if word.endswith("+") else word
+def adjective(table, concept, lang, gender, rng):
+    """An adjective for a colour or style, with the ending of the noun's gender."""
+    word = usual(rng, table[concept][lang])
+    if word.endswith("+"):
+        return word[:-1] + {"m": "er", "f": "e", "n": "es"}.get(gender, "")
     masculine, _, feminine = word.partition("/")
     return feminine if feminine and gender == "f" else masculine
 
 
+def say(name, lang, rng):
+    """A phrase of a kind."""
+    return pick(rng, PHRASES[lang][name])
+
+
 def plain(table, concept, lang, rng):
     """A noun for a material, room, occasion or family."""
-    words = table[concept][lang]
-    return words[0] if rng.random() < 0.6 else words[rng.integers(len(words))]
+    return usual(rng, table[concept][lang])
 
 
 def phrase(lang, meaning, rng):
@@ -252,97 +113,38 @@ def phrase(lang, meaning, rng):
     cuisine"
     """
     name, gender = noun(meaning["object"], lang, rng) if "object" in meaning else ("", "m")
-    style = adjective(STYLES[meaning["style"]], lang, gender, rng) if "style" in meaning else ""
-    colour = adjective(COLOURS[meaning["colour"]], lang, gender, rng) if "colour" in meaning else ""
-    material = plain(MATERIALS, meaning["material"], lang, rng) if "material" in meaning else ""
-    scene = plain(SCENES, meaning["scene"], lang, rng) if "scene" in meaning else ""
+    word = dict.fromkeys(ATTRIBUTES, "")
+    for kind in ("style", "colour"):
+        if kind in meaning:
+            word[kind] = adjective(ATTRIBUTES[kind], meaning[kind], lang, gender, rng)
+    for kind in ("material", "scene"):
+        if kind in meaning:
+            word[kind] = plain(ATTRIBUTES[kind], meaning[kind], lang, rng)
+    style, colour, material, scene = word["style"], word["colour"], word["material"], word["scene"]
+    for_scene = scene and f"{PHRASES[lang]['for']} {scene}"
     if lang == "en":
         parts = [style, colour, material, name]
-        parts = [scene] + parts if rng.random() < 0.4 else parts + [scene and f"for {scene}"]
-    elif lang == "de":
-        parts = [style, colour, name, material and f"aus {material}", scene and f"für {scene}"]
+        parts = [scene, *parts] if rng.random() < 0.4 else [*parts, for_scene]
     else:
-        of, to = {"es": ("de", "para"), "fr": ("en", "pour")}[lang]
-        parts = [name, colour, style, material and f"{of} {material}", scene and f"{to} {scene}"]
-    return " ".join(p for p in parts if p)
-
-
-GENERIC_TITLES = {
-    "en": ["love this!", "so pretty", "must have", "save for later", "great find"],
-    "es": ["me encanta!", "qué bonito", "para guardar"],
-    "fr": ["trop beau!", "coup de coeur", "à garder"],
-    "de": ["so schön!", "muss ich haben", "zum merken"],
-}
-IDEAS = {"en": "ideas", "es": "ideas", "fr": "idées", "de": "ideen"}
-DESCRIPTIONS = {  # material, style
-    "en": ["made of {m}, {s} look", "{s} style in {m}", "{m}, very {s}"],
-    "es": ["hecho de {m}, estilo {s}", "estilo {s} en {m}"],
-    "fr": ["fait en {m}, style {s}", "style {s} en {m}"],
-    "de": ["aus {m}, {s} gemacht", "{s} und aus {m}"],
-}
-MATERIAL_ONLY = {"en": "made of {m}", "es": "hecho de {m}", "fr": "fait en {m}", "de": "aus {m} gemacht"}
-STYLE_ONLY = {"en": "{s} look", "es": "estilo {s}", "fr": "style {s}", "de": "{s} gemacht"}
-NOISE = {
-    "en": [
-        "found it last week and saved it here with all the best things, follow us for more every day",
-        "more on our page",
-        "photo by a friend",
-    ],
-    "es": [
-        "lo encontré la semana pasada y lo guardo aquí, más cada día en nuestra página",
-        "más en nuestra página",
-    ],
-    "fr": [
-        "trouvé la semaine dernière et gardé ici, encore plus chaque jour sur notre page",
-        "plus sur notre page",
-    ],
-    "de": [
-        "letzte woche gefunden und hier gemerkt, jeden tag mehr auf unserer seite",
-        "mehr auf unserer seite",
-    ],
-}
-BOARDS = {
-    "en": ["{x}", "{x} ideas", "my {x}"],
-    "es": ["{x}", "ideas {x}", "mi {x}"],
-    "fr": ["{x}", "idées {x}", "{x} à faire"],
-    "de": ["{x}", "{x} ideen", "schöne {x}"],
-}
-JUNK_BOARDS = {
-    "en": ["my saves", "pretty things"],
-    "es": ["mis cosas"],
-    "fr": ["mes envies"],
-    "de": ["alles schöne"],
-}
-SHOP = {"en": ["buy", "shop"], "es": ["comprar"], "fr": ["acheter"], "de": ["kaufen"]}
-SHOP_NOTE = {
-    "en": ["free shipping", "handmade to order"],
-    "es": ["envío gratis"],
-    "fr": ["livraison gratuite"],
-    "de": ["kostenloser versand"],
-}
-
-
-def pick(rng, options):
-    """One of the options, each as likely."""
-    return options[rng.integers(len(options))]
-
-
-def other(rng, options, *not_these):
-    """One of the options that are not `not_these`."""
-    return pick(rng, [o for o in options if o not in not_these])
+        of_material = material and f"{PHRASES[lang]['of']} {material}"
+        parts = [style, colour, name] if lang == "de" else [name, colour, style]
+        parts += [of_material, for_scene]
+    return " ".join(filter(None, parts))
 
 
 def pin_language(rng):
     """A pin's language: English with 73 %, the three others with 9 % each."""
-    return LANGUAGES[rng.choice(4, p=[0.73, 0.09, 0.09, 0.09])]
+    return rng.choice(LANGUAGES, p=[0.73, 0.09, 0.09, 0.09]).item()
 
 
 def near_language(lang, rng):
     """The language of somebody who meets a pin: mostly English or the pin's own."""
-    return lang if rng.random() < 0.35 else LANGUAGES[rng.choice(4, p=[0.46, 0.18, 0.18, 0.18])]
+    if rng.random() < 0.35:
+        return lang
+    return rng.choice(LANGUAGES, p=[0.46, 0.18, 0.18, 0.18]).item()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pins, queries and the five levels
 
 
@@ -353,11 +155,12 @@ def relevance(query, pin):
     3 an object that goes together with it, or the object itself with two properties off
     2 only of the same family                                  1 unrelated
     """
-    if query["object"] == pin["object"]:
-        return 5 - sum(query[k] != pin[k] for k in ATTRIBUTES if k in query)
-    if pin["object"] in COMPLEMENTS[query["object"]]:
+    asked, shown = query["object"], pin["object"]
+    if asked == shown:
+        return 5 - sum(query[kind] != pin[kind] for kind in query)
+    if shown in COMPLEMENTS[asked]:
         return 3
-    return 2 if FAMILY_OF[query["object"]] == FAMILY_OF[pin["object"]] else 1
+    return 2 if FAMILY_OF[asked] == FAMILY_OF[shown] else 1
 
 
 def choose_objects(count):
@@ -369,57 +172,68 @@ def choose_objects(count):
     return [obj for obj in OBJECTS if obj in chosen[:count]]
 
 
+def values_of(kind, obj):
+    """What a property of an object may be."""
+    if kind == "material":
+        return MATERIALS_OF[FAMILY_OF[obj]]
+    return list(ATTRIBUTES[kind])
+
+
 def make_pins(count, objects, rng):
     """Meanings of pins. Some objects are more popular than others, and an object has its usual properties."""
     popularity = (rng.permutation(len(objects)) + 4) ** -0.5
-    usual = {}
+    often = {}
     for obj in objects:
-        usual[obj] = {
-            "colour": rng.choice(list(COLOURS), 4, replace=False).tolist(),
-            "material": rng.choice(MATERIALS_OF[FAMILY_OF[obj]], 3, replace=False).tolist(),
-            "style": rng.choice(list(STYLES), 3, replace=False).tolist(),
-            "scene": rng.choice(list(SCENES), 3, replace=False).tolist(),
-        }
+        often[obj] = {}
+        for kind in ATTRIBUTES:
+            size = 4 if kind == "colour" else 3
+            often[obj][kind] = rng.choice(values_of(kind, obj), size, replace=False).tolist()
     pins = []
     for obj in rng.choice(objects, count, p=popularity / popularity.sum()).tolist():
         pin = {"object": obj}
-        for kind, table in ATTRIBUTES.items():
-            every = MATERIALS_OF[FAMILY_OF[obj]] if kind == "material" else list(table)
-            pin[kind] = pick(rng, usual[obj][kind] if rng.random() < 0.88 else every)
+        for kind in ATTRIBUTES:
+            pin[kind] = pick(rng, often[obj][kind] if rng.random() < 0.88 else values_of(kind, obj))
         pins.append(pin)
     return pins
+
+
+def make_query(lang, use, pins, rng):
+    """A query for a random pin: its object, and one or two of its properties."""
+    pin = pick(rng, pins)
+    count = 1 + (rng.random() < 0.45)
+    kinds = rng.choice(list(ATTRIBUTES), count, replace=False, p=[0.32, 0.22, 0.18, 0.28])
+    meaning = {"object": pin["object"]}
+    for kind in ATTRIBUTES:
+        if kind in kinds:
+            meaning[kind] = pin[kind]
+    text = phrase(lang, meaning, rng)
+    return {"language": lang, "use": use, "query": text, "meaning": meaning}
 
 
 def make_queries(sizes, pins, rng):
     """`sizes`: (language, use, count), use = train, eval or log. No eval query asks for what a train query
     asks for."""
-    queries, texts, asked = [], set(), {"train": set(), "eval": set(), "log": set()}
+    queries, texts, trained = [], set(), []
     for lang, use, count in sizes:
         made = 0
         while made < count:
-            pin = pick(rng, pins)
-            kinds = rng.choice(
-                list(ATTRIBUTES), 1 + (rng.random() < 0.45), replace=False, p=[0.32, 0.22, 0.18, 0.28]
-            ).tolist()
-            meaning = {"object": pin["object"]} | {k: pin[k] for k in ATTRIBUTES if k in kinds}
-            text, key = phrase(lang, meaning, rng), tuple(meaning.items())
-            if (lang, text) in texts or (use == "eval" and key in asked["train"]):
+            query = make_query(lang, use, pins, rng)
+            if (lang, query["query"]) in texts or (use == "eval" and query["meaning"] in trained):
                 continue
-            texts.add((lang, text))
-            asked[use].add(key)
-            family = FAMILY_OF[pin["object"]]
-            queries.append(
-                {
-                    "language": lang,
-                    "use": use,
-                    "query": text,
-                    "meaning": meaning,
-                    "interest": family if rng.random() < 0.9 else None,
-                    "shopping_interest": SHOPPING_INTEREST[family] if rng.random() < 0.8 else None,
-                }
-            )
+            texts.add((lang, query["query"]))
+            if use == "train":
+                trained.append(query["meaning"])
+            family = FAMILY_OF[query["meaning"]["object"]]
+            query["interest"] = family if rng.random() < 0.9 else None
+            query["shopping_interest"] = SHOPPING_INTEREST[family] if rng.random() < 0.8 else None
+            queries.append(query)
             made += 1
     return [queries[i] for i in rng.permutation(len(queries))]
+
+
+def without(numbers, others):
+    """The numbers that are not among the others, in their order."""
+    return numbers[~np.isin(numbers, others)]
 
 
 def sample_pins(levels, query, pins, count, mix, exclude, rng):
@@ -428,29 +242,33 @@ def sample_pins(levels, query, pins, count, mix, exclude, rng):
     Half of the pins of levels 1 and 2 share a property that was asked for, so that a shared word alone says
     little.
     """
-    order = rng.permutation(len(pins))
-    order = order[~np.isin(order, list(exclude))] if exclude else order
-    shares = np.array([any(pins[i].get(k) == v for k, v in query.items()) for i in order], bool)
+    order = without(rng.permutation(len(pins)), list(exclude))
+    asked = query.items()
+    shares = np.array([not asked.isdisjoint(pins[i].items()) for i in order], bool)
     chosen = []
     for level in (5, 4, 3, 2, 1):
-        here = order[levels[order] == level]
+        of_level = levels[order] == level
+        here = order[of_level]
         want = int(round(mix[level - 1] * count))
         if level <= 2:
-            alike = order[(levels[order] == level) & shares][: want // 2]
-            here = np.concatenate([alike, np.setdiff1d(here, alike, assume_unique=True)])
-        chosen.extend(here[:want].tolist())
-    rest = order[~np.isin(order, chosen)]
-    chosen.extend(rest[: max(0, count - len(chosen))].tolist())
+            alike = order[of_level & shares][: want // 2]
+            here = np.concatenate([alike, without(here, alike)])
+        chosen.extend(here[:want])
+    chosen.extend(without(order, chosen))
     return rng.permutation(np.array(chosen[:count], int))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is seen of a pin
 
 
 def some(pin, rng, **chances):
     """The part of a pin's meaning that a source mentions: each property with its own chance."""
-    return {k: pin[k] for k in ("object", *ATTRIBUTES) if rng.random() < chances.get(k, 0)}
+    said = {}
+    for kind in ("object", *ATTRIBUTES):
+        if rng.random() < chances.get(kind, 0):
+            said[kind] = pin[kind]
+    return said
 
 
 def title_of(pin, lang, rng):
@@ -459,11 +277,13 @@ def title_of(pin, lang, rng):
     if kind < 0.03:
         return None
     if kind < 0.17:
-        return pick(rng, GENERIC_TITLES[lang])
+        return say("generic_titles", lang, rng)
     if kind < 0.25:
-        return f"{plain(FAMILIES, FAMILY_OF[pin['object']], lang, rng)} {IDEAS[lang]}"
+        family = plain(FAMILIES, FAMILY_OF[pin["object"]], lang, rng)
+        return f"{family} {PHRASES[lang]['ideas']}"
     said = some(pin, rng, object=0.8, colour=0.15, material=0.12, style=0.2, scene=0.12)
-    return (phrase(lang, said, rng) or pick(rng, GENERIC_TITLES[lang])).capitalize()
+    title = phrase(lang, said, rng) or say("generic_titles", lang, rng)
+    return title.capitalize()
 
 
 def description_of(pin, lang, rng):
@@ -472,15 +292,12 @@ def description_of(pin, lang, rng):
     if kind < 0.4:
         return None
     if kind < 0.5:
-        return pick(rng, NOISE[lang])
-    words = {
-        "m": plain(MATERIALS, pin["material"], lang, rng),
-        "s": adjective(STYLES[pin["style"]], lang, "", rng),
-    }
-    templates = (DESCRIPTIONS, MATERIAL_ONLY, STYLE_ONLY)[rng.choice(3, p=[0.4, 0.35, 0.25])]
-    template = pick(rng, templates[lang]) if templates is DESCRIPTIONS else templates[lang]
-    text = template.format(**words)
-    return f"{text}. {pick(rng, NOISE[lang])}" if rng.random() < 0.08 else text
+        return say("noise", lang, rng)
+    material = plain(MATERIALS, pin["material"], lang, rng)
+    style = adjective(STYLES, pin["style"], lang, "", rng)
+    form = rng.choice(["descriptions", "material_only", "style_only"], p=[0.4, 0.35, 0.25])
+    text = say(form, lang, rng).format(m=material, s=style)
+    return f"{text}. {say('noise', lang, rng)}" if rng.random() < 0.08 else text
 
 
 def boards_of(pin, lang, rng):
@@ -489,36 +306,39 @@ def boards_of(pin, lang, rng):
     for _ in range(rng.poisson(2.6) if rng.random() > 0.05 else 0):
         near, kind = near_language(lang, rng), rng.random()
         if kind < 0.1:
-            titles.append(pick(rng, JUNK_BOARDS[near]).title())
+            titles.append(say("junk_boards", near, rng).title())
             continue
         if kind < 0.7:
             about = plain(SCENES, pin["scene"], near, rng)
         elif kind < 0.75:  # somebody has other plans with it
             about = plain(SCENES, pick(rng, list(SCENES)), near, rng)
         elif kind < 0.9:
-            about = adjective(STYLES[pin["style"]], near, "", rng)
+            about = adjective(STYLES, pin["style"], near, "", rng)
         else:
             about = plain(FAMILIES, FAMILY_OF[pin["object"]], near, rng)
-        titles.append(pick(rng, BOARDS[near]).format(x=about).title())
+        titles.append(say("boards", near, rng).format(x=about).title())
     return titles
 
 
 def link_visits_of(pin, lang, objects, rng):
-    """Visits of the page behind a pin. One that lasts under ten seconds went to a page about something
-    else."""
+    """(title, note, seconds) of visits of the page behind a pin. One that lasts under ten seconds went to a
+    page about something else."""
     visits = []
     if rng.random() < 0.6:
         near = near_language(lang, rng)
         said = some(pin, rng, object=1, material=0.7, style=0.2)
-        title = f"{pick(rng, SHOP[near])} {phrase(near, said, rng)}"
-        note = pick(rng, SHOP_NOTE[near]) if rng.random() < 0.25 else None
-        visits += [
-            (title, note, round(float(10 + rng.exponential(40)), 1)) for _ in range(rng.integers(1, 4))
-        ]
+        title = f"{say('shop', near, rng)} {phrase(near, said, rng)}"
+        note = say("shop_note", near, rng) if rng.random() < 0.25 else None
+        for _ in range(rng.integers(1, 4)):
+            seconds = 10 + rng.exponential(40)
+            visits.append((title, note, round(seconds, 1)))
     if rng.random() < 0.45:
-        wrong = {"object": other(rng, objects, pin["object"]), "material": pick(rng, list(MATERIALS))}
-        title = f"{pick(rng, SHOP['en'])} {phrase('en', wrong, rng)}"
-        visits += [(title, None, round(float(rng.uniform(0.5, 9.9)), 1)) for _ in range(rng.integers(1, 4))]
+        wrong = {"object": other(rng, objects, pin["object"])}
+        wrong["material"] = pick(rng, list(MATERIALS))
+        title = f"{say('shop', 'en', rng)} {phrase('en', wrong, rng)}"
+        for _ in range(rng.integers(1, 4)):
+            seconds = rng.uniform(0.5, 9.9)
+            visits.append((title, None, round(seconds, 1)))
     return visits
 
 
@@ -527,9 +347,21 @@ SPAN = 913  # days: two and a half years
 TWO_YEARS = 731
 
 
+def recent_event(rng):
+    """(days ago, count) of an event within two years."""
+    ago = rng.integers(0, TWO_YEARS - 10)
+    return int(ago), int(rng.integers(5, 60))
+
+
+def old_event(rng):
+    """Likewise of one before: it counts much more."""
+    ago = rng.integers(TWO_YEARS + 10, SPAN)
+    return int(ago), int(rng.integers(200, 900))
+
+
 def engagements_of(pin, lang, objects, rng):
-    """(query, date, count): people's own words within two years; before that, a pin stood where it did not
-    belong."""
+    """(query, days ago, count): people's own words within two years; before that, a pin stood where it did
+    not belong."""
     rows = []
     for _ in range(rng.choice(4, p=[0.1, 0.35, 0.35, 0.2])):
         near = near_language(lang, rng)
@@ -538,19 +370,31 @@ def engagements_of(pin, lang, objects, rng):
         if rng.random() < 0.08:
             said[kind] = pick(rng, list(ATTRIBUTES[kind]))
         text = phrase(near, said, rng)
-        for _ in range(rng.integers(1, 4)):
-            rows.append((text, int(rng.integers(0, TWO_YEARS - 10)), int(rng.integers(5, 60))))
+        rows += [(text, *recent_event(rng)) for _ in range(rng.integers(1, 4))]
     for _ in range(rng.choice(3, p=[0.4, 0.4, 0.2])):
         said = {"object": other(rng, objects, pin["object"])}
         kind = rng.choice(list(ATTRIBUTES))
         said[kind] = pick(rng, list(ATTRIBUTES[kind]))
         text = phrase(near_language(lang, rng), said, rng)
-        for _ in range(rng.integers(1, 3)):
-            rows.append((text, int(rng.integers(TWO_YEARS + 10, SPAN)), int(rng.integers(200, 900))))
+        rows += [(text, *old_event(rng)) for _ in range(rng.integers(1, 3))]
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
+def query_engagements(queries, levels, rng):
+    """(query, pin, days ago, count) of the results of the queries themselves: seldom and with good pins;
+    before two years ago, bad ones."""
+    rows = []
+    for query, of_query in zip(queries, levels):
+        for level, chance in ((5, 0.15), (4, 0.015), (3, 0.003)):
+            for pin in np.flatnonzero(of_query == level).tolist():
+                if rng.random() < chance:
+                    rows.append((query["query"], pin, *recent_event(rng)))
+        for pin in rng.choice(np.flatnonzero(of_query == 1), 2, replace=False).tolist():
+            rows.append((query["query"], pin, *old_event(rng)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The world and its tables
 
 LABEL_MIX = [0.18, 0.18, 0.21, 0.25, 0.18]  # of levels 1…5, where there are enough pins
@@ -558,256 +402,197 @@ IMPRESSION_MIX = [0.21, 0.21, 0.22, 0.22, 0.14]
 LABEL_NOISE = 0.08
 
 
+def shuffled(rows, rng):
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def sample_rows(counts, mix, exclude, world, rng):
+    """(query, pin) for `counts` [(query, how many pins), …], numbers all; exclude: {query: pins}."""
+    rows = []
+    for i, count in counts:
+        of_query, meaning = world["levels"][i], world["queries"][i]["meaning"]
+        drawn = sample_pins(of_query, meaning, world["pins"], int(count), mix, exclude.get(i, ()), rng)
+        rows += [(i, pin) for pin in drawn.tolist()]
+    return rows
+
+
+def make_labels(rows_a_query, world, rng):
+    """(query, pin, level, use): what people say. rows_a_query: {use: of its queries, on average}."""
+    labels = []
+    for use, average in rows_a_query.items():
+        which = [i for i, query in enumerate(world["queries"]) if query["use"] == use]
+        edges = np.round(np.arange(len(which) + 1) * average).astype(int)
+        counts = np.diff(edges)
+        for count in zip(which, counts):
+            for i, pin in sample_rows([count], LABEL_MIX, {}, world, rng):
+                level = world["levels"][i, pin]
+                if rng.random() < LABEL_NOISE:
+                    level = np.clip(level + rng.choice([-1, 1]), 1, 5)
+                labels.append((i, pin, int(level), use))
+    return shuffled(labels, rng)
+
+
+def make_impressions(size, taken, world, rng):
+    """About `size` (query, pin) that are not in `taken`, to which they are added ({query: pins}): all
+    queries, fewer of those with labels for training."""
+    weight = np.array([0.6 if query["use"] == "train" else 1.0 for query in world["queries"]])
+    ends = np.round(np.cumsum(weight / weight.sum() * size)).astype(int)
+    counts = np.diff(ends, prepend=0)
+    rows = sample_rows(enumerate(counts), IMPRESSION_MIX, taken, world, rng)
+    for i, pin in rows:
+        taken[i].add(pin)
+    return shuffled(rows, rng)
+
+
 def make_world(scale=1.0, seed=0, total=None):
     """The whole world as plain Python and numpy: pins, queries, labels, impressions, logs.
 
     `total`: that many impressions; all else, and the impressions that there are anyway, stay the same."""
     rng = np.random.default_rng(seed)
-    objects = choose_objects(int(np.clip(round(48 * scale**0.5), 12, 48)))
 
     def n(count):
         return max(1, round(count * scale))
 
-    sizes = [("en", "train", n(260)), ("en", "eval", n(70)), ("en", "log", n(15))]
-    sizes += [(lang, use, n(count)) for lang in LANGUAGES[1:] for use, count in (("eval", 70), ("log", 15))]
+    # 1. What is searched for, and how well it fits
+    objects = choose_objects(int(np.clip(round(48 * scale**0.5), 12, 48)))
+    sizes = [("en", "train", n(260))]
+    sizes += [(lang, use, n(count)) for lang in LANGUAGES for use, count in (("eval", 70), ("log", 15))]
     pins = make_pins(n(2000), objects, rng)
     queries = make_queries(sizes, pins, rng)
-    levels = np.array([[relevance(q["meaning"], p) for p in pins] for q in queries])
+    levels = [[relevance(query["meaning"], pin) for pin in pins] for query in queries]
+    levels = np.array(levels)
+    world = {"pins": pins, "queries": queries, "levels": levels}
 
-    # 1. human labels: 6,000 English ones to train on, 3,360 in four languages to evaluate on
-    labels = []
-    rows_a_query = {"train": n(6000) / n(260), "eval": 12}
-    for use in ("train", "eval"):
-        which = [i for i, q in enumerate(queries) if q["use"] == use]
-        edges = np.round(np.arange(len(which) + 1) * rows_a_query[use]).astype(int)
-        for i, count in zip(which, np.diff(edges)):
-            for pin in sample_pins(levels[i], queries[i]["meaning"], pins, int(count), LABEL_MIX, (), rng):
-                level = levels[i, pin]
-                if rng.random() < LABEL_NOISE:
-                    level = np.clip(level + rng.choice([-1, 1]), 1, 5)
-                labels.append((i, int(pin), int(level), use))
-    labels = [labels[i] for i in rng.permutation(len(labels))]
-
-    # 2. impressions: all queries, fewer of those with human labels, never a labelled pair
-    weight = np.array([0.6 if q["use"] == "train" else 1.0 for q in queries])
-
-    def draw(size, exclude, rng):
-        edges = np.round(np.concatenate([[0], np.cumsum(weight / weight.sum() * size)])).astype(int)
-        rows = [
-            (i, int(pin))
-            for i, count in enumerate(np.diff(edges))
-            for pin in sample_pins(
-                levels[i], queries[i]["meaning"], pins, int(count), IMPRESSION_MIX, exclude.get(i, ()), rng
-            )
-        ]
-        return [rows[i] for i in rng.permutation(len(rows))]
-
-    taken = {}
-    for i, pin, _, _ in labels:
-        taken.setdefault(i, set()).add(pin)
-    impressions = draw(n(40000), taken, rng)
+    # 2. Human labels: 6,000 English ones to train on, 3,360 in four languages; never a labelled pair is shown
+    world["labels"] = make_labels({"train": n(6000) / n(260), "eval": 12}, world, rng)
+    taken = defaultdict(set)
+    for i, pin, *_ in world["labels"]:
+        taken[i].add(pin)
+    world["impressions"] = make_impressions(n(40000), taken, world, rng)
     if total:
-        for i, pin in impressions:
-            taken.setdefault(i, set()).add(pin)
-        impressions += draw(max(0, total - len(impressions)), taken, np.random.default_rng([seed, 1]))
+        missing = max(0, total - len(world["impressions"]))
+        world["impressions"] += make_impressions(missing, taken, world, np.random.default_rng([seed, 1]))
 
-    # 3. what is seen of the pins
-    languages = [pin_language(rng) for _ in pins]
-    shown = [
-        {
-            "title": title_of(p, lang, rng),
-            "description": description_of(p, lang, rng),
-            "has_image": bool(rng.random() > 0.02),
-        }
-        for p, lang in zip(pins, languages)
-    ]
-    boards = [
-        (i, title) for i, (p, lang) in enumerate(zip(pins, languages)) for title in boards_of(p, lang, rng)
-    ]
-    visits = [
-        (i, *v)
-        for i, (p, lang) in enumerate(zip(pins, languages))
-        for v in link_visits_of(p, lang, objects, rng)
-    ]
-    engagements = [
-        (text, i, ago, count)
-        for i, (p, lang) in enumerate(zip(pins, languages))
-        for text, ago, count in engagements_of(p, lang, objects, rng)
-    ]
+    # 3. What is seen of the pins
+    spoken = [(i, pin, pin_language(rng)) for i, pin in enumerate(pins)]
+    world["shown"] = []  # title, description, is there a picture
+    for _, pin, lang in spoken:
+        texts = title_of(pin, lang, rng), description_of(pin, lang, rng)
+        world["shown"].append((*texts, bool(rng.random() > 0.02)))
+    world["boards"] = [(i, title) for i, pin, lang in spoken for title in boards_of(pin, lang, rng)]
+    world["visits"] = []
+    for i, pin, lang in spoken:
+        world["visits"] += [(i, *visit) for visit in link_visits_of(pin, lang, objects, rng)]
+    engagements = []
+    for i, pin, lang in spoken:
+        for text, *event in engagements_of(pin, lang, objects, rng):
+            engagements.append((text, i, *event))
     engagements += query_engagements(queries, levels, rng)
-    engagements[0] = (*engagements[0][:2], 0, engagements[0][3])  # the log ends on its newest date
-    return {
-        "pins": pins,
-        "languages": languages,
-        "shown": shown,
-        "queries": queries,
-        "labels": labels,
-        "impressions": impressions,
-        "boards": boards,
-        "visits": visits,
-        "engagements": engagements,
-    }
+    text, pin, _, count = engagements[0]
+    engagements[0] = (text, pin, 0, count)  # the log ends on its newest date
+    return world | {"engagements": engagements}
 
 
-def query_engagements(queries, levels, rng):
-    """Engagement with the results of the queries themselves: seldom and with good pins; before two years
-    ago, bad ones."""
-    rows = []
-    for i, query in enumerate(queries):
-        for level, chance in ((5, 0.15), (4, 0.015), (3, 0.003)):
-            for pin in np.flatnonzero(levels[i] == level):
-                if rng.random() < chance:
-                    rows.append(
-                        (
-                            query["query"],
-                            int(pin),
-                            int(rng.integers(0, TWO_YEARS - 10)),
-                            int(rng.integers(5, 60)),
-                        )
-                    )
-        for pin in rng.choice(np.flatnonzero(levels[i] == 1), 2, replace=False):
-            rows.append(
-                (
-                    query["query"],
-                    int(pin),
-                    int(rng.integers(TWO_YEARS + 10, SPAN)),
-                    int(rng.integers(200, 900)),
-                )
-            )
-    return rows
+def pin_ids(numbers):
+    return [f"p{i:05d}" for i in numbers]
 
 
-def pin_id(i):
-    return f"p{i:05d}"
+def query_ids(numbers):
+    return [f"q{i:04d}" for i in numbers]
 
 
-def query_id(i):
-    return f"q{i:04d}"
+def write_table(path, columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write = pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table
+    write(pa.table(columns), path)
 
 
-def write_tables(world, folder, seed):
-    """The raw tables, in a mixture of formats, and the images."""
+def write_pins(world, folder, seed):
+    """The pins, and a picture of each that has one."""
+    columns = {"pin_id": pin_ids(range(len(world["pins"]))), "image": []}
+    columns["title"], columns["description"], pictured = zip(*world["shown"])
     (folder / "images").mkdir(parents=True)
-    (folder / "impressions").mkdir()
-    pins, shown, queries = world["pins"], world["shown"], world["queries"]
-
-    for i, (pin, seen) in enumerate(zip(pins, shown)):
-        if seen["has_image"]:
+    for i, pin in enumerate(world["pins"]):
+        path = f"images/{columns['pin_id'][i]}.png" if pictured[i] else None
+        columns["image"].append(path)
+        if path:
             image = toy_images.render(pin["object"], pin["colour"], np.random.default_rng([seed, i]))
-            image.save(folder / "images" / f"{pin_id(i)}.png", compress_level=1)
-    pa.parquet.write_table(
-        pa.table(
-            {
-                "pin_id": [pin_id(i) for i in range(len(pins))],
-                "title": pa.array([s["title"] for s in shown], pa.string()),
-                "description": pa.array([s["description"] for s in shown], pa.string()),
-                "image": pa.array(
-                    [f"images/{pin_id(i)}.png" if s["has_image"] else None for i, s in enumerate(shown)],
-                    pa.string(),
-                ),
-            }
-        ),
-        folder / "pins.parquet",
-    )
-    pa.csv.write_csv(
-        pa.table(
-            {"query_id": [query_id(i) for i in range(len(queries))]}
-            | {
-                key: pa.array([q[key] for q in queries], pa.string())
-                for key in ("query", "language", "interest", "shopping_interest")
-            }
-        ),
-        folder / "queries.csv",
-    )
-    q, p, level, split = zip(*world["labels"])
-    pa.csv.write_csv(
-        pa.table(
-            {
-                "query_id": [query_id(i) for i in q],
-                "pin_id": [pin_id(i) for i in p],
-                "label": level,
-                "split": split,
-            }
-        ),
-        folder / "labels.csv",
-    )
+            image.save(folder / path, compress_level=1)
+    names = ("pin_id", "title", "description", "image")
+    write_table(folder / "pins.parquet", {name: columns[name] for name in names})
+
+
+def write_queries(world, folder):
+    """The queries, their labels and impressions."""
+    queries = world["queries"]
+    columns = {"query_id": query_ids(range(len(queries)))}
+    for name in ("query", "language", "interest", "shopping_interest"):
+        columns[name] = [query[name] for query in queries]
+    write_table(folder / "queries.csv", columns)
+    query, pin, level, split = zip(*world["labels"])
+    columns = {"query_id": query_ids(query), "pin_id": pin_ids(pin), "label": level, "split": split}
+    write_table(folder / "labels.csv", columns)
     for part, rows in enumerate(np.array_split(np.array(world["impressions"]), 4)):
-        pa.parquet.write_table(
-            pa.table(
-                {"query_id": [query_id(i) for i in rows[:, 0]], "pin_id": [pin_id(i) for i in rows[:, 1]]}
-            ),
-            folder / "impressions" / f"part-{part:05d}.parquet",
-        )
-    text, p, ago, count = zip(*world["engagements"])
-    pa.parquet.write_table(
-        pa.table(
-            {
-                "query": text,
-                "pin_id": [pin_id(i) for i in p],
-                "date": pa.array([NEWEST - datetime.timedelta(days=d) for d in ago], pa.date32()),
-                "count": count,
-            }
-        ),
-        folder / "engagements.parquet",
-    )
-    p, title = zip(*world["boards"])
-    pa.parquet.write_table(
-        pa.table({"pin_id": [pin_id(i) for i in p], "board_title": title}), folder / "boards.parquet"
-    )
-    with open(folder / "link_visits.jsonl", "w", encoding="utf-8") as f:
-        for i, title, note, dwell in world["visits"]:
-            row = {"pin_id": pin_id(i), "link_title": title, "link_description": note, "dwell_seconds": dwell}
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        query, pin = rows.T
+        columns = {"query_id": query_ids(query), "pin_id": pin_ids(pin)}
+        write_table(folder / "impressions" / f"part-{part:05d}.parquet", columns)
+
+
+def write_logs(world, folder):
+    """Engagements, board saves and link visits."""
+    text, pin, ago, count = zip(*world["engagements"])
+    dates = [NEWEST - datetime.timedelta(days=days) for days in ago]
+    columns = {"query": text, "pin_id": pin_ids(pin), "date": dates, "count": count}
+    write_table(folder / "engagements.parquet", columns)
+    pin, title = zip(*world["boards"])
+    write_table(folder / "boards.parquet", {"pin_id": pin_ids(pin), "board_title": title})
+    pin, *visits = zip(*world["visits"])
+    names = ("pin_id", "link_title", "link_description", "dwell_seconds")
+    with open(folder / "link_visits.jsonl", "w", encoding="utf-8") as file:
+        for values in zip(pin_ids(pin), *visits):
+            row = dict(zip(names, values))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def summary_of(world):
+    """Sizes of the tables, and labels by level 1…5."""
+    names = ("pins", "queries", "impressions", "engagements", "boards", "visits")
+    summary = {name: len(world[name]) for name in names}
+    for split in ("train", "eval"):
+        levels = [level for _, _, level, use in world["labels"] if use == split]
+        summary[f"{split}_labels_by_level"] = np.bincount(levels, minlength=6)[1:].tolist()
+    return summary
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "tables", help="dataset folder to write (default: data/toy/tables)"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 1.0 = 2,000 pins")
-    parser.add_argument(
-        "--impressions",
-        type=int,
-        metavar="N",
-        help="impressions of the same world, if there are as many pairs (default: 40,000 times the scale)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset made with other arguments"
-    )
-    return parser.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", type=Path, default=HERE / "tables", help="dataset folder (data/toy/tables)")
+    p.add_argument("--scale", type=float, default=1.0, help="size of the world; 1.0 = 2,000 pins")
+    p.add_argument("--impressions", type=int, metavar="N", help="of the same world (40,000 times the scale)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--overwrite", action="store_true", help="replace a dataset made with other arguments")
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     asked = {"scale": args.scale, "seed": args.seed, "asked_impressions": args.impressions}
     if args.out.exists() and not args.overwrite:
-        summary = args.out / "toy.json"
-        if not summary.exists():
-            sys.exit(
-                f"{args.out} exists and was not made by make_toy.py; choose another --out, or --overwrite"
-            )
-        if {k: json.loads(summary.read_text()).get(k) for k in asked} != asked:
-            sys.exit(
-                f"{args.out} was made with other arguments (see {summary}); add --overwrite to replace it"
-            )
+        made = args.out / "toy.json"
+        if not made.exists():
+            sys.exit(f"{args.out} exists and was not made by make_toy.py; another --out, or --overwrite")
+        if not asked.items() <= json.loads(made.read_text()).items():
+            sys.exit(f"{args.out} was made with other arguments (see {made}); --overwrite replaces it")
         print(f"{args.out} is complete already; nothing to do (--overwrite makes it again)")
         return
 
     world = make_world(args.scale, args.seed, args.impressions)
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_tables(world, unfinished, args.seed)
-    levels = np.array([(level, use == "train") for _, _, level, use in world["labels"]])
-    summary = asked | {
-        name: len(world[name])
-        for name in ("pins", "queries", "impressions", "engagements", "boards", "visits")
-    }
-    summary |= {
-        f"{split}_labels_by_level": np.bincount(levels[levels[:, 1] == flag, 0], minlength=6)[1:].tolist()
-        for split, flag in (("train", 1), ("eval", 0))
-    }
+    write_pins(world, unfinished, args.seed)
+    write_queries(world, unfinished)
+    write_logs(world, unfinished)
+    summary = asked | summary_of(world)
     (unfinished / "toy.json").write_text(json.dumps(summary, indent=2) + "\n")
     if args.out.exists():
         shutil.rmtree(args.out)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from toy_images import COLOURS, DRAW, render
+from toy_images import COLOURS, SHAPES, render
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -32,7 +32,7 @@ from transformers import (
     BlipProcessor,
 )
 
-OBJECT_NAMES, COLOUR_NAMES = list(DRAW), list(COLOURS)
+OBJECT_NAMES, COLOUR_NAMES = list(SHAPES), list(COLOURS)
 IMAGE_SIZE = 80
 WIDTH = 128  # of both towers, and so of the visual embedding
 OUT_DIR = Path(__file__).resolve().parent / "models" / "blip"
@@ -92,9 +92,9 @@ def make_pictures(n, seed, desc=None):
     """n pictures [n, size, size, 3] uint8 with the numbers of their objects and colours; every combination
     is as frequent."""
     rng = np.random.default_rng(seed)
-    pairs = np.concatenate(
-        [rng.permutation(len(DRAW) * len(COLOURS)) for _ in range(math.ceil(n / len(DRAW) / len(COLOURS)))]
-    )[:n]
+    combinations = len(SHAPES) * len(COLOURS)
+    orders = [rng.permutation(combinations) for _ in range(math.ceil(n / combinations))]
+    pairs = np.concatenate(orders)[:n]
     objects, colours = pairs // len(COLOURS), pairs % len(COLOURS)
     pixels = np.empty((n, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for i in tqdm(range(n), desc=desc, disable=desc is None, mininterval=1):
@@ -111,7 +111,7 @@ def train(model, processor, pixels, objects, colours, epochs, batch_size, lr, se
     ).input_ids
     tokens[:, 0] = tokenizer.bos_token_id
     objects, colours = torch.from_numpy(objects), torch.from_numpy(colours)
-    heads = nn.ModuleList([nn.Linear(WIDTH, len(DRAW)), nn.Linear(WIDTH, len(COLOURS))])
+    heads = nn.ModuleList([nn.Linear(WIDTH, len(SHAPES)), nn.Linear(WIDTH, len(COLOURS))])
     weights = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(
         [
