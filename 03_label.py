@@ -5,7 +5,8 @@ levels on unlabelled, multilingual impressions; a teacher trained on English lab
 other languages.
 
 Ours, not the paper's: --pool weighs these probabilities against those of a regression on the match features.
-Where human labels are few, the teacher alone is worse than that regression.
+Where human labels are few, the teacher alone is worse than that regression; where it is clearly better on the
+held-out queries, it stays alone.
 
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
@@ -167,14 +168,17 @@ def label_shards(teacher, shards, known, text, settings, bar):
 
 
 def pool_labels(run, labels, split):
-    """Writes pool.json into the folder of labels, if the teacher has held-out rows to tell by. split: of
-    in_hash_split, 02's."""
+    """Writes pool.json into the folder of labels, unless the teacher has no held-out rows to tell by, or does
+    without. split: of in_hash_split, 02's."""
     rows, _ = read_labelled(run, labels.name)
     held_out = in_hash_split(rows["key"], **split)
     if not held_out.any():
         print("not pooled: no training query was held out to weigh the teacher by")
         return
     pool = fit_pool(rows, held_out, match_names(run / "features" / "labelled.parquet"))
+    if pool is None:
+        print("not pooled: on the held-out queries the teacher is clearly better than the match features")
+        return
     write_pool(pool, labels)
     summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
 

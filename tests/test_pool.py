@@ -78,6 +78,22 @@ def test_the_held_out_rows_are_not_in_the_regression_that_weighs_them(monkeypatc
     np.testing.assert_allclose(found.regression.weight, whole.weight)
 
 
+def test_a_teacher_that_is_clearly_better_stays_alone():
+    level, query, p, noise = world(queries=25)
+    assert pool.is_clearly_better(level, query, p, noise)
+    assert not pool.is_clearly_better(level, query, noise, p)
+    assert not pool.is_clearly_better(level, query, p, p)
+    one = query == 0
+    assert not pool.is_clearly_better(level[one], query[one], p[one], noise[one])
+    few = query < 5  # in one of five queries it is much worse: so few do not tell
+    odd = np.where((query == 0)[:, None], np.roll(np.eye(5)[level - 1], 1, axis=1), p)
+    assert not pool.is_clearly_better(level[few], query[few], odd[few], noise[few])
+    rows = {"label": level, "query_index": query, "teacher": p, "language": np.full(len(p), "en", object)}
+    rows["a"] = np.random.default_rng(3).normal(size=len(p))
+    assert pool.fit_pool(rows, query < 12, ["a"]) is None
+    assert pool.fit_pool({**rows, "teacher": noise}, query < 12, ["a"]) is not None
+
+
 def test_a_pool_is_read_as_it_was_written(tmp_path):
     assert pool.read_pool(tmp_path) is None
     x, target = np.random.default_rng(0).normal(size=(50, 2)), np.eye(5)[np.arange(50) % 5]
@@ -102,8 +118,11 @@ def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
     assert f"{held_out.sum()} rows of {queries} held-out queries" in capsys.readouterr().out
 
 
-def test_03_does_not_pool_without_held_out_rows(tmp_path, capsys):
+def test_03_does_not_pool_without_held_out_rows_or_need(tmp_path, capsys, monkeypatch):
     synthetic(tmp_path, shards=1)
     stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.0, "salt": "teacher:0"})
     assert pool.read_pool(tmp_path / "labels") is None and "not pooled" in capsys.readouterr().out
+    monkeypatch.setattr(stage("03"), "fit_pool", lambda *_: None)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.3, "salt": "teacher:0"})
+    assert pool.read_pool(tmp_path / "labels") is None and "clearly better" in capsys.readouterr().out
     assert stage("03").PAPER.pool == "none"  # the paper has no such step

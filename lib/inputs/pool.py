@@ -2,7 +2,8 @@
 
 Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
 weights are fitted on the queries that 02 holds out: the teacher was not trained on them, nor, for that, the
-regression. A logarithmic opinion pool (Genest and Zidek, 1986).
+regression. A logarithmic opinion pool (Genest and Zidek, 1986). A teacher that is clearly better than the
+regression on those queries stays alone.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
+from scipy.stats import ttest_rel
 
 from lib.inputs.regression import Regression, fit_regression, one_hot, stacked
 from lib.stages.files import read_json, write_json
@@ -17,6 +19,7 @@ from lib.stages.files import read_json, write_json
 POOL = "pool.json"  # in labels/
 EQUAL = 0.5  # both weights, where no row speaks against it
 SPREAD = 0.25  # standard deviation of a weight around that, in the prior
+CLEAR = 0.025  # p-value below which the teacher alone is clearly better than the regression
 
 
 class Pool(NamedTuple):
@@ -56,6 +59,15 @@ def fit_weights(level, query, p_teacher, p_match):
     return minimize(loss, [EQUAL, EQUAL], bounds=[(0, None)] * 2).x
 
 
+def is_clearly_better(level, query, p, other):
+    """Is the cross-entropy of probabilities p [B, C], averaged within a query, clearly below that of `other`?
+    By a paired t-test over the queries; a single query tells nothing."""
+    _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
+    rows = np.arange(len(level))
+    ours, theirs = (np.bincount(of_query, -log(q[rows, level - 1])) / sizes for q in (p, other))
+    return len(sizes) > 1 and bool(ttest_rel(ours, theirs, alternative="less").pvalue < CLEAR)
+
+
 def read_pool(labels):
     """The Pool in the folder of labels that 03 wrote, or None."""
     path = labels / POOL
@@ -73,11 +85,15 @@ def write_pool(pool, labels):
 
 
 def fit_pool(rows, held_out, names):
-    """The Pool of a run. rows: its human training rows, as read_labelled() has them; held_out [B]: which the
-    teacher was not trained on, at least one; names: of the match features."""
+    """The Pool of a run, None if the teacher does without. rows: its human training rows, as read_labelled()
+    has them; held_out [B]: which the teacher was not trained on, at least one; names: of the match features.
+    """
     x, target = stacked(rows, names), one_hot(rows["label"])
     apart = fit_regression(x[~held_out], target[~held_out])
     level, query, p = (rows[name][held_out] for name in ("label", "query_index", "teacher"))
-    weights = fit_weights(level, query, p, apart.probabilities(x[held_out]))
+    p_match = apart.probabilities(x[held_out])
+    if is_clearly_better(level, query, p, p_match):
+        return None
+    weights = fit_weights(level, query, p, p_match)
     languages = sorted(set(rows["language"]))
     return Pool(*weights.tolist(), languages, names, fit_regression(x, target))
