@@ -1,8 +1,13 @@
 """Stage 02: human labels -> the teacher, a language model fine-tuned as cross-encoder.
 
 Paper: "LLM as Relevance Model". [CLS] query [SEP] pin text -> language model -> fully connected layers ->
-five levels; point-wise cross-entropy. Encoders (BERT, DeBERTa, T5's encoder) are trained in full, decoders
-(Llama) with QLoRA.
+five levels; point-wise cross-entropy.
+
+    1  settings
+    2  the text of the human-labelled pairs, in token ids
+    3  the language model and a fresh head: encoders (BERT, T5's) are trained in full, decoders with QLoRA
+    4  training; scores on held-out queries after each epoch
+    5  the teacher is saved
 
 Reads   RUN/features/   pins.parquet, queries.parquet, labelled.parquet (its `train` rows)
 Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, teacher.json, training_log.jsonl
@@ -214,13 +219,18 @@ def held_out_scores(teacher, rows, settings, accelerator):
     return {f"held_out_{name}": float(value) for name, value in found.items()}
 
 
-def train_epoch(model, optimizer, rows, settings, accelerator, checkpoints):
-    """The steps of an epoch that are left, each a line of the log. Every so many steps a checkpoint."""
+def train(teacher, optimizer, rows, settings, accelerator, folder):
+    """The training loop, over what is left of it. Each step is a line of the log, each epoch one more with
+    its scores; every so many steps there is a checkpoint in `folder`. Returns the log."""
+    model = accelerator.prepare(teacher)
+    checkpoints = Checkpoints(folder, teacher, optimizer, {"step": 0}, accelerator.is_main_process)
     state, per_epoch = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
-    epoch, steps = state["step"] // per_epoch, settings.epochs * per_epoch
-    batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
-    options = {"total": steps, "initial": state["step"], "unit": " steps", "disable": not checkpoints.writes}
-    with progress_bar(desc=f"epoch {epoch + 1}", **options) as bar:
+    steps, shown = settings.epochs * per_epoch, {"unit": " steps", "disable": not checkpoints.writes}
+    if checkpoints.continues:
+        accelerator.print(f"continuing at step {state['step']} of {steps}")
+    for epoch in range(state["step"] // per_epoch, settings.epochs):
+        batches = epoch_batches(rows.lengths[rows.train], settings.batch_size, settings.seed, epoch)
+        bar = progress_bar(total=steps, initial=state["step"], desc=f"epoch {epoch + 1}", **shown)
         for batch in batches[state["step"] % per_epoch :]:
             factor = linear_warmup_decay(state["step"] / steps, settings.warmup)
             state["step"] += 1
@@ -232,18 +242,7 @@ def train_epoch(model, optimizer, rows, settings, accelerator, checkpoints):
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if state["step"] % settings.checkpoint_steps == 0 and state["step"] % per_epoch:
                 checkpoints.save()
-
-
-def train(teacher, optimizer, rows, settings, accelerator, folder):
-    """The training loop, over what is left of it. Checkpoints go into `folder`. Returns the log; its last
-    line has the last epoch's scores."""
-    model = accelerator.prepare(teacher)
-    checkpoints = Checkpoints(folder, teacher, optimizer, {"step": 0}, accelerator.is_main_process)
-    state, per_epoch = checkpoints.state, math.ceil(len(rows.train) / settings.batch_size)
-    if checkpoints.continues:
-        accelerator.print(f"continuing at step {state['step']} of {settings.epochs * per_epoch}")
-    for epoch in range(state["step"] // per_epoch, settings.epochs):
-        train_epoch(model, optimizer, rows, settings, accelerator, checkpoints)
+        bar.close()
         losses = [line["loss"] for line in state["log"] if line["epoch"] == epoch + 1]
         scores = {"epoch": epoch + 1, "train_loss": float(np.mean(losses))}
         scores |= held_out_scores(teacher, rows, settings, accelerator)
@@ -265,14 +264,9 @@ def open_text(settings, config):
 def save(teacher, finetuning, text, settings, folder):
     """Writes the teacher, its tokenizer, and in teacher.json what stage 03 needs to read pairs as 02."""
     path = Path(settings.model)
-    about = {
-        "model": str(path.resolve()) if path.is_dir() else settings.model,
-        "kind": teacher.kind,
-        "finetuning": finetuning,
-        "fields": settings.fields,
-        "max_tokens": text.max_tokens,
-        "long_queries": settings.long_queries,
-    }
+    about = {"model": str(path.resolve()) if path.is_dir() else settings.model, "kind": teacher.kind}
+    about |= {"finetuning": finetuning, "fields": settings.fields, "max_tokens": text.max_tokens}
+    about["long_queries"] = settings.long_queries
     teacher.save(folder, about)
     text.tokenizer.save_pretrained(folder / "tokenizer")
 

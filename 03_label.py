@@ -4,9 +4,12 @@ Paper: "Distill LLM into Servable Student Model". The soft labels are the teache
 levels on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to
 other languages.
 
-Ours, not the paper's: --pool weighs these probabilities against those of a regression on the match features.
-Where human labels are few, the teacher alone is worse than that regression; where it is clearly better on the
-held-out queries, it stays alone.
+    1  settings; what is inherited
+    2  the text of the pairs; which shards are left to label, and which labels are known
+    3  the teacher, LoRA merged
+    4  soft labels, one output shard an input shard
+    5  --pool (ours): they are weighed against a regression on the match features; where human labels are
+       few, the teacher alone is worse than that, and where it is clearly better it stays alone
 
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
@@ -32,14 +35,16 @@ import torch
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
+from lib.inputs.base import bases_of
 from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
-from lib.inputs.known import FILE, KnownLabels, different, label_keys, merge_own, tables_of
+from lib.inputs.known import FILE, KnownLabels, label_keys, merge_own, tables_of
 from lib.inputs.match import match_names
-from lib.inputs.pairs import count_labels, count_rows, read_labelled, write_labels
-from lib.inputs.pool import fit_pool, write_pool
+from lib.inputs.pairs import count_rows, read_labelled, write_labels
+from lib.inputs.pool import POOL, fit_pool, read_pool, write_pool
 from lib.inputs.rows import tokenized_shards
 from lib.results import summary
-from lib.stages.files import hashed
+from lib.stages.files import fingerprint, hashed
+from lib.stages.finished import require_finished
 from lib.stages.processes import start_processes, start_stage
 from lib.stages.settings import Count, ModelSettings, parse
 from lib.stages.streams import ahead
@@ -56,9 +61,7 @@ class Settings(ModelSettings):
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
     teacher: Path | None = None  # teacher/ of another run (default: RUN's own)
-    known: tuple[Path, ...] | None = (
-        None  # runs whose labels are looked up (default: RUN's own, its base's …)
-    )
+    known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN, its base …)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
 
@@ -98,7 +101,8 @@ def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
 def label_shard(teacher, rows, name, known, pad_id, token_budget, on_batch=None):
     """Soft labels [N, C] of the rows of a shard of this name: looked up where a pair is known, else by one
     pass of the teacher for each different pair. Returns also where they are from (write_labels)."""
-    keys, first, which = different(label_keys(rows, known.decided_by))
+    keys = label_keys(rows, known.decided_by)
+    keys, first, which = np.unique(keys, return_index=True, return_inverse=True)
     labels, source = known.find(keys)
     new = np.flatnonzero(source < 0)
     new = new[np.argsort(first[new])]  # in the rows' order
@@ -167,20 +171,35 @@ def label_shards(teacher, shards, known, text, settings, bar):
         bar.update(len(rows) - counts["passes"])
 
 
-def pool_labels(run, labels, split):
-    """Writes pool.json into the folder of labels, unless the teacher has no held-out rows to tell by, or does
-    without. split: of in_hash_split, 02's."""
+def pool_to_take(settings, trained):
+    """Where RUN has no training query that its teacher was not trained on, none to weigh the teacher by: the
+    labels of a run that RUN builds on, pooled for this teacher. Else None. trained: stage.json of 02."""
+    rows, _ = read_labelled(settings.run, None)
+    is_needed = settings.pool == "auto" and not in_hash_split(rows["key"], **trained["held_out"]).any()
+    for labels in [run / "labels" for run in bases_of(settings.run)] if is_needed else ():
+        if (labels / POOL).exists():
+            made = require_finished(labels, f"03_label.py --run {labels.parent}", [POOL])
+            if made["inputs"].get("teacher") == teacher_identity(trained):
+                return labels
+    return None
+
+
+def pool_labels(run, labels, split, taken):
+    """Writes pool.json into the folder of labels, unless the teacher does without; by its held-out rows, else
+    the one of `taken` (pool_to_take), else none. split: of in_hash_split, 02's."""
     rows, _ = read_labelled(run, labels.name)
-    held_out = in_hash_split(rows["key"], **split)
-    if not held_out.any():
+    held_out, names = in_hash_split(rows["key"], **split), match_names(run / "features" / "labelled.parquet")
+    if held_out.any():
+        pool = fit_pool(rows, held_out, names)
+        summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
+        if pool is None:
+            return
+    elif taken and set((pool := read_pool(taken)).names) <= set(names):
+        print(f"pooled as in {taken}")
+    else:
         print("not pooled: no training query was held out to weigh the teacher by")
         return
-    pool = fit_pool(rows, held_out, match_names(run / "features" / "labelled.parquet"))
-    if pool is None:
-        print("not pooled: on the held-out queries the teacher is clearly better than the match features")
-        return
     write_pool(pool, labels)
-    summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
 
 
 def main(argv=None):
@@ -188,12 +207,14 @@ def main(argv=None):
     settings = parse(PRESETS, argv, __doc__)
     models.quiet_libraries()
     accelerator, dtype, hardware = start_processes(settings)
-    is_main, features = accelerator.is_main_process, settings.run / "features"
-    folder = settings.teacher or settings.run / "teacher"
-    read, about, model = require_teacher(settings.run, folder, settings.model)
+    run, is_main = settings.run, accelerator.is_main_process
+    features, folder = run / "features", settings.teacher or run / "teacher"
+    read, about, model = require_teacher(run, folder, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs |= {"teacher": teacher_identity(read["teacher"]), "precision": hardware}
-    stage, work = start_stage(accelerator, settings.run / "labels", settings, inputs)
+    taken = pool_to_take(settings, read["teacher"])
+    inputs |= {"pool": fingerprint(taken / POOL)} if taken else {}
+    stage, work = start_stage(accelerator, run / "labels", settings, inputs)
     if work is None:
         return
 
@@ -202,7 +223,7 @@ def main(argv=None):
     target = {path: work / path.relative_to(features) for path in paths}
     unwritten = {path.stem for path in paths if not target[path].exists()}
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
-    earlier, _locks = tables_of(settings.known, settings.run, decided_by, print if is_main else None)
+    earlier, _locks = tables_of(settings.known, run, decided_by, print if is_main else None)
     known = KnownLabels(earlier, own, decided_by, unwritten)
     todo = [path for path in paths if path.stem in unwritten or path.stem not in known.covered]
     accelerator.wait_for_everyone()  # all see the same files before one writes
@@ -210,11 +231,10 @@ def main(argv=None):
     # 3. The teacher, LoRA merged
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     if settings.teacher is None:
-        require_trained_on(settings.run, read["teacher"], rows)
+        require_trained_on(run, read["teacher"], rows)
     teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], text, accelerator.device, dtype)
     if is_main:
-        summary.describe_labelling(about, moved, len(paths), len(todo))
-        print(f"{hardware}, {accelerator.num_processes} process(es)")
+        summary.describe_labelling(about, moved, paths, todo, hardware, accelerator.num_processes)
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -226,12 +246,11 @@ def main(argv=None):
     # 5. What the match features say, pooled with that (ours); summary
     if is_main:
         if settings.pool == "auto":
-            pool_labels(settings.run, work, read["teacher"]["held_out"])
-        counts = count_labels(made := [*target.values()])
-        summary.describe_labels(counts, merge_own(own, work / FILE), made[-100:])
-        sizes = {"impressions": count_rows(paths[1:]), "labelled": len(rows)}
-        whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
-        stage.finish(["known"], rows=sizes, merge=moved, labels=counts, teacher=whose)
+            pool_labels(run, work, read["teacher"]["held_out"], taken)
+        counts = summary.describe_labels([*target.values()], merge_own(own, work / FILE))
+        facts = {"rows": {"impressions": count_rows(paths[1:]), "labelled": len(rows)}, "merge": moved}
+        facts["teacher"] = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
+        stage.finish(["known"], labels=counts, **facts)
     accelerator.wait_for_everyone()
 
 

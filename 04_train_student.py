@@ -4,6 +4,12 @@ Paper: "Distill LLM into Servable Student Model". The student learns the teacher
 levels on unlabelled impressions (knowledge distillation). The paper does not give the loss; ours is Hinton et
 al., 2015: KL divergence at temperature T, times T squared.
 
+    1  settings; labels and features must belong together
+    2  rows: impressions with soft labels, human-labelled ones with the mean of both labels
+    3  the network, which starts at a regression of the human labels on the match features (ours)
+    4  distillation; scores on held-out queries after each epoch
+    5  the student is saved, also as ONNX
+
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
 Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it: student.onnx,
                         student_one_query.onnx, features.json (their inputs, how each is computed)
@@ -67,9 +73,7 @@ class Settings(DeviceSettings):
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
     category_dim: Width = 8  # size of the embedding of a categorical column
     input_dropout: Share | None = None  # share of the embeddings' numbers left out in a training step
-    dropout: Share | None = (
-        None  # likewise of the hidden units (default of both: DROPOUTS, by number of rows)
-    )
+    dropout: Share | None = None  # likewise of the hidden units (default of both: DROPOUTS)
     temperature: Temperature = 1.0  # softens teacher and student alike; at 1 probabilities stay as they are
 
     epochs: Count = 20  # passes over the training rows
@@ -182,30 +186,9 @@ def set_lr(optimizer, settings, progress):
         group["lr"] = settings.lr * linear_warmup_decay(progress, settings.warmup)
 
 
-def train_epoch(student, optimizer, batches, settings, planned, checkpoints):
-    """The steps of an epoch that are left; returns the sum of its losses. planned: rows of all epochs."""
-    state = checkpoints.state
-    epoch, loss_sum = state["epoch"], torch.tensor(state["loss_sum"])
-    bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
-    for features, target in batches:
-        set_lr(optimizer, settings, state["rows"] / planned)
-        # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
-        torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + state["step"])
-        loss = train_step(student, optimizer, features, target, settings.temperature)
-        loss_sum = loss_sum.to(loss.device) + loss * len(target)
-        state["step"] += 1
-        state["rows"] += len(target)
-        bar.update(len(target))
-        if state["step"] % settings.checkpoint_steps == 0:
-            state["loss_sum"] = finite(loss_sum, epoch)
-            checkpoints.save()
-    bar.close()
-    return finite(loss_sum, epoch)
-
-
 def train(student, rows, inputs, held_out, settings, device, folder):
-    """The training loop, over what is left of it. Checkpoints go into `folder`. Returns the log, a
-    line an epoch."""
+    """The training loop, over what is left of it; every so many steps there is a checkpoint in `folder`.
+    Returns the log, a line an epoch."""
     optimizer = new_optimizer(student, settings)
     start = {"epoch": 0, "step": 0, "rows": 0, "loss_sum": 0.0}
     checkpoints = Checkpoints(folder, student, optimizer, start)
@@ -213,14 +196,33 @@ def train(student, rows, inputs, held_out, settings, device, folder):
     if checkpoints.continues:
         print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")
     for epoch in range(state["epoch"], settings.epochs):
-        steps = rows.batches(epoch, skip=state["step"])
-        batches = ahead((tensors(inputs, batch, device) for batch in steps), depth=4)
-        loss = train_epoch(student, optimizer, batches, settings, planned, checkpoints)
-        scores = {"epoch": epoch + 1, "loss": loss / rows.total}
+        loss_sum, batches = torch.tensor(state["loss_sum"]), rows.batches(epoch, skip=state["step"])
+        bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
+        for features, target in ahead((tensors(inputs, batch, device) for batch in batches), depth=4):
+            set_lr(optimizer, settings, state["rows"] / planned)
+            # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
+            torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + state["step"])
+            loss = train_step(student, optimizer, features, target, settings.temperature)
+            loss_sum = loss_sum.to(loss.device) + loss * len(target)
+            state["step"] += 1
+            state["rows"] += len(target)
+            bar.update(len(target))
+            if state["step"] % settings.checkpoint_steps == 0:
+                state["loss_sum"] = finite(loss_sum, epoch)
+                checkpoints.save()
+        bar.close()
+        scores = {"epoch": epoch + 1, "loss": finite(loss_sum, epoch) / rows.total}
         scores |= held_out_scores(student, inputs, held_out, device)
         state |= {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0}
         checkpoints.end_epoch(scores)
     return state["log"]
+
+
+def finite(loss, epoch):
+    """A sum of losses as a number; Stop if it is not finite."""
+    if not torch.isfinite(loss):
+        raise Stop(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --weight-decay")
+    return loss.item()
 
 
 def with_dropout(settings, rows, inputs, moments, device):
@@ -289,13 +291,6 @@ def warn_if_by_heart(log):
         rose = f"from {min(losses):.3f} to {losses[-1]:.3f}"
         print(f"warning: on held-out queries KL rose {rose} while the loss fell")
         print("more --dropout and --input-dropout, fewer --epochs, or labels of more queries?")
-
-
-def finite(loss, epoch):
-    """A sum of losses as a number; Stop if it is not finite."""
-    if not torch.isfinite(loss):
-        raise Stop(f"the loss is not finite in epoch {epoch + 1}: lower --lr or --weight-decay")
-    return loss.item()
 
 
 # ------------------------------------------------------------------------------------------------------------

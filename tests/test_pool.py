@@ -1,12 +1,15 @@
 """The teacher pooled with the regression: closed forms, what it finds, where it stays away."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from helpers import stage, synthetic
+from helpers import mark_finished, stage, synthetic
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from lib.inputs import pool
+from lib.inputs.inherited import teacher_identity
 from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.pairs import read_labelled
 from lib.inputs.regression import fit_regression, one_hot
@@ -110,7 +113,7 @@ def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
     train, _ = read_labelled(tmp_path)
     split = {"share": 0.3, "salt": "teacher:0"}
     held_out = in_hash_split(train["key"], **split)
-    stage("03").pool_labels(tmp_path, tmp_path / "labels", split)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", split, None)
     found = pool.read_pool(tmp_path / "labels")
     assert found[:2] == pool.fit_pool(train, held_out, list(MATCH_FEATURES))[:2]
     assert found.languages == ["en", "fr"] and found.names == list(MATCH_FEATURES)
@@ -118,11 +121,37 @@ def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
     assert f"{held_out.sum()} rows of {queries} held-out queries" in capsys.readouterr().out
 
 
+NOTHING = {"share": 0.0, "salt": "teacher:0"}  # is held out
+
+
+def test_03_takes_the_pool_of_a_run_that_it_builds_on_where_it_cannot_make_one(tmp_path, capsys):
+    """That of the nearest one with labels of this teacher."""
+    label, trained = stage("03"), {"identity": "a teacher", "outputs": {}, "held_out": NOTHING}
+    days = [tmp_path / name for name in ("sunday", "monday", "tuesday")]
+    for day in days:
+        synthetic(day, shards=1)
+    for run, base in zip(days[1:], days):
+        mark_finished(run / "features", base=str(base))
+    settings = replace(label.TOY, run=days[2])
+    assert label.pool_to_take(settings, trained) is None
+    for day, share, teacher in ((days[0], 0.2, teacher_identity(trained)), (days[1], 0.3, "another")):
+        label.pool_labels(day, day / "labels", {"share": share, "salt": "teacher:0"}, None)
+        mark_finished(day / "labels", inputs={"teacher": teacher})
+    taken = label.pool_to_take(settings, trained)
+    assert taken == days[0] / "labels"
+    label.pool_labels(settings.run, settings.run / "labels", NOTHING, taken)
+    of_two = [(day / "labels" / pool.POOL).read_bytes() for day in (days[0], days[2])]
+    assert of_two[0] == of_two[1] and f"pooled as in {taken}" in capsys.readouterr().out
+    assert label.pool_to_take(replace(settings, pool="none"), trained) is None
+    trained["held_out"] = {"share": 0.2, "salt": "teacher:0"}  # there are rows of its own
+    assert label.pool_to_take(settings, trained) is None
+
+
 def test_03_does_not_pool_without_held_out_rows_or_need(tmp_path, capsys, monkeypatch):
     synthetic(tmp_path, shards=1)
-    stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.0, "salt": "teacher:0"})
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", NOTHING, None)
     assert pool.read_pool(tmp_path / "labels") is None and "not pooled" in capsys.readouterr().out
     monkeypatch.setattr(stage("03"), "fit_pool", lambda *_: None)
-    stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.3, "salt": "teacher:0"})
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.3, "salt": "teacher:0"}, None)
     assert pool.read_pool(tmp_path / "labels") is None and "clearly better" in capsys.readouterr().out
     assert stage("03").PAPER.pool == "none"  # the paper has no such step

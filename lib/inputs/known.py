@@ -3,7 +3,7 @@
 A label's key is what decides it: teacher, template, precision, token ids. A table of labels is an Arrow file
 of rows sorted by key. It is read a batch at a time: memory does not grow with what is known.
 
-Shapes: N keys of 16 bytes, uint64 [N, 2]; C = 5 levels.
+Shapes: N keys of 16 bytes (KEY) [N]; C = 5 levels.
 """
 
 import hashlib
@@ -16,50 +16,35 @@ import pyarrow as pa
 from common import NUM_LEVELS
 from lib.inputs.base import bases_of
 from lib.stages.files import whole_file
-from lib.stages.finished import is_as_made, read_about, require_finished
+from lib.stages.finished import check_files, read_about, require_finished
 from lib.stages.streams import slices, vector_column
 from lib.stages.terminal import Stop
 
 BATCH = 1 << 20  # rows of a table that are in memory at once, 36 MB
 FILE = "known.arrow"  # of RUN/labels
-DECIDED_BY, SHARDS = b"decided by", b"shards"  # in a table's metadata
+KEY = "S16"  # NumPy's type of a key; compared byte by byte
+DECIDED_BY, SHARDS = b"label decided by", b"shards"  # in a table's metadata
 
 
 def label_keys(rows, decided_by):
-    """Keys [N, 2] of rows of token ids (N arrays [T] int32). decided_by: hash, in hex, of what else decides
-    their labels."""
+    """Keys of rows of token ids (N arrays [T] int32). decided_by: hash, in hex, of what else decides their
+    labels."""
     person = bytes.fromhex(decided_by)
     digests = [hashlib.blake2b(row.tobytes(), digest_size=16, person=person).digest() for row in rows]
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-
-
-def different(keys):
-    """The different ones of N keys, sorted [n, 2]; the first row of each [n]; for each row its number among
-    them [N]."""
-    order = np.argsort(keys[:, 0], kind="stable")  # tables in a row, each sorted: soon done
-    ranked = keys[order]
-    changes = ranked[1:] != ranked[:-1]
-    if (changes[:, 1] > changes[:, 0]).any():  # equal first halves: one of millions of millions
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        ranked = keys[order]
-        changes = ranked[1:] != ranked[:-1]
-    is_first = np.append(True, changes.any(axis=1))[: len(keys)]
-    which = np.empty(len(keys), np.int64)
-    which[order] = np.cumsum(is_first) - 1
-    return ranked[is_first], order[is_first], which
+    return np.frombuffer(b"".join(digests), KEY)
 
 
 def batch_of(keys, labels):
-    """Keys [n, 2] and labels [n, C] -> an Arrow batch of a table."""
-    columns = [pa.array(keys[:, 0]), pa.array(keys[:, 1]), vector_column(np.ascontiguousarray(labels))]
-    return pa.record_batch(columns, ["key", "key_end", "label"])
+    """Keys [n] and labels [n, C] -> an Arrow batch of a table."""
+    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), [None, pa.py_buffer(keys)])
+    return pa.record_batch([keys, vector_column(np.ascontiguousarray(labels))], ["key", "label"])
 
 
 def write_table(path, batches, decided_by, shards=()):
     """A stream of batches in the order of their keys -> a table. The same rows give the same bytes. shards:
     names of those whose rows it has."""
     with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        schema = batch_of(np.empty((0, 2), np.uint64), np.empty((0, NUM_LEVELS), np.float32)).schema
+        schema = batch_of(np.empty(0, KEY), np.empty((0, NUM_LEVELS), np.float32)).schema
         metadata = {DECIDED_BY: decided_by, SHARDS: json.dumps(shards)}
         with pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
             for rows in slices(batches, BATCH):
@@ -68,65 +53,62 @@ def write_table(path, batches, decided_by, shards=()):
 
 
 class LabelTable:
-    """Labels by key, in a file. rows: how many; firsts: the first half of each batch's first key."""
+    """Labels by key, in a file. rows: how many; firsts: the first key of each batch."""
 
     def __init__(self, path):
         self.path = path
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            self.decided_by = reader.schema.metadata[DECIDED_BY].decode()
+            self.decided_by = reader.schema.metadata.get(DECIDED_BY, b"").decode()
             self.shards = json.loads(reader.schema.metadata[SHARDS])
-            self.firsts = np.array([batch["key"][0].as_py() for batch in batches], np.uint64)
-            self.rows = sum(len(batch) for batch in batches)
+            self.firsts = np.array([batch["key"][0].as_py() for batch in batches], KEY)
+            self.rows = sum(map(len, batches))
 
     def read(self, number):
-        """A batch: first and second halves of its keys [n], labels [n, C]. Mapped, not read: its pages leave
-        memory with it."""
+        """A batch: keys [n], labels [n, C]. Mapped, not read: its pages leave memory with it."""
         with pa.memory_map(str(self.path)) as file:
             batch = pa.ipc.open_file(file).get_batch(number)
         labels = batch["label"].flatten().to_numpy().reshape(-1, NUM_LEVELS)
-        return batch["key"].to_numpy(), batch["key_end"].to_numpy(), labels
+        return np.frombuffer(batch["key"].buffers()[1], KEY, len(labels)), labels
 
     def find(self, keys, labels):
         """Looks n sorted keys up. Fills in `labels` [n, C] those that are here; returns which ones these are
         [n]."""
         found = np.zeros(len(keys), bool)
-        ends = [*np.searchsorted(keys[:, 0], self.firsts[1:]), len(keys)]
+        ends = [*np.searchsorted(keys, self.firsts[1:]), len(keys)]
         for number, start, end in zip(range(len(self.firsts)), [0, *ends], ends):
             if start < end:
-                first, second, known = self.read(number)
-                wanted = np.ascontiguousarray(keys[start:end].T)
-                place = np.minimum(np.searchsorted(first, wanted[0]), len(first) - 1)
-                hit = np.flatnonzero((first[place] == wanted[0]) & (second[place] == wanted[1]))
-                labels[start + hit] = known[place[hit]]
+                known, of_known = self.read(number)
+                place = np.minimum(np.searchsorted(known, keys[start:end]), len(known) - 1)
+                hit = np.flatnonzero(known[place] == keys[start:end])
+                labels[start + hit] = of_known[place[hit]]
                 found[start + hit] = True
         return found
 
     def between(self, low, high):
-        """Copies of the keys whose first half is in [low, high), and of their labels."""
-        keys, labels = [np.empty((0, 2), np.uint64)], [np.empty((0, NUM_LEVELS), np.float32)]
-        for number in range(len(self.firsts)):
-            ends = self.firsts[number + 1 : number + 2]
-            if self.firsts[number] < high and (not len(ends) or ends[0] >= low):
-                first, second, known = self.read(number)
-                rows = slice(*np.searchsorted(first, [low, high]))
-                keys.append(np.stack([first[rows], second[rows]], axis=1))
-                labels.append(known[rows].copy())
+        """Copies of the keys from `low` to below `high`, and of their labels."""
+        keys, labels = [np.empty(0, KEY)], [np.empty((0, NUM_LEVELS), np.float32)]
+        for number, first in enumerate(self.firsts):
+            if first < high and (self.firsts[number + 1 : number + 2] >= low).all():
+                known, of_known = self.read(number)
+                rows = slice(*np.searchsorted(known, np.array([low, high], KEY)))
+                keys.append(known[rows].copy())
+                labels.append(of_known[rows].copy())
         return np.concatenate(keys), np.concatenate(labels)
 
 
 def merge(tables, path, shards=()):
     """Tables -> one at `path`, of a key that stands in several of them the label of the first counts.
     shards: of write_table()."""
-    parts = math.ceil(sum(table.rows for table in tables) / BATCH)
-    bounds = np.array([number * 2**64 // parts for number in range(parts)] + [2**64 - 1], np.uint64)
+    parts = math.ceil(sum(table.rows for table in tables) / BATCH) or 1
+    bounds = [((2**128 - 1) * part // parts).to_bytes(16, "big") for part in range(parts + 1)]
 
     def batches():
         for low, high in zip(bounds, bounds[1:]):
             found = [table.between(low, high) for table in tables]
             keys, labels = (np.concatenate(columns) for columns in zip(*found))
-            keys, rows, _ = different(keys)
+            keys, rows = np.unique(keys, return_index=True)
             yield batch_of(keys, labels[rows])
 
     return write_table(path, batches(), tables[0].decided_by, shards)
@@ -178,29 +160,25 @@ def tables_of(runs, run, decided_by, say):
     """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
     runs: None: RUN itself, whose labels --overwrite replaces, and those that RUN builds on. Also locks on
     their labels, held as long as they live."""
-    tables, locks = {}, []
+    tables, locks, own = {}, [], run / "labels" if runs is None else None
     if runs is None:
         runs = bases_of(run)
         if runs and not runs[0].exists():
             raise Stop(f"{runs[0]}: missing, {run} builds on it; --known says where labels are")
-        own = run / "labels"
-        made = read_about(own, damaged_is_fine=True).get("outputs", {})
-        if FILE in made and is_as_made(own / FILE, made[FILE]):
-            table = LabelTable(own / FILE)
-            tables |= {str(run): table} if table.decided_by == decided_by else {}
+        runs = [run, *runs] if own.exists() else runs
     for earlier in runs:
         folder = earlier / "labels"
         try:
-            about = require_finished(folder, f"03_label.py --run {earlier}", [FILE])
-            if FILE not in about["outputs"]:
-                raise Stop(f"{folder}: made by an older stage 03")
-            table = LabelTable(folder / FILE)
-            if table.decided_by != decided_by:
-                raise Stop(f"{folder}: of another teacher, template or precision")
+            if folder == own:  # which is locked already, by this process
+                check_files(folder, about := read_about(folder), [FILE])
+            else:
+                about = require_finished(folder, f"03_label.py --run {earlier}", [FILE])
+            table = LabelTable(folder / FILE) if FILE in about["outputs"] else None
+            if not table or table.decided_by != decided_by:
+                raise Stop(f"{folder}: of another teacher, template, precision or version of stage 03")
+            tables[str(earlier)] = table
+            locks.append(about)
         except Stop as why:
             if say:
                 say(f"not looked up: {why}")
-            continue
-        tables[str(earlier)] = table
-        locks.append(about)
     return tables, locks

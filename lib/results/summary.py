@@ -6,7 +6,7 @@ import torch
 from common import LEVELS, NUM_LEVELS
 from lib.inputs.held_out import describe_held_out
 from lib.inputs.inherited import whence
-from lib.inputs.pairs import mean_label
+from lib.inputs.pairs import count_labels, mean_label
 from lib.results.contract import input_names
 from lib.stages.hardware import dtype_name
 
@@ -72,24 +72,31 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"parameters: {weights:,}")
 
 
-def describe_labelling(about, moved, shards, todo):
-    """What is going to be labelled, by which teacher. about: teacher.json; moved: by merging LoRA."""
+def describe_labelling(about, moved, paths, todo, hardware, processes):
+    """What is going to be labelled, by which teacher. about: teacher.json; moved: by merging LoRA; paths,
+    todo: all shards, and those left."""
     fields = ", ".join(about["fields"])
     print(f"teacher: {about['model']}, trained on {fields}")
     print(f"LoRA merged: {moved}" if moved else "nothing merged")
-    print(f"shards: {shards}, of which {todo} to label")
+    print(f"shards: {len(paths)}, of which {len(todo)} to label")
+    print(f"{hardware}, {processes} process(es)")
 
 
 def describe_pool(pool, rows, queries):
-    """What 03 has found."""
+    """What 03 has found. pool: None: the teacher does without."""
+    if pool is None:
+        print("not pooled: on the held-out queries the teacher is clearly better than the match features")
+        return
     weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
     print(f"pooled: {weights}, by {rows:,} rows of {queries:,} held-out queries")
     print(f"only for queries in languages with labels: {' '.join(pool.languages)}")
 
 
-def describe_labels(counts, table, paths):
-    """What stage 03 has made. counts: of count_labels(); table: the run's LabelTable; paths: files of
-    labels."""
+def describe_labels(paths, table):
+    """What stage 03 has made, and where it is from (count_labels). paths: files of labels; table: the run's
+    LabelTable."""
+    counts = count_labels(paths)
     print(f"labels: {whence(counts)}")
     print(f"{table.path.name}: {table.rows:,} different pairs, {table.path.stat().st_size / 1e6:.1f} MB")
-    print_shares("mean soft label", mean_label(paths))
+    print_shares("mean soft label", mean_label(paths[-100:]))
+    return counts
