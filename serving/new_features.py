@@ -18,7 +18,7 @@ from lib.levels import FIELDS, side_of
 from lib.stages.streams import matrix_of
 from lib.stages.terminal import Stop, first_line, stop_on_error
 from lib.tables.splits import query_key
-from serving.text_encoder import saved_encoder
+from serving.text_encoder import model_of_01, saved_encoder
 
 LARGEST = 1e30  # a number beyond is not known, as in the raw tables
 
@@ -78,8 +78,7 @@ class SavedBM25(PairBM25):
 
     def count(self, texts):
         """N texts -> counts of the known terms [N, terms] and lengths [N] in tokens."""
-        counts, length, _ = count_terms(self.column_of, texts)
-        return counts, length
+        return count_terms(self.column_of, texts)[:2]
 
     def between(self, query, pins):
         """The same, to score a query (Side of one) and pins (Side)."""
@@ -98,6 +97,7 @@ class KnownQueries:
         self.texts = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
         backwards = [*enumerate(self.texts)][::-1]  # the first of several stays
         self.row_of = {spaced_key(text): row for row, text in backwards} | {t: row for row, t in backwards}
+        self.pins = pq.read_metadata(folder / "pins.parquet").num_rows
         pairs = pq.read_table(folder / ENGAGEMENTS)
         names = ("query_index", "pin_index", "engaged")
         self.query, self.pin, self.engaged = (pairs[name].to_numpy() for name in names)
@@ -108,11 +108,11 @@ class KnownQueries:
 
     def events(self, row, pins):
         """Engagement events of the query `row` (None: no known one) on pins, row numbers [B] -> [B]."""
-        start, end = (0, 0) if row is None else np.searchsorted(self.query, [row, row + 1])
-        if start == end:
-            return np.zeros(len(pins))
-        place = np.searchsorted(self.pin[start:end], pins).clip(max=end - start - 1) + start
-        return np.where(self.pin[place] == pins, self.engaged[place], 0.0)
+        events = np.zeros(self.pins)
+        if row is not None:
+            found = slice(*np.searchsorted(self.query, [row, row + 1]))
+            events[self.pin[found]] = self.engaged[found]
+        return events[pins]
 
 
 def spaced_key(text):
@@ -125,53 +125,36 @@ class NewFeatures:
     the captioner at the first picture. Needs PyTorch for pictures, and for texts if text_encoder.py has not
     saved the encoder beside the features."""
 
-    def __init__(self, folder, about, spec, device="cpu", models=None):
+    def __init__(self, folder, about, spec, models=None):
         """folder: RUN/features; about: its stage.json; spec: the student's; models: {"text encoder": …,
         "caption model": …}, where they are if they have moved."""
-        self.folder, self.about, self.spec, self.device = folder, about, spec, device
-        self.models, self.settings = models or {}, about["arguments"]
-        self.bm25 = SavedBM25(folder / "bm25.parquet")
-        self.graph = pq.read_table(folder / "graph.parquet") if (folder / "graph.parquet").exists() else None
-        if self.graph is not None:
+        self.folder, self.about, self.spec, self.models = folder, about, spec, models or {}
+        self.bm25, self.graph = SavedBM25(folder / "bm25.parquet"), None
+        if (folder / "graph.parquet").exists():
+            self.graph = pq.read_table(folder / "graph.parquet")
             self.board_row = {title: row for row, title in enumerate(self.graph["board_title"].to_pylist())}
         self.locks = {kind: threading.Lock() for kind in ("text", "caption")}  # tokenizers take one thread
         self.captioner, self.text_encoder = None, None
         if "text encoder" in about["models"]:
-            self.text_encoder = saved_encoder(folder.parent, about) or self.load_text_encoder()
-        inputs = StudentInputs(folder, spec)
-        columns, sides = {**inputs.embeddings, **inputs.codes, **inputs.values}, {"query": {}, "pin": {}}
-        for name, column in columns.items():
+            self.text_encoder = saved_encoder(folder.parent, about) or self.load("text encoder")
+        inputs, sides = StudentInputs(folder, spec), {"query": {}, "pin": {}}
+        for name, column in {**inputs.embeddings, **inputs.codes, **inputs.values}.items():
             sides[side_of(name)][name] = column
         self.known, self.pin_columns = KnownQueries(folder, sides["query"]), sides["pin"]
 
-    def load_text_encoder(self):
-        """The text encoder in PyTorch."""
+    def load(self, kind):
+        """The "text encoder" or the "caption model" of stage 01, in PyTorch."""
         command = f"python -m serving.text_encoder --run {self.folder.parent}"
-        advice = f"where PyTorch is, {command} saves it for services without"
-        with stop_on_error("the text encoder cannot be loaded", advice):
-            from lib.inputs.encoders import TextEncoder
-            from lib.stages.hardware import pick_device
-        size = self.settings["text_tokens"], self.settings["token_batch"]
-        return TextEncoder(self.model("text encoder"), *size, pick_device(self.device), self.dtype())
+        advice = f"where they are, {command} saves the text encoder for services without"
+        with stop_on_error(f"the {kind} needs PyTorch and transformers", advice):
+            import torch
 
-    def model(self, kind):
-        """The model that stage 01 used; Stop if its content is not the same."""
-        from lib.models import model_fingerprint
-
-        used = self.about["models"].get(kind)
-        if used is None:
-            raise Stop(f"{self.folder}: stage 01 used no {kind} for these features")
-        name = str(self.models.get(kind) or used["name"])
-        if model_fingerprint(name) != used["fingerprint"]:
-            flag = f"--{kind.replace(' ', '-')}"
-            raise Stop(f"{name}: not the {kind} that made {self.folder}; {flag} says where that one is")
-        return name
-
-    def dtype(self):
-        """Of the models' weights, as in stage 01."""
-        import torch
-
-        return getattr(torch, self.about["inputs"]["precision"].split()[0])
+            from lib.inputs.encoders import Captioner, TextEncoder
+        name, told = model_of_01(self.about, kind, self.models.get(kind)), self.about["arguments"]
+        dtype = getattr(torch, self.about["inputs"]["precision"].split()[0])
+        if kind == "caption model":
+            return Captioner(name, told["caption_tokens"], "cpu", dtype)
+        return TextEncoder(name, told["text_tokens"], told["token_batch"], "cpu", dtype)
 
     def is_own(self, name):
         """Does the user bring this embedding?"""
@@ -185,20 +168,16 @@ class NewFeatures:
         return Side(self.pin_columns, vstack(counts, format="csr"), np.concatenate(lengths))
 
     def query(self, query):
-        """Side of one Query: of one that the run has with what stage 01 gave it, unless the caller gives
-        others."""
+        """Side of one Query, or text: of one that the run has with what stage 01 gave it, unless the caller
+        gives others."""
+        query = query if isinstance(query, Query) else Query(query)
         row, text = self.known.row(query.text), query.text
-        stored = {}
         if row is None:
             made = self.embed("query_text", [text])
         else:
             text = self.known.texts[row]
-            stored = {name: column[row : row + 1] for name, column in self.known.columns.items()}
-            made = {name: stored[name] for name in self.spec["embeddings"] if name in stored}
-        columns = self.columns("query", [query], made)
-        given = {f"query_{name}" for name in query.columns}
-        columns |= {name: column for name, column in stored.items() if name not in {*given, *made}}
-        return Side(columns, *self.bm25.count([text]), row)
+            made = {name: column[row : row + 1] for name, column in self.known.columns.items()}
+        return Side(self.columns("query", [query], made), *self.bm25.count([text]), row)
 
     def pins(self, pins):
         """Side of N Pins."""
@@ -214,24 +193,26 @@ class NewFeatures:
         return Side(self.columns("pin", pins, made), *self.bm25.count(texts))
 
     def columns(self, side, items, made):
-        """Inputs of N queries or pins: embeddings as given, else `made` {name: [N, D]}, else zeros; category
-        codes; numbers."""
+        """Inputs of N queries or pins: what is given, else `made` {input: [N] or [N, D]}, else zeros, or not
+        known."""
         sizes = {name: size for name, size in self.spec["embeddings"].items() if side_of(name) == side}
+        names = [name for name in (*self.spec["categories"], *self.spec["numbers"]) if side_of(name) == side]
+        raw_name = {name: name.removeprefix(f"{side}_") for name in names}
+        for item in items:
+            refuse_unknown(item.columns, raw_name.values(), f"column of a {side}")
+            refuse_unknown(item.embeddings, sizes, f"embedding of a {side}")
         columns = {}
         for name, size in sizes.items():
-            columns[name] = made.get(name, np.zeros((len(items), size), np.float32))
-            if any(name in item.embeddings for item in items):
-                columns[name] = np.array(columns[name], np.float32)
-        for name in (*self.spec["categories"], *self.spec["numbers"]):
-            if side_of(name) == side:
-                column = name.removeprefix(f"{side}_")
-                columns[name] = np.array([self.value(name, item.columns.get(column)) for item in items])
-        names = [name.removeprefix(f"{side}_") for name in columns if name not in sizes]
-        for row, item in enumerate(items):
-            refuse_unknown(item.columns, names, f"column of a {side}")
-            refuse_unknown(item.embeddings, sizes, f"embedding of a {side}")
-            for name, vector in item.embeddings.items():
-                columns[name][row] = finite_vector(name, vector, sizes[name])
+            columns[name] = np.array(made.get(name, np.zeros((len(items), size))), np.float32)
+            for row, item in enumerate(items):
+                if name in item.embeddings:
+                    columns[name][row] = finite_vector(name, item.embeddings[name], size)
+        for name, column in raw_name.items():
+            given = [item.columns.get(column) for item in items]
+            if name in made and column not in items[0].columns:  # of a known query
+                columns[name] = made[name]
+            else:
+                columns[name] = np.array([self.value(name, value) for value in given])
         return columns
 
     def value(self, name, given):
@@ -258,15 +239,9 @@ class NewFeatures:
         rows = [row for row, pin in enumerate(pins) if pin.image is not None]
         if not rows:
             return captions, {}
-        with stop_on_error("no picture can be read without PyTorch and transformers"):
-            from lib.inputs.encoders import Captioner
-            from lib.stages.hardware import pick_device
-        images = [open_picture(pins[row].image) for row in rows]
         with self.locks["caption"]:
-            if self.captioner is None:
-                model, tokens = self.model("caption model"), self.settings["caption_tokens"]
-                self.captioner = Captioner(model, tokens, pick_device(self.device), self.dtype())
-            found, vectors = self.captioner(images)
+            self.captioner = self.captioner or self.load("caption model")
+            found, vectors = self.captioner([open_picture(pins[row].image) for row in rows])
         visual = np.zeros((len(pins), vectors.shape[1]), vectors.dtype)
         visual[rows] = vectors
         for row, caption in zip(rows, found):
@@ -277,7 +252,7 @@ class NewFeatures:
         """The text field `boards`: the most frequent tokens of board titles, ties by token."""
         counted = Counter(token for board in boards for token in set(tokenize(board, False)))
         ranked = sorted(counted, key=lambda token: (-counted[token], token))
-        return " ".join(ranked[: self.settings["top_tokens"]])
+        return " ".join(ranked[: self.about["arguments"]["top_tokens"]])
 
     def graph_embedding(self, boards):
         """TF-IDF of board titles (1 + log count, to length 1) on the axes of stage 01's SVD: [D] float16."""

@@ -51,10 +51,10 @@ class Scores:
 class Ranker:
     """The student of a run at work. Loaded once; then any thread may call rank() and score()."""
 
-    def __init__(self, run, student="student", threads=1, device="cpu", models=None, temperature=1.0):
-        """threads: cores that onnxruntime uses for a call; device: of text encoder and captioner; models:
-        {"text encoder": …, "caption model": …}, where they are if they have moved since stage 01;
-        temperature: of the probabilities, such as the one in report/temperatures.json."""
+    def __init__(self, run, student="student", threads=1, models=None, temperature=1.0):
+        """threads: cores that onnxruntime uses for a call; models: {"text encoder": …, "caption model": …},
+        where they are if they have moved since stage 01; temperature: of the probabilities, such as the one
+        in report/temperatures.json."""
         if not 0.01 <= temperature < 100:
             raise Stop(f"temperature {temperature}: must be at least 0.01 and below 100")
         self.temperature = temperature
@@ -70,20 +70,16 @@ class Ranker:
         if problem:
             raise Stop(f"{folder}: {problem}; {remake(folder, command)}")
         self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
-        self.features = features
-        self.ids = self.pin_column("pin_id").to_pylist()
+        self.table = features / "pins.parquet"
+        self.ids = pq.read_table(self.table, columns=["pin_id"])["pin_id"].to_pylist()
         self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
-        self.new = NewFeatures(features, self.made, self.spec, device, models)
+        self.new = NewFeatures(features, self.made, self.spec, models)
         self.pins = self.new.known_pins()
 
-    def pin_column(self, name):
-        """A column of the run's pins (Arrow), in index order."""
-        return pq.read_table(self.features / "pins.parquet", columns=[name])[name]
-
     @cached_property
-    def titles(self):
-        """Of the run's pins (Arrow)."""
-        return self.pin_column("title")
+    def texts(self):
+        """Title, description, caption and image of the run's pins (Arrow), in index order."""
+        return pq.read_table(self.table, columns=["title", "description", "caption", "image"])
 
     def rows(self, pin_ids):
         """Row numbers of pins by id."""
@@ -149,7 +145,7 @@ class Ranker:
         if exclude:
             ids = [pin_id for pin_id in ids if pin_id not in exclude]
         rows = np.arange(len(ids)) if ids is self.ids else self.rows(ids)
-        scores, side = self.no_scores(ids), self.new.query(as_query(query))
+        scores, side = self.no_scores(ids), self.new.query(query)
         events = self.new.known.events(side.known, rows) if engaged is None else events_of(engaged, ids)
         self.fill(scores, np.arange(len(ids)), side, self.pins, rows, events)
         best_first = np.argsort(-scores.expected_level, kind="stable")
@@ -162,7 +158,7 @@ class Ranker:
         pairs = [pair_of(pair) for pair in listed(pairs, "pairs")]
         pins = [pin for _, pin in pairs]
         scores = self.no_scores(pins)
-        events = None if engaged is None else checked_events(engaged, len(pairs))
+        events = np.zeros(len(pairs)) if engaged is None else checked_events(engaged, len(pairs))
         new = list(dict.fromkeys(pin for pin in pins if isinstance(pin, Pin)))
         new_row = {pin: row for row, pin in enumerate(new)}
         new_pins = self.new.pins(new) if new else None
@@ -170,13 +166,13 @@ class Ranker:
         for place, (query, pin) in enumerate(pairs):
             places.setdefault(query, ([], []))[pin in new_row].append(place)
         for query, (known, unknown) in places.items():
-            side = self.new.query(as_query(query))
+            side = self.new.query(query)
             rows = self.rows([pins[place] for place in known])
-            of_known = self.new.known.events(side.known, rows) if events is None else events[known]
-            self.fill(scores, np.array(known), side, self.pins, rows, of_known)
+            if engaged is None:
+                events[known] = self.new.known.events(side.known, rows)
+            self.fill(scores, np.array(known), side, self.pins, rows, events[known])
             rows = np.array([new_row[pins[place]] for place in unknown])
-            of_new = np.zeros(len(unknown)) if events is None else events[unknown]
-            self.fill(scores, np.array(unknown), side, new_pins, rows, of_new)
+            self.fill(scores, np.array(unknown), side, new_pins, rows, events[unknown])
         return scores
 
 
@@ -232,8 +228,3 @@ def unfit(spec, made):
         if here is None or here["fingerprint"] != trained["fingerprint"]:
             return f"trained on features of another {name} than those here"
     return None
-
-
-def as_query(query):
-    """A text or a Query -> a Query."""
-    return query if isinstance(query, Query) else Query(query)

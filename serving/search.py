@@ -10,27 +10,25 @@ The class behind it, for a service: serving/ranker.py.
 import csv
 import json
 import os
-import re
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow.parquet as pq
 import tyro
 
-from common import LEVELS, NUM_LEVELS
+from common import LEVELS
 from lib.models import quiet_libraries
 from lib.results import pictures
-from lib.stages.settings import ROOT, Count, Device, Temperature, parse
+from lib.stages.settings import ROOT, Count, Temperature, parse
 from lib.stages.terminal import Stop, run_main
 from lib.tables.files import plain_cell
-from lib.tables.images import load_image
+from serving.new_features import open_picture
 from serving.ranker import Pin, Query, Ranker
 
 GRID = 5  # pictures side by side
-LEVEL_NAMES = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]
+HEAD = "      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption"
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Settings:
     text_encoder: str | None = None  # where stage 01's text encoder is now (default: where it was)
     caption_model: str | None = None  # likewise the captioner
     temperature: Temperature = 1.0  # of the probabilities; report/temperatures.json has the student's
-    threads: Count = 1  # cores for the student
-    device: Device = "cpu"  # of text encoder and captioner
 
     pin_title: str = ""  # a new pin: it is scored, and the table says where it would stand
     pin_description: str = ""
@@ -61,22 +57,25 @@ class Settings:
 
 def named_values(texts):
     """("interest=garden", …) -> {"interest": "garden", …}"""
-    values = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
+        if "=" not in text:
             raise Stop(f"{text}: write NAME=VALUE")
-        values[name] = value
-    return values
+    return dict(text.split("=", 1) for text in texts)
 
 
-def new_pin(settings):
-    """The Pin that the flags describe, or None."""
-    columns = named_values(settings.pin_columns)
-    title, description = settings.pin_title, settings.pin_description
-    pin = Pin(title, description, settings.pin_image, settings.pin_boards, columns)
-    given = (title, description, settings.pin_image, settings.pin_boards, columns)
-    return pin if any(given) else None
+def asked(settings):
+    """The Query, and the Pin or None, that the flags describe. Stop for what cannot come to a good end."""
+    query, columns = Query(settings.query, named_values(settings.query_columns)), settings.pin_columns
+    pin = settings.pin_title, settings.pin_description, settings.pin_image, settings.pin_boards
+    pin = Pin(*pin, named_values(columns)) if any((*pin, columns)) else None
+    if settings.pin_image:
+        open_picture(settings.pin_image)
+    picture = settings.picture
+    if picture and picture.suffix.lower() != ".png":
+        raise Stop(f"--picture {picture}: a PNG file, NAME.png")
+    if picture and not (picture.parent.is_dir() and os.access(picture.parent, os.W_OK)):
+        raise Stop(f"--picture {picture}: no folder that can be written to")
+    return query, pin
 
 
 def escaped(text):
@@ -84,113 +83,76 @@ def escaped(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def check_flags(settings):
-    """Stop for what cannot come to a good end, before the work."""
-    texts = [settings.query, settings.pin_title, settings.pin_description, *settings.pin_boards]
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):
-        raise Stop("the query, or a text of the pin, is not UTF-8")
-    picture, image = settings.picture, settings.pin_image
-    if picture and picture.suffix.lower() != ".png":
-        raise Stop(f"--picture {picture}: a PNG file, NAME.png")
-    if picture and not (picture.parent.is_dir() and os.access(picture.parent, os.W_OK)):
-        raise Stop(f"--picture {picture}: no folder that can be written to")
-    if image:
-        try:
-            load_image(image.parent, image.name)
-        except ValueError as error:
-            raise Stop(f"--pin-image {image}: {error}") from None
-
-
-def print_rows(scores, shown, kind, first=1):
-    """A row a pin of scores, as JSON or CSV. shown: [(id, text)] of the pins; first: place of the first."""
-    writer = csv.DictWriter(sys.stdout, ["place", "pin_id", "text", "expected_level", *LEVEL_NAMES, "bm25"])
-    if kind == "csv":
-        writer.writeheader()
-    for row, (pin_id, text) in enumerate(shown):
-        cells = {"place": first + row, "pin_id": pin_id, "text": text or ""}
-        cells["expected_level"] = float(scores.expected_level[row])
-        cells |= dict(zip(LEVEL_NAMES, scores.probabilities[row].tolist()))
-        cells["bm25"] = float(scores.match["bm25"][row])
-        if kind == "json":
-            print(json.dumps(cells, ensure_ascii=False))
+def print_pins(scores, texts, output, first=1):
+    """A line a pin of scores, for people or as JSON or CSV. texts: titles or captions of the pins that are
+    shown; first: place of the first."""
+    for row, text in enumerate(texts):
+        cells = {"place": first + row, "pin_id": scores.pins[row], "text": text or ""}
+        numbers = {"expected_level": float(scores.expected_level[row])}
+        for level, p in enumerate(scores.probabilities[row].tolist(), 1):
+            numbers[f"p{level}"] = p
+        numbers["bm25"] = float(scores.match["bm25"][row])
+        if output == "json":
+            print(json.dumps(cells | numbers, ensure_ascii=False))
+        elif output == "csv":
+            writer = csv.writer(sys.stdout)
+            writer.writerows([[*cells, *numbers]] * (first + row == 1))
+            writer.writerow(plain_cell(str(cell)) for cell in (cells | numbers).values())
         else:
-            writer.writerow({name: plain_cell(str(value)) for name, value in cells.items()})
+            digits = "  ".join(f"{number:5.2f}" for number in numbers.values())
+            words = escaped(" ".join(cells["text"].split()))[:40]
+            print(f"{cells['place']:>4}  {digits}  {escaped(cells['pin_id']):<12}  {words}")
 
 
-def print_table(scores, shown, first=1):
-    """A line a pin of scores. shown: [(id, text)] of the pins; first: place of the first."""
-    for row, (pin_id, text) in enumerate(shown):
-        numbers = [scores.expected_level[row], *scores.probabilities[row], scores.match["bm25"][row]]
-        cells = "  ".join(f"{number:5.2f}" for number in numbers)
-        words = "".join(c for c in " ".join(text.split()) if c.isprintable())
-        print(f"{first + row:>4}  {cells}  {escaped(pin_id):<12}  {words[:40]}")
-
-
-def draw_grid(scores, images, texts, title, path):
-    """Pins as a grid of pictures, best first; the frame's color is the most probable level. images: their
-    pictures (None: there is none)."""
-    lines = -(-max(len(images), 1) // GRID)
-    size = 1.9 * GRID, 2.25 * lines + 0.3
+def draw_grid(scores, pins, dataset, title, path):
+    """Pins as a grid of pictures, best first; the frame's color is the most probable level. pins: rows of
+    pins.parquet, those that are shown."""
+    lines = -(-max(len(pins), 1) // GRID)
+    texts = [str(text) for pin in pins for text in pin.values()]
     levels = scores.probabilities.argmax(axis=1) + 1
-    with pictures.picture_file(path, size, [title, *texts]) as figure:
+    with pictures.picture_file(path, (1.9 * GRID, 2.25 * lines + 0.3), [title, *texts]) as figure:
         axes = figure.subplots(lines, GRID, squeeze=False).ravel()
-        for ax in axes[len(images) :]:
+        for ax in axes[len(pins) :]:
             ax.axis("off")
-        for row, (ax, image, text) in enumerate(zip(axes, images, texts)):
-            if image is not None:
-                ax.imshow(image)
-            else:
-                ax.text(0.5, 0.5, "no picture", ha="center", va="center", fontsize=7)
-            ax.set(xticks=[], yticks=[])
-            ax.set_box_aspect(1)
-            ax.spines[:].set(color=pictures.LEVEL_COLORS[levels[row]], linewidth=4, visible=True)
-            words = textwrap.shorten(pictures.drawable(text or "no text"), 50, placeholder=" …")
+        for row, (ax, pin) in enumerate(zip(axes, pins)):
+            text = pictures.drawable(pin["title"] or pin["caption"] or "no text")
+            words = textwrap.fill(textwrap.shorten(text, 50, placeholder=" …"), 26)
             score = f"{row + 1}.  {scores.expected_level[row]:.2f}  {LEVELS[levels[row]]}"
-            ax.set_xlabel(f"{score}\n{textwrap.fill(words, 26)}", fontsize=7)
+            pictures.show_pin(ax, pin, levels[row], dataset, f"{score}\n{words}")
         figure.suptitle(pictures.drawable(title), fontsize=10)
 
 
 def main(argv=None):
     # 1. Settings, and what stages 01 and 04 left
     settings = parse({"toy": Settings(query=tyro.MISSING)}, argv, __doc__)
-    check_flags(settings)
+    query, pin = asked(settings)
+    is_table, head = settings.output == "table", f"“{escaped(query.text)}” ({escaped(settings.language)})"
     quiet_libraries()
     models = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
-    cores, device = settings.threads, settings.device
-    ranker = Ranker(settings.run, settings.student, cores, device, models, settings.temperature)
-    query, pin = Query(settings.query, named_values(settings.query_columns)), new_pin(settings)
+    ranker = Ranker(settings.run, settings.student, models=models, temperature=settings.temperature)
 
     # 2. The run's pins for the query
     found = ranker.rank(query)
-    best = ranker.rows(found.pins[: settings.top])
-    table = pq.read_table(settings.run / "features" / "pins.parquet", columns=["title", "caption", "image"])
-    best = table.take(best).to_pylist()
-    texts = [about["title"] or about["caption"] for about in best]
-    head = f"“{escaped(settings.query)}” ({escaped(settings.language)})"
-    if settings.output == "table":
-        print(f"{head}: {len(found.pins):,} pins, best first\n")
-        print("      level     p1     p2     p3     p4     p5   BM25  pin           title, or caption")
-        print_table(found, zip(found.pins, texts))
-    else:
-        print_rows(found, zip(found.pins, texts), settings.output)
+    best = ranker.texts.take(ranker.rows(found.pins[: settings.top])).to_pylist()
+    if is_table:
+        print(f"{head}: {len(found.pins):,} pins, best first\n\n{HEAD}")
+    print_pins(found, [about["title"] or about["caption"] for about in best], settings.output)
 
     # 3. The new pin
     if pin is not None:
         scored = ranker.score([(query, pin)])
         place = 1 + int((found.expected_level > scored.expected_level[0]).sum())
-        if settings.output == "table":
+        if is_table:
             print(f"\nthe new pin would be number {place:,}:")
-            print_table(scored, [("new", pin.title)], place)
-        else:
-            print_rows(scored, [("new", pin.title)], settings.output, place)
+        scored.pins[0] = "new"
+        print_pins(scored, [pin.title], settings.output, place)
 
     # 4. Picture
     if settings.picture:
         dataset = settings.data or Path(ranker.made["dataset"])
-        images = [pictures.picture(dataset, about["image"]) for about in best]
         title = f"{head}: expected level; frame and word: most probable level"
-        draw_grid(found, images, texts, title, settings.picture)
-        print(f"\nwrote {settings.picture}", file=sys.stderr if settings.output != "table" else sys.stdout)
+        draw_grid(found, best, dataset, title, settings.picture)
+        print(f"\nwrote {settings.picture}", file=sys.stdout if is_table else sys.stderr)
 
 
 if __name__ == "__main__":

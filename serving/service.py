@@ -4,9 +4,11 @@ pip install fastapi uvicorn prometheus-client
 RUN=outputs/toy uvicorn serving.service:app --port 8000
 curl localhost:8000/rank --json '{"query": "red chair", "top": 3}'
 
-The port opens when the student is loaded and has answered once. Settings come from the environment: those of
-`Settings` below, in capitals. /docs shows what each address takes. /reload and /metrics are for the operator:
-keep others from them.
+The port opens when the student is loaded and has answered once. /docs shows what each address takes. /reload
+and /metrics are for the operator: keep others from them. serving/Dockerfile has it without PyTorch.
+
+Settings are in the environment, as `Settings` says: RUN, which must be there; STUDENT, TEMPERATURE, THREADS,
+EXCLUDE; TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES, MAX_TOKENS, MAX_CANDIDATES.
 """
 
 import base64
@@ -15,11 +17,11 @@ import os
 import sys
 import threading
 import time
-from typing import Annotated, Literal
+from typing import Annotated
 
-from fastapi import FastAPI, HTTPException, Request, Response
+import prometheus_client as prometheus
+from fastapi import FastAPI, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
 
 from lib.inputs.bm25 import tokenize
@@ -30,13 +32,12 @@ CHARACTERS = 50  # of a text, for every token that it may have: a longer one is 
 
 
 class Settings(BaseModel):
-    """What the environment tells the service."""
+    """What the environment tells the service, in capitals."""
 
     run: str  # run directory, through stage 04
     student: str = "student"  # folder of the student below RUN
     temperature: float = Field(1.0, ge=0.01, lt=100)  # of the probabilities: report/temperatures.json
     threads: int = Field(1, ge=1, le=1024)  # cores for the student, a request
-    device: Literal["auto", "cpu", "cuda"] = "cpu"  # of text encoder and captioner
     text_encoder: str | None = None  # where stage 01's is now (default: where it was)
     caption_model: str | None = None  # likewise
     exclude: FilePath | None = None  # file of pin ids, one a line, that no ranking has
@@ -98,30 +99,31 @@ class Found(BaseModel):
 
 
 class Service:
-    """The ranker at work, and what goes around it."""
+    """The ranker at work. Methods without _ answer requests."""
 
     def __init__(self, settings):
-        self.settings, self.reloading, self.registry = settings, threading.Lock(), CollectorRegistry()
-        self.exclude = []
+        self.settings, self.loading, self.exclude = settings, threading.Lock(), []
         if settings.exclude:
             self.exclude = settings.exclude.read_text(encoding="utf-8").splitlines()
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)  # its memory and processor
         labels = ["address", "status"]
-        self.requests = Counter("requests", "answers given", labels, registry=self.registry)
-        self.seconds = Histogram("request_seconds", "until the answer", labels[:1], registry=self.registry)
-        self.pairs = Counter("scored_pairs", "of a query and a pin", registry=self.registry)
-        self.load()
+        self.requests = prometheus.Counter("requests", "answers given", labels, registry=registry)
+        about = "until the answer"
+        self.seconds = prometheus.Histogram("request_seconds", about, labels[:1], registry=registry)
+        self.pairs = prometheus.Counter("scored_pairs", "of a query and a pin", registry=registry)
+        self._load()
 
-    def load(self):
+    def _load(self):
         """Loads the run that RUN is now; the one before serves until this one has answered."""
-        with self.reloading:
-            wanted = self.settings
-            models = {"text encoder": wanted.text_encoder, "caption model": wanted.caption_model}
-            options = {"models": models, "temperature": wanted.temperature, "device": wanted.device}
-            ranker = Ranker(wanted.run, wanted.student, wanted.threads, **options)
+        with self.loading:
+            told = self.settings
+            models = {"text encoder": told.text_encoder, "caption model": told.caption_model}
+            ranker = Ranker(told.run, told.student, told.threads, models, told.temperature)
             ranker.rank("warm up", ranker.ids[:1000])
             self.ranker, self.loaded = ranker, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-    def refuse(self, texts, tokens, pairs):
+    def _refuse(self, texts, tokens, pairs=0):
         """422 for texts of too many tokens, or too many pairs."""
         for text in texts:
             if len(text) > CHARACTERS * tokens or len(tokenize(text)) > tokens:
@@ -130,35 +132,53 @@ class Service:
             raise HTTPException(422, f"{pairs:,} pairs, at most {self.settings.max_candidates:,} a request")
         self.pairs.inc(pairs)
 
-    def rank(self, searches):
+    def _ranked(self, searches):
         """Searches -> JSON of each, a list of Found."""
         ranker = self.ranker
         pairs = sum(len(ranker.ids if one.candidates is None else one.candidates) for one in searches)
-        self.refuse([one.query for one in searches], self.settings.max_tokens, pairs)
+        self._refuse([one.query for one in searches], self.settings.max_tokens, pairs)
         for one in searches:
             query = Query(one.query, one.columns, one.embeddings)
             exclude = [*self.exclude, *one.exclude]
             found = ranker.rank(query, one.candidates, one.engaged, one.top, exclude)
-            titles = ranker.titles.take(ranker.rows(found.pins)).to_pylist() if one.titles else None
+            titles = None
+            if one.titles:
+                titles = ranker.texts["title"].take(ranker.rows(found.pins)).to_pylist()
             yield answer(found, found.pins, titles, one.match)
 
-    def score(self, asked):
-        """New pins for a query -> JSON, a list of Found in their order."""
-        ranker, texts = self.ranker, [asked.query]
-        self.refuse(texts, self.settings.max_tokens, len(asked.pins))
+    def rank(self, search: Search):
+        return as_json(*self._ranked([search]))
+
+    def rank_several(self, asked: Searches):
+        return as_json(f"[{', '.join(self._ranked(asked.searches))}]")
+
+    def score(self, asked: NewPins):
+        ranker, most = self.ranker, self.settings.max_tokens
+        self._refuse([asked.query], most, len(asked.pins))
         texts = [text for pin in asked.pins for text in (pin.title, pin.description, *pin.boards)]
-        self.refuse(texts, 10 * self.settings.max_tokens, 0)
+        self._refuse(texts, 10 * most)
         query = Query(asked.query, asked.columns, asked.embeddings)
         pins = [Pin(**(dict(pin) | {"image": picture(pin.image)})) for pin in asked.pins]
-        return answer(ranker.score([(query, pin) for pin in pins]), range(len(pins)), None, asked.match)
+        found = ranker.score([(query, pin) for pin in pins])
+        return as_json(answer(found, range(len(pins)), None, asked.match))
 
-    def about(self):
-        """What is served."""
-        made, trained = self.ranker.made, self.ranker.trained
-        fingerprints = {"features": made["identity"], "student": trained["identity"]}
-        sources = {name: source["fingerprint"] for name, source in self.ranker.spec["sources"].items()}
-        names = {"run": self.settings.run, "student": self.settings.student, "loaded": self.loaded}
-        return {**names, "pins": len(self.ranker.ids), "fingerprints": {**fingerprints, **sources}}
+    def reload(self) -> dict:
+        self._load()
+        return self.version()
+
+    async def ready(self) -> dict:
+        return {"ready": True}
+
+    def version(self) -> dict:
+        ranker, told = self.ranker, self.settings
+        prints = {"features": ranker.made["identity"], "student": ranker.trained["identity"]}
+        prints |= {name: source["fingerprint"] for name, source in ranker.spec["sources"].items()}
+        names = {"run": told.run, "student": told.student, "loaded": self.loaded}
+        return {**names, "pins": len(ranker.ids), "fingerprints": prints}
+
+    def metrics(self):
+        text = prometheus.generate_latest(self.registry)
+        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 def picture(text):
@@ -187,8 +207,11 @@ def as_json(text, status=200):
     return Response(text, status, media_type="application/json")
 
 
-def refused(detail, status=422):
+async def refused(request, error, status=422):
     """What is wrong, as JSON that can be written whatever stood in the request."""
+    detail = str(error)
+    if isinstance(error, RequestValidationError):
+        detail = [{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()]
     return as_json(json.dumps({"detail": detail}), status)
 
 
@@ -202,28 +225,30 @@ class Around:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        most, read, started, status = self.service.settings.max_bytes, 0, time.perf_counter(), [500]
+        most, read, started, status = self.service.settings.max_bytes, 0, time.perf_counter(), 500
         length = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = f"more than {most:,} bytes"
 
         async def bounded():
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
             if read > most:
-                raise HTTPException(413, f"more than {most:,} bytes")
+                raise HTTPException(413, too_large)
             return message
 
         async def noting(message):
-            if message["type"] == "http.response.start":
-                status[0] = message["status"]
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
 
         if length.isdigit() and int(length) > most:
-            await refused(f"more than {most:,} bytes", 413)(scope, receive, noting)
+            answer = await refused(None, too_large, 413)
+            await answer(scope, receive, noting)
         else:
             await self.app(scope, bounded, noting)
         address = getattr(scope.get("route"), "path", "other")
-        self.service.requests.labels(address, status[0]).inc()
+        self.service.requests.labels(address, status).inc()
         self.service.seconds.labels(address).observe(time.perf_counter() - started)
 
 
@@ -232,60 +257,17 @@ def application(settings):
     service = Service(settings)
     app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
     app.add_middleware(Around, service=service)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error):
-        return refused([{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()])
-
-    @app.exception_handler(Stop)
-    async def stopped(request: Request, error):
-        return refused(str(error))
-
-    @app.post("/rank", response_model=list[Found])
-    def rank(search: Search):
-        return as_json(*service.rank([search]))
-
-    @app.post("/rank_several", response_model=list[list[Found]])
-    def rank_several(asked: Searches):
-        return as_json(f"[{', '.join(service.rank(asked.searches))}]")
-
-    @app.post("/score", response_model=list[Found])
-    def score(asked: NewPins):
-        return as_json(service.score(asked))
-
-    @app.post("/reload")
-    def reload() -> dict:
-        service.load()
-        return service.about()
-
-    @app.get("/health")
-    @app.get("/ready")
-    async def ready() -> dict:
-        return {"ready": True}
-
-    @app.get("/version")
-    async def version() -> dict:
-        return service.about()
-
-    @app.get("/metrics")
-    def metrics():
-        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
-
+    app.add_exception_handler(RequestValidationError, refused)
+    app.add_exception_handler(Stop, refused)
+    app.post("/rank", response_model=list[Found])(service.rank)
+    app.post("/rank_several", response_model=list[list[Found]])(service.rank_several)
+    app.post("/score", response_model=list[Found])(service.score)
+    app.post("/reload")(service.reload)
+    app.get("/health")(service.ready)
+    app.get("/ready")(service.ready)
+    app.get("/version")(service.version)
+    app.get("/metrics")(service.metrics)
     return app
-
-
-def from_environment(environment):
-    """The application as the environment says; ends with one line where that is wrong."""
-    names = {
-        name: environment[name.upper()] for name in Settings.model_fields if environment.get(name.upper())
-    }
-    try:
-        return application(Settings(**names))
-    except ValidationError as error:
-        first = error.errors()[0]
-        sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
-    except (Stop, OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: {first_line(error)}")
 
 
 def __getattr__(name):
@@ -293,3 +275,15 @@ def __getattr__(name):
     if name == "app":
         return from_environment(os.environ)
     raise AttributeError(name)
+
+
+def from_environment(environment):
+    """The application as the environment says; ends with one line where that is wrong."""
+    told = {name: environment.get(name.upper()) for name in Settings.model_fields}
+    try:
+        return application(Settings(**{name: value for name, value in told.items() if value}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
+    except (Stop, OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {first_line(error)}")

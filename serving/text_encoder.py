@@ -62,6 +62,21 @@ def saved_encoder(run, made):
     return OnnxTextEncoder(folder, about)
 
 
+def model_of_01(made, kind, told=None):
+    """Where the "text encoder" or "caption model" is that stage 01 used (`made`: its stage.json), or `told`;
+    Stop if its content is not the same."""
+    from lib.models import is_model
+
+    used = made["models"].get(kind)
+    if used is None:
+        raise Stop(f"stage 01 used no {kind} for these features")
+    name = str(told or used["name"])
+    if not is_model(name, used["fingerprint"]):
+        flag = f"--{kind.replace(' ', '-')}"
+        raise Stop(f"{name}: not the {kind} that made these features; {flag} says where that one is")
+    return name
+
+
 def export(encoder, folder):
     """A TextEncoder -> text_encoder.onnx and tokenizer.json, for one text at a time."""
     import torch
@@ -78,9 +93,7 @@ def export(encoder, folder):
             return torch.nn.functional.normalize(hidden.float().mean(dim=1), dim=1)
 
     if getattr(encoder.tokenizer, "backend_tokenizer", None) is None:
-        raise Stop(
-            "this text encoder has no fast tokenizer: it cannot be saved for a service without PyTorch"
-        )
+        raise Stop("this text encoder has no fast tokenizer: no service without PyTorch can have it")
     with whole_file(folder / "tokenizer.json") as temporary:
         encoder.tokenizer.backend_tokenizer.save(str(temporary))
     names = {"input_names": ["ids"], "output_names": ["vector"], "dynamic_axes": {"ids": {1: "T"}}}
@@ -103,20 +116,16 @@ def main(argv=None):
     settings = parser.parse_args(argv)
     models.quiet_libraries()
     made = require_finished(settings.run / "features", f"01_build_features.py --run {settings.run}", READS)
-    used = made["models"].get("text encoder")
-    if used is None:
-        raise Stop(f"{settings.run}: its text embeddings are the user's own")
-    name, max_tokens = settings.text_encoder or used["name"], made["arguments"]["text_tokens"]
-    if not models.is_model(name, used["fingerprint"]):
-        raise Stop(f"{name}: not the text encoder that made the features; --text-encoder says where that is")
+    name = model_of_01(made, "text encoder", settings.text_encoder)
+    max_tokens = made["arguments"]["text_tokens"]
     encoder = TextEncoder(name, max_tokens, max_tokens, "cpu", torch.float32)
 
     # 2. As ONNX, compared on queries
     folder = settings.run / FOLDER
     (folder / ABOUT).unlink(missing_ok=True)
     export(encoder, folder)
-    about = {"fingerprint": used["fingerprint"], "max_tokens": max_tokens, "dim": encoder.dim}
-    about |= {"cut": encoder.tokenizer.truncation_side}
+    about = {"max_tokens": max_tokens, "dim": encoder.dim, "cut": encoder.tokenizer.truncation_side}
+    about |= {"fingerprint": made["models"]["text encoder"]["fingerprint"]}
     texts = pq.read_table(settings.run / "features" / "queries.parquet", columns=["query"])["query"]
     texts = [*texts.slice(0, CHECKED).to_pylist(), " ".join(texts.slice(0, 100).to_pylist())]
     ours, same = OnnxTextEncoder(folder, about), np.float32(encoder(texts))

@@ -190,7 +190,7 @@ def server(run, queue, tmp_path):
 
 def start(port, told):
     process = subprocess.Popen([sys.executable, "-m", "serving.page"], cwd=ROOT, env={**os.environ, **told})
-    for _ in range(600):
+    while process.poll() is None:
         with socket.socket() as one:
             if one.connect_ex(("127.0.0.1", port)) == 0:
                 return process

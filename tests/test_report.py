@@ -230,10 +230,10 @@ def test_after_labelling_the_human_rows_alone_05_measures_what_is_there(run, no_
 def test_a_pin_without_a_picture_is_a_card_of_its_text():
     ax = Figure().subplots()
     pin = {"title": "Kettle", "description": "Enamel, 1.7 litres " * 40, "caption": "", "image": None}
-    pictures.show_pin(ax, pin, 5, None)
+    pictures.show_pin(ax, pin, 5, None, "5 excellent")
     title, more = (text.get_text() for text in ax.texts)
     assert title == "Kettle" and more.startswith("Enamel") and more.count("\n") == 6
-    pictures.show_pin(ax := Figure().subplots(), {**dict.fromkeys(pin), "description": "Pot"}, 1, None)
+    pictures.show_pin(ax := Figure().subplots(), {**dict.fromkeys(pin), "description": "Pot"}, 1, None, "")
     assert [text.get_text() for text in ax.texts] == ["Pot", ""]
 
 

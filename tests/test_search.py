@@ -398,7 +398,6 @@ def test_the_command_says_in_one_line_what_is_wrong(run, tmp_path, capsys):
     line = stop_line(search.main, ["red chair", "--run", str(run), "--student", "student_x"])
     assert "04_train_student.py" in line
     where = ["--run", str(run)]
-    assert "NAME=VALUE" in stop_line(search.main, ["red chair", *where, "--query-columns", "garden"])
     for wrong in ([], ["red chair", "--top", "0"], ["red chair", "--tpo", "3"]):
         with pytest.raises(SystemExit) as ended:
             search.main([*wrong, *where])

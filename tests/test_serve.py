@@ -1,11 +1,17 @@
-"""The benchmark of serving runs at a tiny size, and what it compares agrees."""
+"""The benchmarks of serving run at a tiny size, and what they compare agrees."""
 
+import socket
+import threading
+
+import load
 import numpy as np
 import pytest
 import serve
+import torch
+import uvicorn
 from served_run import served_run
 
-from lib.stages.files import read_json
+from serving import service
 from serving.ranker import Query
 
 
@@ -14,33 +20,43 @@ def run(features, models):
     return served_run(features, models["bert"])
 
 
-def test_all_systems_do_the_same_work(run):
-    students, teacher = serve.Students(run), serve.TeacherOnOneCore(run)
+@pytest.fixture
+def systems(run, tmp_path):
+    return serve.Systems(run, tmp_path)
+
+
+def test_all_systems_do_the_same_work(systems):
     rows = np.array([4, 9, 2, 30, 9])
-    feed = students.features("red chair", rows)
-    by_onnx = students.onnx_order(feed)
-    by_torch = students.torch_order(serve.tensors(feed)).numpy()
-    ids = [students.ranker.ids[row] for row in rows]
-    level = students.ranker.score([(Query("red chair"), pin) for pin in ids]).expected_level
-    for order in (by_onnx, by_torch, students.any_pairs_order(serve.repeated(feed, len(rows)))):
-        assert sorted(order) == [0, 1, 2, 3, 4]
-        assert (np.diff(level[order]) <= 1e-5).all()
-    order = teacher.order("red chair", rows)
-    assert sorted(order) == [0, 1, 2, 3, 4] and abs(list(order).index(1) - list(order).index(4)) == 1
+    ids = [systems.ranker.ids[row] for row in rows]
+    expected = systems.ranker.score([(Query("red chair"), pin) for pin in ids]).expected_level
+    calls = systems.calls(["red chair"], rows)
+    for (system, _), (call, given) in calls.items():
+        found = call(given[0])
+        if system == "teacher":
+            assert len(found) == 5 and found[1] == pytest.approx(found[4])  # the same pin
+        elif "embedding" not in system:
+            np.testing.assert_allclose(found, expected, atol=0.2 if "int8" in system else 1e-4)
+    assert len(calls) == 7
 
 
-def test_benchmark(run, tmp_path, capsys, monkeypatch):
+def test_every_large_layer_is_quantized(systems):
+    fp32, int8 = (path.stat().st_size for path in systems.files.values())
+    assert int8 < 0.5 * fp32
+    feed = systems.pairs("red chair", np.arange(50))
+    fp32, int8 = (session.run(None, feed)[0] for session in systems.sessions.values())
+    assert 0 < np.abs(fp32 - int8).max() < 0.2
+
+
+def test_benchmark(run, capsys, monkeypatch):
+    for module, name in ((serve.os, "sched_setaffinity"), (torch, "set_num_threads")):
+        monkeypatch.setattr(module, name, lambda *arguments: None)  # the other tests keep their cores
     monkeypatch.setattr(serve, "LEAST", 5)
-    monkeypatch.setattr(serve, "one_core", lambda: None)  # the other tests keep their cores
-    files = ["--json", str(tmp_path / "serve.json"), "--markdown", str(tmp_path / "serve.md")]
-    serve.main(["--run", str(run), "--candidates", "3", "20", "--seconds", "0", *files])
-    found = read_json(tmp_path / "serve.json")
-    assert found["pins"] == 100 and {row["candidates"] for row in found["results"]} == {3, 20}
-    assert len(found["results"]) == 2 * 7
-    for row in found["results"]:
-        assert 0 < row["p50_ms"] <= row["p99_ms"] and row["calls"] >= 2
-    table = (tmp_path / "serve.md").read_text()
-    assert table in capsys.readouterr().out and table.count("\n| student, onnxruntime |") == 4
+    serve.main(["--run", str(run), "--candidates", "3", "20", "--seconds", "0"])
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 2 * 7 and {row[2] for row in rows} == {"3", "20"} and "int8: " in out
+    for system, _, _, p50, p99, calls in rows:
+        assert 0 < float(p50) <= float(p99) and calls == ("1" if system == "teacher" else "5")
 
 
 def test_wrong_flags(capsys):
@@ -49,3 +65,21 @@ def test_wrong_flags(capsys):
             serve.main(wrong)
         assert ended.value.code == 2
     capsys.readouterr()
+
+
+def test_load(run, capsys):
+    """Clients of a service in this process; a service that refuses is named."""
+    app = service.from_environment({"RUN": str(run)})
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        load.main([url, "--run", str(run), "--clients", "2", "--seconds", "0.1"])
+        out, notes = capsys.readouterr()
+        assert len([line for line in out.splitlines() if url in line]) == 4 and url in notes
+        with pytest.raises(SystemExit, match="answers 422"):
+            load.busy(url, ["{}"], 1, 0.1)
+        server.should_exit = True
+        thread.join()

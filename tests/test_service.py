@@ -1,11 +1,15 @@
 """The service as its callers and its operator meet it, over HTTP; what the class makes of odd arguments."""
 
 import base64
+import importlib.metadata
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -20,7 +24,7 @@ from lib.inputs.student_inputs import StudentInputs
 from lib.results import contract as export
 from lib.tables.database import Database
 from lib.tables.raw import RawTables
-from serving import search, service, text_encoder
+from serving import service, text_encoder
 from serving.new_features import number
 from serving.ranker import Pin, Query, Ranker
 
@@ -114,13 +118,13 @@ def test_what_the_caller_gives_is_taken(client, ranker, texts):
 # Without PyTorch
 
 WITHOUT = """
-import sys
+import json, sys
+refused = json.loads(sys.argv.pop())
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "safetensors", "duckdb", "tyro", "PIL"):
+        if name.split(".")[0] in refused:
             raise ImportError(name)
 sys.meta_path.insert(0, Refused())
-import json
 from fastapi.testclient import TestClient
 from serving import service
 client = TestClient(service.from_environment({"RUN": sys.argv[1]}))
@@ -132,14 +136,29 @@ assert picture.status_code == 422 and "PyTorch" in picture.json()["detail"]
 """
 
 
+def modules_left_out():
+    """Modules of requirements.txt that serving/Dockerfile does not install; this test needs one of them."""
+    dockerfile = (ROOT / "serving" / "Dockerfile").read_text()
+    kept = set(re.search(r'"\^\((.*?)\)=="', dockerfile)[1].split("|"))
+    listed = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    assert kept < listed
+    left_out, found = listed - kept - {"httpx"}, []
+    for module, packages in importlib.metadata.packages_distributions().items():
+        if left_out & {package.lower().replace("_", "-") for package in packages}:
+            found.append(module)
+    assert {"torch", "transformers", "sklearn", "PIL"} < set(found)
+    return found
+
+
 def test_a_process_without_pytorch_serves(run, ranker, tmp_path, capsys):
     """The text encoder as ONNX says what PyTorch says; a query never seen, a known one and a new pin get the
-    same probabilities, in a process to which torch and transformers are refused."""
+    same probabilities, in a process that has the packages of serving/Dockerfile alone."""
     (tmp_path / "run").mkdir()
     for name in ("features", "student"):
         (tmp_path / "run" / name).symlink_to(run / name)
     texts = ["wooden red chair for a kitchen", ranker.new.known.texts[0]]
-    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run"), *texts]
+    left_out = json.dumps(modules_left_out())
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run"), *texts, left_out]
     options = {"cwd": ROOT, "env": environment(1), "capture_output": True, "text": True}
     refused = subprocess.run(command, **options)
     assert refused.returncode == 1 and "serving.text_encoder" in refused.stderr.splitlines()[-1]
@@ -341,13 +360,6 @@ def test_a_temperature_outside_its_range(run):
         assert "temperature" in stop_line(lambda wrong=wrong: Ranker(run, temperature=wrong))
 
 
-def test_ids_are_escaped_on_the_terminal(capsys, ranker):
-    found = ranker.rank("red chair", top=1)
-    search.print_table(found, [("p\x1b[31m\n", "title")])
-    out = capsys.readouterr().out
-    assert "p\\x1b[31m\\n" in out and "\x1b" not in out and out.count("\n") == 1
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Over HTTP
 
@@ -383,10 +395,80 @@ RAW = [
 ]
 
 
+WRONG_PINS = [
+    {"boards": "Living room"},
+    {"boards": [None]},
+    {"boards": [3]},
+    {"title": None},
+    {"image": 3},
+    {"colour": "red"},
+    {"columns": {"colour": "red"}},
+    {"embeddings": {"pin_text": [1.0]}},
+    {"embeddings": {"pin_txt": [1.0]}},
+]
+
+
 @pytest.mark.parametrize("wrong", [*map(json.dumps, WRONG), *RAW])
 def test_what_is_wrong_is_422_and_can_be_read(client, wrong):
     answer = client.post("/rank", content=wrong, headers={"content-type": "application/json"})
     assert answer.status_code == 422 and answer.json()["detail"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_PINS)
+def test_a_pin_that_is_wrong_is_422(client, wrong):
+    answer = client.post("/score", json={"query": "red chair", "pins": [wrong]})
+    assert answer.status_code == 422 and answer.json()["detail"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e39", '"1"'])
+def test_an_embedding_of_odd_numbers_is_422(client, ranker, number):
+    size = ranker.spec["embeddings"]["query_text"]
+    vector = f"[{', '.join(['0', number][row == 3] for row in range(size))}]"
+    asked = f'{{"query": "a", "embeddings": {{"query_text": {vector}}}}}'
+    assert client.post("/rank", content=asked).status_code == 422
+
+
+def test_odd_numbers_of_a_column_are_stage_01s(app, client, monkeypatch):
+    """Infinite or too large: not known, as in a raw table; a word is refused."""
+    new, seen = served(app).ranker.new, []
+    query = new.query
+
+    def noted(asked):
+        side = query(asked)
+        seen.append(side.columns["query_n"][0])
+        return side
+
+    monkeypatch.setattr(new, "spec", new.spec | {"numbers": {"query_n": [0, 1, 0, 1]}})
+    monkeypatch.setattr(new, "query", noted)
+    for given in ("inf", "1e39", 1e39, None, "", 2.5, "2.5"):
+        asked = {"query": "red chair", "columns": {"n": given}, "top": 1}
+        assert client.post("/rank", json=asked).status_code == 200
+    np.testing.assert_array_equal(seen, [np.nan, np.nan, np.nan, np.nan, np.nan, 2.5, 2.5])
+    asked["columns"] = {"n": "cheap"}
+    assert client.post("/rank", json=asked).status_code == 422
+
+
+def served(app):
+    """The Service of an application."""
+    return next(route.endpoint.__self__ for route in app.routes if route.path == "/rank")
+
+
+def test_others_are_answered_while_a_ranking_is_at_work(app, monkeypatch):
+    started, released = threading.Event(), threading.Event()
+    rank = served(app).ranker.rank
+
+    def slow(*arguments):
+        started.set()
+        released.wait()
+        return rank(*arguments)
+
+    monkeypatch.setattr(served(app).ranker, "rank", slow)
+    with TestClient(app) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.post, "/rank", json={"query": "red chair", "top": 1})
+        started.wait()
+        statuses = [client.get("/ready").status_code, client.get("/version").status_code]
+        released.set()
+        assert [*statuses, answer.result().status_code] == [200] * 3
 
 
 def test_limits(client, ranker):
@@ -407,7 +489,7 @@ def test_more_than_a_ranking(client, ranker, toy):
     together = client.post("/rank_several", json={"searches": [one, two]}).json()
     assert together == [client.post("/rank", json=each).json() for each in (one, two)]
     best = together[1][0]
-    assert best["title"] == ranker.titles[ranker.row_of[best["pin_id"]]].as_py()
+    assert best["title"] == ranker.texts["title"][ranker.row_of[best["pin_id"]]].as_py()
     assert set(best["match"]) == set(ranker.spec["match"])
     without = client.post("/rank", json={**one, "exclude": [together[0][0]["pin_id"]]}).json()
     assert without[:2] == together[0][1:]
@@ -450,7 +532,10 @@ def test_reload_serves_what_run_points_to_now(run, tmp_path):
     (tmp_path / "other" / "features").symlink_to(run / "features")
     link.symlink_to(tmp_path / "other")
     first = client.get("/version").json()
-    assert client.post("/reload").json().keys() == first.keys()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.post, "/rank", json={"query": "red chair"}) for _ in range(8)]
+        assert client.post("/reload").json().keys() == first.keys()
+        assert all(answer.result().json() == before for answer in asked)  # none is lost
     assert client.post("/rank", json={"query": "red chair"}).json() == before
 
 
@@ -467,6 +552,8 @@ def test_settings_that_are_wrong_are_one_line(run, tmp_path):
         ({}, "RUN"),
         ({"RUN": "/nope"}, "/nope"),
         ({"RUN": str(run), "TEMPERATURE": "0"}, "TEMPERATURE"),
+        ({"RUN": str(run), "TEMPERATURE": "-1"}, "TEMPERATURE"),
+        ({"RUN": str(run), "TEMPERATURE": "nan"}, "TEMPERATURE"),
         ({"RUN": str(run), "THREADS": "many"}, "THREADS"),
         ({"RUN": str(run), "MAX_TOKENS": "-1"}, "MAX_TOKENS"),
         ({"RUN": str(run), "STUDENT": "student_x"}, "student_x"),
@@ -476,3 +563,8 @@ def test_settings_that_are_wrong_are_one_line(run, tmp_path):
         with pytest.raises(SystemExit) as ended:
             service.from_environment(wrong)
         assert named in ended.value.code and "\n" not in ended.value.code
+
+
+def test_every_setting_is_named_at_the_top():
+    for name in service.Settings.model_fields:
+        assert re.search(rf"\b{name.upper()}\b", service.__doc__), name

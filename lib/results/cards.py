@@ -1,40 +1,29 @@
 """Model cards in the form of the Hugging Face hub: RUN/report/cards/NAME.md of the teacher and every student,
-filled from the stage.json of their folders and the metrics of stage 05. To publish a model:
+card_teacher.md and card_student.md filled from the stage.json of their folders and the metrics of stage 05.
+To publish a model:
 
     hf upload USER/NAME RUN/student .
     hf upload USER/NAME RUN/report/cards/student.md README.md
 """
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import yaml
 
-from lib.results.report import ALL, METRICS, UNTRAINED, cell, escaped, markdown_table, metrics_of
+from lib.results.report import ALL, UNTRAINED, cells, escaped, headings, markdown_table
 from lib.stages.files import public_name, whole_file
 from lib.stages.stage import PLACES
-
-TAGS = ["search-relevance", "knowledge-distillation", "arxiv:2410.17152"]
-HEADS = {
-    "teacher": {"pipeline_tag": "text-ranking", "tags": ["cross-encoder", *TAGS]},
-    "student": {"library_name": "onnx", "tags": ["learning-to-rank", *TAGS]},
-}
 
 
 def metrics_table(table, system):
     """A system's metrics, overall and by language, and those of the untrained ones, as Markdown. table:
     {(system, language, metric): Interval}."""
-    metrics = metrics_of(table)
-    head = ["system", "language", *(METRICS[metric].heading for metric in metrics)]
-    rows = {}
-    for name, language, _ in table:
+    body = []
+    for name, language in dict.fromkeys((name, language) for name, language, _ in table):
         if name == system or (name in UNTRAINED and language == ALL):
-            rows[name, language] = [escaped(name), escaped(language or "all")]
-    for (name, language), line in rows.items():
-        for metric in metrics:
-            value = table.get((name, language, metric))
-            line.append(cell(value, METRICS[metric].percent))
-    return "\n".join(markdown_table(head, rows.values())).strip()
+            body.append([escaped(name), escaped(language or "all"), *cells(table, name, language)])
+    return "\n".join(markdown_table(["system", "language", *headings(table)], body)).strip()
 
 
 def counted(numbers):
@@ -46,36 +35,30 @@ def counted(numbers):
     return ", ".join(words)
 
 
-def taught_by(teacher):
-    """In words, whose labels a student learned. teacher: of its stage.json, {"model", "folder"}, or None."""
-    if teacher is None:
-        return "human labels alone"
-    run = f" of the run {escaped(Path(teacher['folder']).parent.name)}" if teacher["folder"] else ""
-    return f"labels of the teacher {escaped(public_name(teacher['model']))}{run}"
-
-
 def card(kind, about, features, languages, evaluation):
     """README.md of a "teacher" or a "student". about, features: stage.json of its folder and of stage 01;
     languages: of the queries; evaluation: metrics_table()."""
-    arguments = about["arguments"]
+    arguments, teacher = about["arguments"], about.get("teacher")
     languages = [" ".join(language.split()) for language in languages]
-    head = {**HEADS[kind], "language": languages}
     model = arguments.get("model", "")
-    if model and public_name(model) == model:
-        head["base_model"] = model
+    is_public = model and public_name(model) == model
     settings = [f"{name} {value}" for name, value in arguments.items() if name not in PLACES]
+    taught = "human labels"
+    if teacher:
+        taught = f"labels of the teacher {escaped(public_name(teacher['model']))}"
     text = Path(__file__).with_name(f"card_{kind}.md").read_text(encoding="utf-8")
-    filled = text.format(
+    return text.format(
+        codes=json.dumps(languages, ensure_ascii=False),  # JSON is YAML
+        base=f"base_model: {json.dumps(model)}\n" if is_public else "",
         model=escaped(public_name(model)),
         dataset=escaped(Path(features.get("dataset", "")).name),
         counts=counted(features.get("rows", {})),
         languages=escaped(", ".join(languages)),
         rows=counted(about.get("rows", {})),
-        taught=taught_by(about.get("teacher")),
+        taught=taught,
         settings=escaped(", ".join(settings)),
         evaluation=evaluation,
     )
-    return f"---\n{yaml.safe_dump(head, allow_unicode=True, sort_keys=False)}---\n\n{filled}"
 
 
 def write_cards(run, read, table, folder):

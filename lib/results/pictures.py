@@ -71,15 +71,11 @@ def picture_file(path, figsize, texts=()):
     """Yields a figure that is written to `path`. Texts are drawn as they are, never read as formulas.
     texts: what is not ASCII and stands in it."""
     families, _ = fonts_for("".join(sorted(set("".join(map(drawable, texts))))))
-    with matplotlib.rc_context({"text.parse_math": False, "font.family": families}):
+    style = {"axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context({"text.parse_math": False, "font.family": families, **style}):
         figure = Figure(figsize=figsize, layout="constrained")
         yield figure
         figure.savefig(path, dpi=150, format="png")
-
-
-def shown(system):
-    """A system's name in a plot."""
-    return system.replace("_", " ")
 
 
 def in_percent(found):
@@ -110,9 +106,8 @@ def plot_accuracy(table, path):
             value, error = in_percent([m])
             ax.barh([place], value, 0.62, xerr=error, capsize=3, color=COLORS.get(system, OTHER_COLOR))
             ax.text(100 * m.high + 1, place, f"{100 * m.value:.1f}", va="center")
-        ax.set_yticks(range(len(systems)), [shown(system) for system in systems])
+        ax.set_yticks(range(len(systems)), systems)
         ax.set(xlabel="accuracy on human evaluation labels, % (95 % interval over queries)", xlim=(0, 105))
-        ax.spines[["top", "right"]].set_visible(False)
 
 
 def plot_languages(table, path):
@@ -124,24 +119,23 @@ def plot_languages(table, path):
         for number, system in enumerate(systems):
             value, error = in_percent([table[system, language, "accuracy"] for language in languages])
             places = np.arange(len(languages)) + (number - (len(systems) - 1) / 2) * width
-            style = {"color": COLORS.get(system, OTHER_COLOR), "label": shown(system)}
-            ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, **style)
+            color = COLORS.get(system, OTHER_COLOR)
+            ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, color=color, label=system)
         ax.set_xticks(range(len(languages)), [drawable(language) for language in languages])
         ax.set(xlabel="language of the query", ylabel="accuracy, %\n(95 % interval over queries)")
         ax.set_ylim(0, 105)
-        ax.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
 
 
 def plot_confusion(y, p, levels, path):
     """Confusion matrices, rows normalized: human level against most probable level. p: {system: [B, C]}."""
+    style = {"cmap": "Blues", "values_format": ".2f", "colorbar": False, "normalize": "true"}
     with picture_file(path, (3.6 * len(p), 3.5)) as figure:
         for ax, (name, probabilities) in zip(figure.subplots(1, len(p), squeeze=False)[0], p.items()):
             guess = probabilities.argmax(1) + 1
-            style = {"cmap": "Blues", "values_format": ".2f", "colorbar": False, "ax": ax}
             labels = np.union1d(levels, guess)
-            ConfusionMatrixDisplay.from_predictions(y, guess, labels=labels, normalize="true", **style)
-            ax.set(title=shown(name), xlabel="most probable level", ylabel="human level")
+            ConfusionMatrixDisplay.from_predictions(y, guess, labels=labels, ax=ax, **style)
+            ax.set(title=name, xlabel="most probable level", ylabel="human level")
         figure.suptitle("share of the human level's rows", fontsize=10)
 
 
@@ -150,17 +144,21 @@ def plot_reliability(y, p, scaled, path):
     {system: [B, C]}, as they are and at the fitted temperature."""
     with picture_file(path, (4.6, 4.2)) as figure:
         ax = figure.subplots()
-        for curves, line in ((p, "-"), (scaled, "--")):
+        for curves, line, more in ((p, "-", ""), (scaled, "--", " at its temperature")):
             for name, probabilities in curves.items():
-                right, confidence = probabilities.argmax(1) + 1 == y, probabilities.max(1)
-                label = shown(name) + " at its temperature" * (curves is scaled)
-                style = {"color": COLORS.get(name, OTHER_COLOR), "ls": line, "ms": 4, "name": label, "ax": ax}
                 CalibrationDisplay.from_predictions(
-                    right, confidence, n_bins=10, strategy="quantile", **style
+                    probabilities.argmax(1) + 1 == y,
+                    probabilities.max(1),
+                    n_bins=10,
+                    strategy="quantile",
+                    name=name + more,
+                    color=COLORS.get(name, OTHER_COLOR),
+                    linestyle=line,
+                    markersize=4,
+                    ax=ax,
                 )
-        ax.set(
-            xlabel="probability given to the most probable level", ylabel="share of rows where it is right"
-        )
+        ax.set_xlabel("probability given to the most probable level")
+        ax.set_ylabel("share of rows where it is right")
         ax.legend(fontsize=7)
 
 
@@ -189,30 +187,32 @@ def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
     colored frame. pins: {pin_index: row of pins.parquet}."""
     at = np.flatnonzero(rows["query_index"] == query["index"])
     names = shown_in_pages(systems)
-    texts = [text for pin in pins.values() for text in (pin["title"], pin["caption"], pin["description"])]
-    texts = [text or "" for text in texts] + [query["query"]]
+    texts = [query["query"]]
+    for pin in pins.values():
+        texts += map(str, pin.values())
     with picture_file(path, (1.25 * top + 1, 1.75 * len(names) + 0.6), texts) as figure:
         for line, name in zip(figure.subplots(len(names), top, squeeze=False), names):
-            line[0].set_ylabel(name, fontsize=9)
             best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]
             for ax in line[len(best) :]:
                 ax.axis("off")
             for ax, row in zip(line, best):
-                show_pin(ax, pins[int(rows["pin_index"][row])], rows["label"][row], dataset)
+                pin, level = int(rows["pin_index"][row]), rows["label"][row]
+                show_pin(ax, pins[pin], level, dataset, f"{level} {LEVELS[level]}")
+            line[0].set_ylabel(name, fontsize=9)
         title = f"“{drawable(query['query'])}” ({drawable(query['language'])})"
         figure.suptitle(f"{title}: best first; frame and text: human level", fontsize=9)
 
 
-def show_pin(ax, pin, level, dataset):
-    """A pin in a frame of its level's color: its picture, or its text on a card."""
+def show_pin(ax, pin, level, dataset, words):
+    """A pin in a frame of its level's color, `words` below: its picture, or its text on a card."""
     image = picture(dataset, pin["image"])
     if image is not None:
-        ax.imshow(image, aspect="auto")
+        ax.imshow(image)
     else:
         show_text(ax, pin)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], box_aspect=1)
     ax.spines[:].set(color=LEVEL_COLORS[level], linewidth=4, visible=True)
-    ax.set_xlabel(f"{level} {LEVELS[level]}", fontsize=7)
+    ax.set_xlabel(words, fontsize=7)
 
 
 def show_text(ax, pin):
@@ -233,10 +233,10 @@ def search_pages(run, rows, systems, queries, folder):
     columns = ["title", "description", "caption", "image"]
     table = pq.read_table(run / "features" / "pins.parquet", columns=columns)
     pages = {}
-    for query in queries:
+    for number, query in enumerate(queries, 1):
         at = np.unique(rows["pin_index"][rows["query_index"] == query["index"]])
         pins = dict(zip(at.tolist(), table.take(at).to_pylist()))
-        name = f"search_{len(pages) + 1}.png"
+        name = f"search_{number}.png"
         plot_search_page(rows, systems, query, pins, dataset, folder / name)
         found = ", ".join(f"{system} {query[system]:.2f}" for system in shown_in_pages(systems))
         pages[name] = f"“{query['query']}”, its judged pins only, ranked by each system. nDCG@20: {found}."

@@ -47,9 +47,7 @@ def write_csv(queries, path):
 
 def cell_of(value):
     """A number in four places, a text that no spreadsheet takes for a formula."""
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return plain_cell(str(value))
+    return f"{value:.4f}" if isinstance(value, float) else plain_cell(str(value))
 
 
 def for_pages(queries, n):
@@ -63,20 +61,13 @@ def section(queries, systems):
     """The worst queries beside bm25 as Markdown; systems: names."""
     if not queries:
         return []
-    names = [name for name in systems if name != "majority"]
-    body = []
+    names, body = [name for name in systems if name != "majority"], []
     for query in queries[:SHOWN]:
         about = [escaped(query[name]) for name in ("query", "language", "judged pins")]
         scores = [f"{query[name]:.3f}" for name in names]
-        difference = query["difference"]
-        body.append([*about, *scores, f"{difference:+.3f}"])
-    differences = np.array([query["difference"] for query in queries])
-    better, worse = (differences > 0).sum(), (differences < 0).sum()
+        body.append([*about, *scores, f"{query['difference']:+.3f}"])
+    better, worse = (sum(sign * query["difference"] > 0 for query in queries) for sign in (1, -1))
     says = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse"
     head = ["query", "language", "judged pins", *names, "difference"]
-    return [
-        "## Queries, the worst beside bm25 first",
-        "",
-        f"{says}; all are in queries.csv.",
-        *markdown_table(head, body),
-    ]
+    lines = ["## Queries, the worst beside bm25 first", "", f"{says}; all are in queries.csv."]
+    return lines + markdown_table(head, body)

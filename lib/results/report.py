@@ -129,6 +129,20 @@ def escaped(text):
     return re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
 
 
+def headings(table):
+    """Headings of the metrics of a table."""
+    return [METRICS[metric].heading for metric in metrics_of(table)]
+
+
+def cells(table, system, language=ALL):
+    """All metrics of a system, as cell() writes them."""
+    texts = []
+    for metric in metrics_of(table):
+        found = table.get((system, language, metric))
+        texts.append(cell(found, METRICS[metric].percent))
+    return texts
+
+
 def markdown_table(head, lines):
     """A Markdown table between empty lines."""
     rule = "|---" * len(head) + "|"
@@ -167,13 +181,8 @@ def in_short(compared):
     for (system, other, metric), m in compared.items():
         if system != served or other not in beside or m.value is None:
             continue
-        verdict = "no clear difference"
-        if m.low > 0:
-            verdict = "better"
-        elif m.high < 0:
-            verdict = "worse"
-        heading = METRICS[metric].heading
-        lines.append(f"- {system} beside {other}, {heading}: {signed(m)}: **{verdict}**")
+        verdict = "better" if m.low > 0 else "worse" if m.high < 0 else "no clear difference"
+        lines.append(f"- {system} beside {other}, {METRICS[metric].heading}: {signed(m)}: **{verdict}**")
     return ["## In short", "", *lines, ""] if lines else []
 
 
@@ -209,27 +218,28 @@ def summary(table, compared):
 
 def facts(read, evaluation):
     """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
-    features, command = read["features"], [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
-    labels, used = read["labels"], features.get("models", {})
+    features, labels = read["features"], read["labels"]
+    used, command = features.get("models", {}), [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
     index, query = np.unique(evaluation["query_index"], return_inverse=True)
     best = np.zeros(len(index), int)
     np.maximum.at(best, query, evaluation["label"])
+    rows = f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on"
     known = [
         ("dataset", features.get("dataset")),
-        ("evaluation", f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on; "
-                       f"{(best == 1).sum():,} queries have no gain and do not count in nDCG"),
+        ("evaluation", f"{rows}; {(best == 1).sum():,} queries have no gain and do not count in nDCG"),
         ("text encoder", used.get("text encoder", {}).get("name", "none: the user's own embeddings")),
         ("captions by", used.get("caption model", {}).get("name", "nobody: no picture can be read")),
         ("teacher", whose_labels(labels) if "teacher" in labels else None),
         ("its labels", whence(labels["labels"]) if "labels" in labels else None),
-    ]  # fmt: skip
+    ]
     for name, about in read.items():
         told, rows = about["arguments"], about.get("rows", {})
+        learnt = f"{rows.get('train', 0):,}"
         if name == "teacher":
             of = f" of {rows['train_queries']:,} queries" if "train_queries" in rows else ""
-            known.append(("the teacher learnt from", f"{rows.get('train', 0):,} human-labelled rows{of}"))
+            known.append(("the teacher learnt from", f"{learnt} human-labelled rows{of}"))
         elif name.startswith("student"):
-            learnt = f"{rows.get('train', 0):,} rows, the {told['labels']} labels"
+            learnt += f" rows, the {told['labels']} labels"
             if told["labels"] == "teacher":
                 learnt += f"; {rows.get('human', 0):,} of them human-labelled rows too, half and half"
             known.append((f"{name} learnt from", learnt))
@@ -242,18 +252,15 @@ def facts(read, evaluation):
 def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
     """report.md. compared: differences() of stage 05; about: pairs of facts(); evaluation: columns of its
     rows; one_by_one: lines on queries; pages: {file: caption}."""
-    metrics, queries = metrics_of(table), len(np.unique(evaluation["query_index"]))
+    queries = len(np.unique(evaluation["query_index"]))
     lines = ["# Evaluation", ""]
     for name, value in about:
         lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
     lines += ["", *in_short(compared)]
     lines += ["In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
-    body = []
-    for system in systems_of(table):
-        found = [cell(table.get((system, ALL, metric)), METRICS[metric].percent) for metric in metrics]
-        body.append([escaped(system), *found])
-    lines += markdown_table(["system", *(METRICS[metric].heading for metric in metrics)], body)
-    lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics]
+    body = [[escaped(system), *cells(table, system)] for system in systems_of(table)]
+    lines += markdown_table(["system", *headings(table)], body)
+    lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics_of(table)]
     lines += ["", *(f"**{escaped(line)}**\n" for line in few_queries(queries) + below(compared))]
     lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
     lines += [*one_by_one, *of_temperatures(temperatures), "## Plots", ""]
@@ -266,31 +273,31 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
 def of_differences(compared):
     """What training brings, as a table."""
     metrics = list(dict.fromkeys(metric for _, _, metric in compared))
-    lines = ["## What training brings", "", "Differences on the same resamples of the queries: above zero, "
-             "the first is the better one."]  # fmt: skip
-    cells = {}
+    lines = ["## What training brings", ""]
+    lines += ["Differences on the same resamples of the queries: above zero, the first is the better one."]
+    body = {}
     for (system, other, metric), m in compared.items():
-        cells.setdefault(f"{system} − {other}", {})[metric] = signed(m)
-    body = [[escaped(pair), *(found.get(m, "") for m in metrics)] for pair, found in cells.items()]
-    return lines + markdown_table(["difference", *(METRICS[metric].heading for metric in metrics)], body)
+        found = body.setdefault(f"{system} − {other}", dict.fromkeys(metrics, ""))
+        found[metric] = signed(m)
+    head = ["difference", *(METRICS[metric].heading for metric in metrics)]
+    body = [[escaped(pair), *found.values()] for pair, found in body.items()]
+    return lines + markdown_table(head, body)
 
 
 def by_language(table, evaluation):
     """Accuracy by language, where there are several."""
-    languages = sorted(languages_of(table))
+    languages, head = sorted(languages_of(table)), []
     if len(languages) < 2:
         return []
-    body, few = [], []
+    for language in languages:
+        queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
+        head.append(escaped(language) + " †" * (len(queries) < FEW_QUERIES))
+    body = []
     for system in systems_of(table):
         found = [cell(table[system, language, "accuracy"]) for language in languages]
         body.append([escaped(system), *found])
-    for language in languages:
-        queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
-        few += [language] * (len(queries) < FEW_QUERIES)
-    head = [f"{escaped(language)}{' †' * (language in few)}" for language in languages]
     lines = ["## Accuracy by language, %", *markdown_table(["system", *head], body)]
-    if few:
-        lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
+    lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
     return lines
 
 
@@ -298,8 +305,8 @@ def beside_the_paper(table):
     """The paper's figures, where five levels make them comparable at all."""
     if AUROCS.keys() - set(metrics_of(table)):
         return []
-    lines = ["## Beside the paper", "", "The paper's rows are its own data and models; they are here for "
-             "orientation, not for comparison of the numbers."]  # fmt: skip
+    lines = ["## Beside the paper", ""]
+    lines += ["The paper's rows are its own data and models: for orientation, not to compare the numbers."]
     body = []
     for system, what, value in PAPER:
         body.append([system, cell(table.get((system, ALL, "accuracy"))), f"{100 * value:.1f}", what])
@@ -309,18 +316,16 @@ def beside_the_paper(table):
 
 def of_temperatures(temperatures):
     """What one temperature a system does for its probabilities (Guo et al., 2017)."""
-    lines = ["## Can the probabilities be taken at their word?", ""]
+    lines, body = ["## Can the probabilities be taken at their word?", ""], []
     if not temperatures:
         return [*lines, "No training query was held out to tell, or there were too few.", ""]
     lines += [
         "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
-        "on; 1 where those are too few to tell. It is in temperatures.json; a service takes it "
-        "(`Ranker(…, temperature=…)`)."
+        "on; 1 where those are too few to tell. A service takes that of temperatures.json as TEMPERATURE."
     ]
-    body = []
     for system, found in temperatures.items():
         errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
         rows = f"{found['rows']:,} rows of {found['queries']:,} queries"
-        fitted = f"{rows}{': too few' * (found['queries'] < ENOUGH_QUERIES)}"
-        body.append([escaped(system), f"{found['temperature']:.2f}", fitted, *errors])
+        rows += ": too few" * (found["queries"] < ENOUGH_QUERIES)
+        body.append([escaped(system), f"{found['temperature']:.2f}", rows, *errors])
     return lines + markdown_table(["system", "temperature", "fitted on", "ECE before", "ECE after"], body)

@@ -23,25 +23,20 @@ def count_weights(model, trained=False):
 def describe_teacher(teacher, finetuning, rows, settings):
     """What is going to be trained, on what. rows: LabelledRows."""
     weights = count_weights(teacher, trained=True)
-    how, dtype = FINETUNING[finetuning], dtype_name(teacher.dtype)
+    how = FINETUNING[finetuning]
     print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
-    print(f"{how}: {weights:,} weights; {dtype}")
+    print(f"{how}: {weights:,} weights;", dtype_name(teacher.dtype))
     if settings.preset == "toy" and count_weights(teacher) > TOY_WEIGHTS:
         rate = settings.encoder_lr if finetuning == "full" else settings.lr
         print(f"--preset toy, learning rate {rate:g}, is for tiny models: try --preset small")
-    describe_rows(rows, settings.max_tokens)
-    describe_held_out(rows)
-
-
-def describe_rows(rows, max_tokens):
-    """How many rows a teacher learns, how long they are, and how their labels are spread."""
-    n = len(rows.train)
+    n, lengths = len(rows.train), rows.lengths
     print(f"rows: {n:,} of {rows.train_queries:,} queries train")
-    mean, longest = rows.lengths.mean(), rows.lengths.max()
-    print(f"tokens a row: mean {mean:.0f}, max {longest} of {max_tokens}")
+    mean, longest = lengths.mean(), lengths.max()
+    print(f"tokens a row: mean {mean:.0f}, max {longest} of {settings.max_tokens}")
     levels = rows.levels[rows.train]
     counts = torch.bincount(levels, minlength=NUM_LEVELS)
     print_shares("labels", counts / n)
+    describe_held_out(rows)
 
 
 def print_shares(what, shares):
@@ -77,7 +72,7 @@ def describe_labelling(about, moved, paths, todo, hardware, processes):
     todo: all shards, and those left."""
     fields = ", ".join(about["fields"])
     print(f"teacher: {about['model']}, trained on {fields}")
-    print(f"LoRA merged: {moved}" if moved else "nothing merged")
+    print("LoRA merged:", moved or "nothing")
     print(f"shards: {len(paths)}, of which {len(todo)} to label")
     print(f"{hardware}, {processes} process(es)")
 
@@ -89,7 +84,7 @@ def describe_pool(pool, rows, queries):
         return
     weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
     print(f"pooled: {weights}, by {rows:,} rows of {queries:,} held-out queries")
-    print(f"only for queries in languages with labels: {' '.join(pool.languages)}")
+    print("only for queries in languages with labels:", *pool.languages)
 
 
 def describe_labels(paths, table):
@@ -97,6 +92,8 @@ def describe_labels(paths, table):
     LabelTable."""
     counts = count_labels(paths)
     print(f"labels: {whence(counts)}")
-    print(f"{table.path.name}: {table.rows:,} different pairs, {table.path.stat().st_size / 1e6:.1f} MB")
+    name = table.path.name
+    megabytes = table.path.stat().st_size / 1e6
+    print(f"{name}: {table.rows:,} different pairs, {megabytes:.1f} MB")
     print_shares("mean soft label", mean_label(paths[-100:]))
     return counts
