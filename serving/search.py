@@ -107,19 +107,14 @@ def print_pins(scores, texts, output, first=1):
 def draw_grid(scores, pins, dataset, title, path):
     """Pins as a grid of pictures, best first; the frame's color is the most probable level. pins: rows of
     pins.parquet, those that are shown."""
-    lines = -(-max(len(pins), 1) // GRID)
-    texts = [str(text) for pin in pins for text in pin.values()]
-    levels = scores.probabilities.argmax(axis=1) + 1
-    with pictures.picture_file(path, (1.9 * GRID, 2.25 * lines + 0.3), [title, *texts]) as figure:
-        axes = figure.subplots(lines, GRID, squeeze=False).ravel()
-        for ax in axes[len(pins) :]:
-            ax.axis("off")
-        for row, (ax, pin) in enumerate(zip(axes, pins)):
-            text = pictures.drawable(pin["title"] or pin["caption"] or "no text")
-            words = textwrap.fill(textwrap.shorten(text, 50, placeholder=" …"), 26)
-            score = f"{row + 1}.  {scores.expected_level[row]:.2f}  {LEVELS[levels[row]]}"
-            pictures.show_pin(ax, pin, levels[row], dataset, f"{score}\n{words}")
-        figure.suptitle(pictures.drawable(title), fontsize=10)
+    levels, shown = scores.probabilities.argmax(axis=1) + 1, []
+    for row, pin in enumerate(pins):
+        text = pictures.drawable(pin["title"] or pin["caption"] or "no text")
+        words = textwrap.fill(textwrap.shorten(text, 50, placeholder=" …"), 24)
+        score = f"{row + 1}.  {scores.expected_level[row]:.2f}  {LEVELS[levels[row]]}"
+        shown.append((pin, levels[row], f"{score}\n{words}"))
+    lines = [("", shown[start : start + GRID]) for start in range(0, len(shown), GRID)]
+    pictures.draw_pins(lines, dataset, title, path)
 
 
 def main(argv=None):

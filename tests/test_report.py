@@ -81,7 +81,7 @@ def measure(run, *more):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take longer than all the rest."""
-    for name in ("plot_accuracy", "plot_languages", "plot_confusion", "plot_reliability", "plot_search_page"):
+    for name in ("plot_accuracy", "plot_confusion", "plot_reliability", "draw_pins"):
         monkeypatch.setattr(pictures, name, lambda *arguments: None)
 
 
@@ -103,7 +103,7 @@ def measured(made, tmp_path_factory):
 def test_awkward_texts_are_drawn_as_they_are_and_escaped(measured):
     run, printed = measured
     text = (run / "report" / "report.md").read_text(encoding="utf-8")
-    assert len(list((run / "report").glob("*.png"))) == 8
+    assert len(list((run / "report").glob("*.png"))) == 7
     assert "<img" not in text and "<b>" not in text and "&lt;img" in text
     before, queries_of = text.split("## Queries")
     tables = [line for line in before.splitlines() if line.startswith("|")]

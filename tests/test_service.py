@@ -499,6 +499,8 @@ def test_more_than_a_ranking(client, ranker, toy):
     same = [Pin("Red chair", boards=("Kitchen",)), Pin(image=picture)]
     expected = ranker.score([("red chair", pin) for pin in same])
     np.testing.assert_allclose([row["expected_level"] for row in found], expected.expected_level, atol=1e-6)
+    empty = client.post("/score", json={"query": "red chair", "pins": [{}]}).json()  # a text without tokens
+    assert sum(empty[0]["probabilities"]) == pytest.approx(1)
     for wrong in ("no picture", base64.b64encode(b"no picture").decode()):
         asked = {"query": "red chair", "pins": [{"image": wrong}]}
         assert client.post("/score", json=asked).status_code == 422

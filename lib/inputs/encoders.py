@@ -117,8 +117,10 @@ class TextEncoder:
         with stop_on_error(f"--text-encoder {self.name}: its tokenizer fails"):
             rows = [np.array(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
         lengths = np.array([len(row) for row in rows])
-        out = np.empty((len(texts), self.dim), dtype=np.float16)
+        out = np.zeros((len(texts), self.dim), dtype=np.float16)
         for batch in one_length_batches(lengths, self.token_batch, multiple):
+            if not lengths[batch[0]]:
+                continue  # a text without tokens, of a tokenizer that adds none, is zeros
             ids, mask = pad_rows([rows[row] for row in batch], self.tokenizer.pad_token_id)
             mask = mask.to(self.device)
             hidden = self.model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state.float()

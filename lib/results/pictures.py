@@ -90,38 +90,24 @@ def plots(table, y, systems, scaled, levels, folder):
     trained = [name for name in ("student_human_labels", "student", "teacher") if name in systems]
     p = {name: systems[name][0] for name in trained}
     plot_accuracy(table, folder / "accuracy.png")
-    if len(languages_of(table)) > 1:
-        plot_languages(table, folder / "accuracy_by_language.png")
     plot_confusion(y, p, levels, folder / "confusion.png")
     plot_reliability(y, p, scaled, folder / "reliability.png")
 
 
 def plot_accuracy(table, path):
-    """Accuracy by system."""
-    systems = systems_of(table)[::-1]
-    with picture_file(path, (7, 0.55 * len(systems) + 1.1)) as figure:
-        ax = figure.subplots()
-        for place, system in enumerate(systems):
-            m = table[system, ALL, "accuracy"]
-            value, error = in_percent([m])
-            ax.barh([place], value, 0.62, xerr=error, capsize=3, color=COLORS.get(system, OTHER_COLOR))
-            ax.text(100 * m.high + 1, place, f"{100 * m.value:.1f}", va="center")
-        ax.set_yticks(range(len(systems)), systems)
-        ax.set(xlabel="accuracy on human evaluation labels, % (95 % interval over queries)", xlim=(0, 105))
-
-
-def plot_languages(table, path):
-    """Accuracy by language and system."""
-    systems, languages = systems_of(table), languages_of(table)
-    size, width = (max(6, 1.2 * len(languages) + 3), 3.6), 0.8 / len(systems)
-    with picture_file(path, size, languages) as figure:
+    """Accuracy by system, of all queries and, where there are several, by language."""
+    systems, groups = systems_of(table), [ALL, *languages_of(table)]
+    groups = groups if len(groups) > 2 else [ALL]
+    size, width = (max(6, 1.2 * len(groups) + 3), 3.6), 0.8 / len(systems)
+    with picture_file(path, size, groups) as figure:
         ax = figure.subplots()
         for number, system in enumerate(systems):
-            value, error = in_percent([table[system, language, "accuracy"] for language in languages])
-            places = np.arange(len(languages)) + (number - (len(systems) - 1) / 2) * width
+            value, error = in_percent([table[system, group, "accuracy"] for group in groups])
+            places = np.arange(len(groups)) + (number - (len(systems) - 1) / 2) * width
             color = COLORS.get(system, OTHER_COLOR)
-            ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, color=color, label=system)
-        ax.set_xticks(range(len(languages)), [drawable(language) for language in languages])
+            bars = ax.bar(places, value, 0.92 * width, yerr=error, capsize=2, color=color, label=system)
+            ax.bar_label(bars, fmt="%.0f", fontsize=6)
+        ax.set_xticks(range(len(groups)), [drawable(group) or "all" for group in groups])
         ax.set(xlabel="language of the query", ylabel="accuracy, %\n(95 % interval over queries)")
         ax.set_ylim(0, 105)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
@@ -182,25 +168,21 @@ def shown_in_pages(systems):
     return chosen if len(chosen) > 1 else ["bm25", "match"]
 
 
-def plot_search_page(rows, systems, query, pins, dataset, path, top=6):
-    """One query's results as pictures: the `top` pins by BM25, student and teacher, the human level as a
-    colored frame. pins: {pin_index: row of pins.parquet}."""
-    at = np.flatnonzero(rows["query_index"] == query["index"])
-    names = shown_in_pages(systems)
-    texts = [query["query"]]
-    for pin in pins.values():
-        texts += map(str, pin.values())
-    with picture_file(path, (1.25 * top + 1, 1.75 * len(names) + 0.6), texts) as figure:
-        for line, name in zip(figure.subplots(len(names), top, squeeze=False), names):
-            best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]
-            for ax in line[len(best) :]:
+def draw_pins(lines, dataset, title, path):
+    """Pins as pictures, a line for each of `lines`: its name, and its pins, each a row of pins.parquet, the
+    level whose color the frame has, and the words below."""
+    width = max(len(pins) for _, pins in lines)
+    texts = [title]
+    for _, pins in lines:
+        texts += [str(text) for pin, _, _ in pins for text in pin.values()]
+    with picture_file(path, (1.5 * width + 1, 2 * len(lines) + 0.6), texts) as figure:
+        for axes, (name, pins) in zip(figure.subplots(len(lines), width, squeeze=False), lines):
+            for ax in axes[len(pins) :]:
                 ax.axis("off")
-            for ax, row in zip(line, best):
-                pin, level = int(rows["pin_index"][row]), rows["label"][row]
-                show_pin(ax, pins[pin], level, dataset, f"{level} {LEVELS[level]}")
-            line[0].set_ylabel(name, fontsize=9)
-        title = f"“{drawable(query['query'])}” ({drawable(query['language'])})"
-        figure.suptitle(f"{title}: best first; frame and text: human level", fontsize=9)
+            for ax, (pin, level, words) in zip(axes, pins):
+                show_pin(ax, pin, level, dataset, words)
+            axes[0].set_ylabel(name, fontsize=9)
+        figure.suptitle(drawable(title), fontsize=9)
 
 
 def show_pin(ax, pin, level, dataset, words):
@@ -227,17 +209,28 @@ def show_text(ax, pin):
     ax.text(0.06, 0.88 - 0.09 * len(heads), "\n".join(lines), fontsize=5.5, color="#444444", **at)
 
 
+def best_pins(rows, systems, query, table, top=6):
+    """Lines for draw_pins(): the `top` judged pins of a query, its row number, by BM25, student and teacher,
+    in the color of the human level. table: pins.parquet."""
+    at, lines = np.flatnonzero(rows["query_index"] == query), []
+    for name in shown_in_pages(systems):
+        best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]
+        pins, levels = table.take(rows["pin_index"][best]).to_pylist(), rows["label"][best]
+        words = [f"{level} {LEVELS[level]}" for level in levels]
+        lines.append((name, [*zip(pins, levels, words)]))
+    return lines
+
+
 def search_pages(run, rows, systems, queries, folder):
     """Search result pages of queries (of queries.one_by_one). Returns {file name: caption}."""
     dataset = read_json(run / "features" / "stage.json")["dataset"]
     columns = ["title", "description", "caption", "image"]
-    table = pq.read_table(run / "features" / "pins.parquet", columns=columns)
-    pages = {}
+    table, pages = pq.read_table(run / "features" / "pins.parquet", columns=columns), {}
     for number, query in enumerate(queries, 1):
-        at = np.unique(rows["pin_index"][rows["query_index"] == query["index"]])
-        pins = dict(zip(at.tolist(), table.take(at).to_pylist()))
-        name = f"search_{number}.png"
-        plot_search_page(rows, systems, query, pins, dataset, folder / name)
-        found = ", ".join(f"{system} {query[system]:.2f}" for system in shown_in_pages(systems))
-        pages[name] = f"“{query['query']}”, its judged pins only, ranked by each system. nDCG@20: {found}."
+        lines, path = best_pins(rows, systems, query["index"], table), folder / f"search_{number}.png"
+        title = f"“{query['query']}” ({query['language']}): best first; frame and text: human level"
+        draw_pins(lines, dataset, title, path)
+        found = ", ".join(f"{name} {query[name]:.2f}" for name, _ in lines)
+        caption = f"“{query['query']}”, its judged pins only, ranked by each system. nDCG@20: {found}."
+        pages[path.name] = caption
     return pages

@@ -1,8 +1,8 @@
 """Evaluation queries one by one: where a system is worse than BM25, and where it is better."""
 
-import csv
-
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lib.results.report import escaped, markdown_table
@@ -36,18 +36,13 @@ def one_by_one(features, rows, ndcg, found):
 
 
 def write_csv(queries, path):
-    """queries.csv: all of them."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if queries:
-            writer.writerow(queries[0])
-        for query in queries:
-            writer.writerow([cell_of(value) for value in query.values()])
-
-
-def cell_of(value):
-    """A number in four places, a text that no spreadsheet takes for a formula."""
-    return f"{value:.4f}" if isinstance(value, float) else plain_cell(str(value))
+    """queries.csv: all of them; no text is a formula to a spreadsheet."""
+    rows = []
+    for query in queries:
+        texts = {name: plain_cell(query[name]) for name in ("query", "language")}
+        rows.append(query | texts)
+    with whole_file(path) as temporary:
+        pa.csv.write_csv(pa.Table.from_pylist(rows), temporary)
 
 
 def for_pages(queries, n):

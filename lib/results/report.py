@@ -58,8 +58,7 @@ PAPER = (
 )
 
 CAPTIONS = {
-    "accuracy.png": "Accuracy by system, with intervals.",
-    "accuracy_by_language.png": "Accuracy by language of the query and system, with intervals.",
+    "accuracy.png": "Accuracy by system, overall and by language of the query, with intervals.",
     "confusion.png": "For each human level (row), how often each level is the most probable one (columns).",
     "reliability.png": "How often the most probable level is right, by its probability: on the dotted "
     "line the probability can be taken at its word. Dashed: at the temperature of the table above.",
@@ -265,8 +264,7 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
     lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
     lines += [*one_by_one, *of_temperatures(temperatures), "## Plots", ""]
     for name, caption in {**CAPTIONS, **pages}.items():
-        if name != "accuracy_by_language.png" or len(languages_of(table)) > 1:
-            lines += [f"![{name}]({name})", "", escaped(caption), ""]
+        lines += [f"![{name}]({name})", "", escaped(caption), ""]
     return "\n".join(lines)
 
 
