@@ -242,14 +242,16 @@ class Around:
             status = message.get("status", status)
             await send(message)
 
-        if length.isdigit() and int(length) > most:
-            answer = await refused(None, too_large, 413)
-            await answer(scope, receive, noting)
-        else:
-            await self.app(scope, bounded, noting)
-        address = getattr(scope.get("route"), "path", "other")
-        self.service.requests.labels(address, status).inc()
-        self.service.seconds.labels(address).observe(time.perf_counter() - started)
+        try:
+            if length.isdigit() and int(length) > most:
+                answer = await refused(None, too_large, 413)
+                await answer(scope, receive, noting)
+            else:
+                await self.app(scope, bounded, noting)
+        finally:  # an answer 500 is an exception here
+            address = getattr(scope.get("route"), "path", "other")
+            self.service.requests.labels(address, status).inc()
+            self.service.seconds.labels(address).observe(time.perf_counter() - started)
 
 
 def application(settings):

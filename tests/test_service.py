@@ -521,6 +521,12 @@ def test_what_an_operator_asks(client, ranker, run):
     assert answer["items"]["$ref"].endswith("Found")
 
 
+def test_a_failure_of_ours_is_counted(app, client, monkeypatch):
+    monkeypatch.setattr(served(app).ranker, "rank", None)
+    assert client.post("/rank", json={"query": "red chair"}).status_code == 500
+    assert 'requests_total{address="/rank",status="500"} 1.0' in client.get("/metrics").text
+
+
 def test_reload_serves_what_run_points_to_now(run, tmp_path):
     """The run is a link; a broken one is refused, and what was loaded serves on."""
     link = tmp_path / "now"
