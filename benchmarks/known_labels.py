@@ -1,95 +1,91 @@
 """Labels that are known: how fast stage 03 looks keys up, in how much memory, on how much disk.
 
-As 03 does for a day: shards of random keys, of which a share is in the table of yesterday, the others new;
-each shard is looked up in yesterday's table and in what the day has so far, and kept. No tokens, no teacher.
-Rates are by the processor's seconds of one process.
+As 03 does for a day: shards of random keys, of which 1 % are new, the others in the table of yesterday; each
+shard is looked up in yesterday's table and in what the day has so far, and kept. No tokens, no teacher. Rates
+are by the processor's seconds of one process.
 
-    python benchmarks/known_labels.py --known 3000000
-    python benchmarks/known_labels.py --known 30000000
+    python benchmarks/known_labels.py 3000000
+    python benchmarks/known_labels.py 30000000
 """
 
-import argparse
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from lib.inputs.known import FILE, KEY, KnownLabels, merge_own
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.inputs.known import FILE, KEY, KnownLabels, merge_own  # noqa: E402
 
 DECIDED_BY = "00" * 16
 SHARD = 250_000  # rows of a shard, as stage 01's preset paper makes them
+NEW = 0.01  # share of today's pairs
 
 
-def keys_of(numbers):
-    """The keys [n] of pairs by their number: an integer hash (splitmix64, Steele et al., 2014)."""
-    columns = []
-    for salt in (1, 2):
-        z = (numbers + np.uint64(salt << 40)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        columns.append(z ^ (z >> np.uint64(31)))
-    return np.stack(columns, axis=1).view(KEY)[:, 0]
+def keys_of(day, start, rows):
+    """The keys [n] of a shard of a day, sorted: random ones, the same at every call."""
+    drawn = np.random.default_rng([day, start]).bytes(16 * rows)
+    return np.unique(np.frombuffer(drawn, KEY))
 
 
 def labels_of(keys):
     """Labels [n, C] that tell a wrong row from the right one."""
-    numbers = keys.view(np.uint64).reshape(-1, 2)[:, :1] >> np.uint64(40)
-    return numbers.astype(np.float32) * np.arange(1, 6, dtype=np.float32)
+    first_byte = keys.view(np.uint8).reshape(-1, 16)[:, :1]
+    return first_byte * np.arange(1, 6, dtype=np.float32)
+
+
+def shards(pairs):
+    """(name, first row, rows) of each shard."""
+    for number, start in enumerate(range(0, pairs, SHARD)):
+        yield f"part-{number:05d}", start, min(SHARD, pairs - start)
 
 
 def yesterday(folder, pairs):
     """The table of as many pairs, made shard by shard as 03 makes it."""
     known = KnownLabels({}, folder / "parts", DECIDED_BY, set())
-    for start in range(0, pairs, SHARD):
-        keys = np.unique(keys_of(np.arange(start, min(start + SHARD, pairs), dtype=np.uint64)))
-        known.add(f"part-{start // SHARD:05d}", keys, labels_of(keys))
+    for name, start, rows in shards(pairs):
+        keys = keys_of(0, start, rows)
+        known.add(name, keys, labels_of(keys))
     return merge_own(folder / "parts", folder / FILE)
 
 
-def today(table, folder, rows, new):
-    """Looks `rows` pairs up, of which a share `new` nobody has labelled. Returns how many were found, and the
-    processor's seconds of the lookup in yesterday's table alone."""
+def today(table, folder, pairs):
+    """Looks a day's pairs up. Returns how many yesterday had, and the processor's seconds of the lookup in
+    its table alone, and of all but that."""
     known = KnownLabels({"yesterday": table}, folder, DECIDED_BY, set())
-    found, seconds = 0, 0.0
-    for start in range(0, rows, SHARD):
-        numbers = np.arange(start, min(start + SHARD, rows), dtype=np.uint64)
-        numbers = numbers * np.uint64(2_654_435_761) % np.uint64(table.rows)  # in another order
-        numbers[: int(new * len(numbers))] += np.uint64(1 << 32)
-        keys = np.unique(keys_of(numbers))
+    found, alone, whole = 0, 0.0, 0.0
+    for name, start, rows in shards(pairs):
+        old, new = keys_of(0, start, rows), keys_of(1, start, int(NEW * rows))
+        keys = np.unique(np.concatenate([old[len(new) :], new]))
         begin = time.process_time()
         table.find(keys, np.zeros((len(keys), 5), np.float32))
-        seconds += time.process_time() - begin
+        alone += time.process_time() - begin
+        begin = time.process_time()
         labels, source = known.find(keys)
-        assert np.array_equal(labels[source == 1], labels_of(keys[source == 1]))
-        labels[source < 0] = labels_of(keys[source < 0])
-        known.add(f"part-{start // SHARD:05d}", keys, labels)
-        found += int((source == 1).sum())
-    return found, seconds
+        is_old = source == 1
+        labels[~is_old] = labels_of(keys[~is_old])
+        known.add(name, keys, labels)
+        whole += time.process_time() - begin
+        assert np.array_equal(labels, labels_of(keys))
+        found += int(is_old.sum())
+    return found, alone, whole
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--known", type=int, default=3_000_000, help="pairs of yesterday, and rows of today")
-    parser.add_argument("--new", type=float, default=0.01, help="share of today's pairs that are new")
-    parser.add_argument("--folder", default=None, help="where to write (default: the system's)")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    pairs = int((argv or sys.argv[1:])[0])
+    with tempfile.TemporaryDirectory() as folder:
         begin = time.process_time()
-        table = yesterday(Path(folder), args.known)
+        table = yesterday(Path(folder), pairs)
         made = time.process_time() - begin
-        size = table.path.stat().st_size
-        print(f"table: {table.rows:,} pairs, {size / 1e6:,.0f} MB, made in {made:.1f} s")
-        begin = time.process_time()
-        found, seconds = today(table, Path(folder) / "today", args.known, args.new)
-        whole = time.process_time() - begin - seconds
-        print(f"found {found:,} of {args.known:,}: {args.known / seconds:,.0f} lookups/s in the table")
-        print(f"a day, with what it has itself and keeps: {args.known / whole:,.0f} rows/s")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print(
-            f"peak memory {peak:,.0f} MB, of which {8 * args.known / 1e6:,.0f} MB are this script's own list"
-        )
+        size = table.path.stat().st_size / 1e6
+        print(f"table: {table.rows:,} pairs, {size:,.0f} MB, made in {made:.1f} s")
+        found, alone, whole = today(table, Path(folder) / "today", pairs)
+    print(f"found {found:,} of {pairs:,}: {pairs / alone:,.0f} lookups/s in the table")
+    print(f"a day, with what it has itself and keeps: {pairs / whole:,.0f} rows/s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(f"peak memory {peak:,.0f} MB")
 
 
 if __name__ == "__main__":

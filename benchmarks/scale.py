@@ -2,25 +2,24 @@
 
     python benchmarks/scale.py --impressions 300000 3000000 --pins 1000000            one line a size
     python benchmarks/scale.py --stages 01 --impressions 3000000 --pins 100000 1000000 10000000
-    python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000 --json scale.json
+    python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000
     python benchmarks/scale.py --stages logs --engagements 100000000 --pins 1000000 --impressions 300000
     python benchmarks/scale.py --stages match --naive --pins 1000000 --impressions 3000000
 
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200
 thousand, an engagement log. Query and pin embeddings are random and given as the user's own, so stage 01
 needs no model. 03 runs a one-layer teacher of width 64: its reading, tokenizing, batching and writing are
-measured, not the model. The stages are run as a user would, as processes; memory is the sum of RssAnon over
-a stage's processes, sampled every 0.1 s: memory-mapped embeddings are the page cache's, which the kernel may
-drop at any time.
+measured, not the model; without 03, 04 learns from random labels. The stages are run as a user would, as
+processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
+embeddings are the page cache's, which the kernel may drop at any time.
 
 `logs` is 01's aggregation of the engagement log alone (its rows a second are the log's), `match` its match
-features alone. 04 trains the paper preset's network unless --hidden.
+features alone. 04 trains the paper preset's network unless --hidden. The tables are written to the system's
+temporary folder (TMPDIR).
 
-Naive ways (--naive): pandas with everything in one DataFrame for 01's joins; rank-bm25's get_batch_scores; a
-PyTorch Dataset with a DataLoader for 04.
+Naive ways (--naive): pandas with everything in one DataFrame for 01's joins; rank-bm25's get_batch_scores.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -31,25 +30,48 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from lib.inputs.bm25 import tokenize  # noqa: E402
 from lib.inputs.student_inputs import StudentInputs  # noqa: E402
-from lib.stages.files import hashed, list_files, read_json, write_json  # noqa: E402
+from lib.stages.files import hashed, list_files, read_json, write_json, write_parquet  # noqa: E402
+from lib.stages.settings import flags_read  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes, and what is measured."""
+
+    impressions: tuple[int, ...] = (300_000, 3_000_000)
+    pins: tuple[int, ...] = (100_000,)
+    queries: int = 100_000
+    engagements: int = 1_000_000  # rows of the engagement log
+    width: int = 1_100  # columns of all embeddings together
+    stages: tuple[Literal["01", "03", "04", "logs", "match"], ...] = ("01", "03", "04")
+    hidden: tuple[int, ...] = (1024, 512, 256)  # widths of 04's hidden layers
+    memory: str = "4GB"  # DuckDB's limit in 01
+    naive: bool = False  # also the naive ways
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def words_of(row, count, salt):
     """SQL: a text of `count` words out of 200 thousand, rare ones rarely, that follows from the number
     `row`."""
-    words = []
-    for k in range(count):
-        draw = f"(hash({row}, {salt + k}) % 1000003) / 1000003.0"
-        words.append(f"'w' || floor(200000 * pow({draw}, 3))::INTEGER")
+    draws = [f"(hash({row}, {salt + k}) % 1000003) / 1000003.0" for k in range(count)]
+    words = [f"'w' || floor(200000 * pow({draw}, 3))::INTEGER" for draw in draws]
     return f"concat_ws(' ', {', '.join(words)})"
 
 
@@ -58,10 +80,10 @@ def popular(row, size, salt):
     return f"floor({size} * pow((hash({row}, {salt}) % 1000003) / 1000003.0, 2))::BIGINT"
 
 
-def make_tables(folder, args, impressions, pins):
+def make_tables(folder, settings, impressions, pins):
     """The raw tables of the given numbers of rows."""
     db = duckdb.connect(config={"memory_limit": "4GB", "temp_directory": str(folder / "spill")})
-    queries = args.queries
+    queries = settings.queries
     query_of_event = words_of(f"hash(i, 36) % {queries}", 3, 20)
     tables = {
         "pins": f"""SELECT 'p' || i AS pin_id, {words_of("i", 6, 0)} AS title,
@@ -75,24 +97,24 @@ def make_tables(folder, args, impressions, pins):
         "engagements": f"""SELECT {query_of_event} AS query,
             'p' || {popular("i", pins, 34)} AS pin_id,
             DATE '2024-01-01' + (hash(i, 35) % 900)::INTEGER AS date, 1 + hash(i, 37) % 9 AS count
-            FROM range({args.engagements}) t(i)""",
+            FROM range({settings.engagements}) t(i)""",
     }
     for name, sql in tables.items():
         db.execute(f"COPY ({sql}) TO '{folder / name}.parquet' (FORMAT parquet)")
     db.close()
 
 
-def make_dataset(folder, args, impressions, pins, seed=0):
+def make_dataset(folder, settings, impressions, pins, seed=0):
     """Raw tables, and embeddings of --width columns together, half of it the pins' visual embedding."""
     (folder / "embeddings").mkdir(parents=True)
-    make_tables(folder, args, impressions, pins)
+    make_tables(folder, settings, impressions, pins)
     rng = np.random.default_rng(seed)
-    small = args.width // 6
+    small = settings.width // 6
     sizes = {
-        "query_text": (args.queries, small),
+        "query_text": (settings.queries, small),
         "pin_text": (pins, small),
         "pin_graph": (pins, small),
-        "pin_visual": (pins, args.width - 3 * small),
+        "pin_visual": (pins, settings.width - 3 * small),
     }
     for name, (rows, dim) in sizes.items():
         path = folder / "embeddings" / f"{name}.npy"
@@ -102,6 +124,10 @@ def make_dataset(folder, args, impressions, pins, seed=0):
             block[:] = rng.standard_normal(block.shape, dtype=np.float32)
         ids = "\n".join(f"{name[0]}{i}" for i in range(rows))
         (folder / "embeddings" / f"{name}.ids").write_text(ids + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def family(pid):
@@ -124,13 +150,8 @@ def own_memory(pid):
 def measured(command):
     """Runs a command. Returns seconds and peak memory in GB (RssAnon of it and its children)."""
     start, peak, done = time.time(), [0], threading.Event()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, **pipes)
 
     def watch():
         while not done.wait(0.1):
@@ -147,38 +168,20 @@ def measured(command):
 
 
 def tiny_encoder(folder):
-    """A one-layer BERT of width 64 with random weights and a tokenizer of single characters, saved as a hub
-    model is."""
-    import torch
+    """A one-layer BERT of width 64 with random weights and a tokenizer of words, saved as a hub model is."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *(f"w{i}" for i in range(20_000)),
-        "title",
-        "description",
-        ":",
-    ]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    words = [*special.values(), *(f"w{i}" for i in range(20_000)), "title", "description", ":"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            intermediate_size=64,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(folder)
+    shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)
+    BertModel(config).save_pretrained(folder)
 
 
 LOGS = """
@@ -189,11 +192,6 @@ data, memory = Path(sys.argv[1]), sys.argv[2]
 raw = RawTables(data, memory, spill=data / "spill")
 importlib.import_module("01_build_features").text_from_logs(raw, None, 6)
 """
-
-
-def aggregate_logs(data, memory):
-    """Seconds and peak memory (GB) of 01's text from logs alone."""
-    return measured(["-c", LOGS, data, memory])
 
 
 def match_rate(run, naive, pairs=4_000_000):
@@ -218,12 +216,18 @@ def match_rate(run, naive, pairs=4_000_000):
     return pairs / min(seconds), peer
 
 
+def calls_a_second(call, seconds):
+    """How often a function can be called, by as many seconds."""
+    start, calls = time.time(), 0
+    while time.time() - start < seconds:
+        call()
+        calls += 1
+    return calls / (time.time() - start)
+
+
 def rank_bm25_rate(run, rng, pins_a_query=20, seconds=10):
     """Pairs/s of rank-bm25's get_batch_scores, BM25 alone."""
-    import pyarrow.parquet as pq
     from rank_bm25 import BM25Okapi
-
-    from lib.inputs.bm25 import tokenize
 
     stage = importlib.import_module("01_build_features")
     queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
@@ -231,31 +235,28 @@ def rank_bm25_rate(run, rng, pins_a_query=20, seconds=10):
     for chunk in stage.pin_texts(run / "features/pins.parquet"):
         documents += [tokenize(text) for text in chunk]
     okapi = BM25Okapi(documents)
-    start, n = time.time(), 0
-    while time.time() - start < seconds:
+
+    def score():
         pins = rng.integers(0, okapi.corpus_size, pins_a_query).tolist()
-        okapi.get_batch_scores(tokenize(queries[n % len(queries)]), pins)
-        n += 1
-    return pins_a_query * n / (time.time() - start)
+        okapi.get_batch_scores(tokenize(queries[rng.integers(len(queries))]), pins)
+
+    return pins_a_query * calls_a_second(score, seconds)
 
 
 def bare_student_rate(run, hidden, batch=4_096, seconds=20):
     """Rows/s of the same network stepping on one batch held in memory: what the hardware allows."""
-    import torch
-
     stage = importlib.import_module("04_train_student")
     inputs = StudentInputs(run / "features")
-    preset = stage.PRESETS["paper"]
-    settings = dataclasses.replace(preset, hidden=tuple(map(int, str(hidden).split(","))))
     shares = dict(zip(("input_dropout", "dropout"), stage.DROPOUTS[0]))  # of many rows
-    settings = dataclasses.replace(settings, **shares)
+    settings = dataclasses.replace(stage.PRESETS["paper"], hidden=tuple(hidden), **shares)
     F = len(inputs.match)
     ends = {"mean": 0.0, "std": 1.0, "low": -9.0, "high": 9.0}
     spec = stage.student_spec(settings, inputs, {name: np.full(F, end) for name, end in ends.items()})
     student = common.Student(spec)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    rows = np.random.default_rng(0).integers(0, len(next(iter(inputs.codes.values()))), batch)
-    columns = inputs.gather(rows, rows, np.random.default_rng(0).normal(size=(batch, F)).astype(np.float32))
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(next(iter(inputs.codes.values()))), batch)
+    columns = inputs.gather(rows, rows, rng.normal(size=(batch, F)).astype(np.float32))
     target = torch.randn(batch, 5).softmax(1)
 
     def step():
@@ -264,44 +265,8 @@ def bare_student_rate(run, hidden, batch=4_096, seconds=20):
         loss.backward()
         optimizer.step()
 
-    for _ in range(3):
-        step()
-    start, n = time.time(), 0
-    while time.time() - start < seconds:
-        step()
-        n += 1
-    return n * batch / (time.time() - start)
-
-
-def loader_rate(run, rows, batch=4_096, seconds=20):
-    """Rows/s of the naive loader alone: a Dataset that gathers one row at a time, a DataLoader that stacks
-    them."""
-    import pyarrow.parquet as pq
-    import torch
-
-    class Pairs(torch.utils.data.Dataset):
-        def __init__(self):
-            part = pq.read_table(sorted((run / "features/impressions").glob("*.parquet"))[0]).slice(0, rows)
-            self.query, self.pin = part["query_index"].to_numpy(), part["pin_index"].to_numpy()
-            self.inputs = {
-                p.name: np.load(p, mmap_mode="r") for p in (run / "features").glob("*_embedding.npy")
-            }
-
-        def __len__(self):
-            return len(self.query)
-
-        def __getitem__(self, i):
-            columns = []
-            for name, array in self.inputs.items():
-                columns.append(array[(self.query if name[0] == "q" else self.pin)[i]])
-            return torch.from_numpy(np.concatenate(columns).astype(np.float32))
-
-    start, n = time.time(), 0
-    for x in torch.utils.data.DataLoader(Pairs(), batch_size=batch, shuffle=True):
-        n += len(x)
-        if time.time() - start > seconds:
-            break
-    return n / (time.time() - start)
+    step()  # the first is slow
+    return batch * calls_a_second(step, seconds)
 
 
 PANDAS = """
@@ -319,17 +284,8 @@ print(len(pairs.merge(log, on=["query", "pin_id"], how="left")))
 """
 
 
-def pandas_rate(data):
-    """Seconds and peak memory (GB) of 01's joins by pandas: every table one DataFrame."""
-    return measured(["-c", PANDAS, data])
-
-
 def random_labels(run):
-    """Soft labels as 03 would write them, random: for sizes whose labelling would take hours here."""
-    import pyarrow.parquet as pq
-
-    from lib.stages.files import write_parquet
-
+    """Soft labels as 03 would write them, random."""
     rng, features, labels = np.random.default_rng(0), run / "features", run / "labels"
     for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
         p = rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32)
@@ -341,118 +297,60 @@ def random_labels(run):
     write_json(labels / "stage.json", about)
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--impressions", type=int, nargs="+", default=[300_000, 3_000_000])
-    p.add_argument("--pins", type=int, nargs="+", default=[100_000])
-    p.add_argument("--queries", type=int, default=100_000)
-    p.add_argument("--engagements", type=int, default=1_000_000, help="rows of the engagement log")
-    p.add_argument("--width", type=int, default=1_100, help="columns of all embeddings together")
-    p.add_argument(
-        "--stages", nargs="+", choices=("01", "03", "04", "logs", "match"), default=["01", "03", "04"]
-    )
-    p.add_argument(
-        "--hidden",
-        default="1024,512,256",
-        metavar="W,W,…",
-        help="widths of 04's hidden layers (default: the paper preset's)",
-    )
-    p.add_argument("--memory", default="4GB", help="DuckDB's limit in 01")
-    p.add_argument(
-        "--label-rows",
-        type=int,
-        default=3_000_000,
-        help="skip 03's engine (random soft labels instead) beyond so many impressions",
-    )
-    p.add_argument("--shard-rows", type=int, default=250_000)
-    p.add_argument("--naive", action="store_true", help="also the naive ways")
-    p.add_argument("--work", type=Path, help="folder for the tables (default: a temporary one)")
-    p.add_argument("--json", type=Path, metavar="FILE")
-    return p.parse_args(argv)
+# ------------------------------------------------------------------------------------------------------------
+# One size
 
 
-def measure(args, impressions, pins, folder, line):
-    """All that is asked for at one size, in a folder of its own. line(what, rate, seconds, peak_gb) takes
-    each result."""
+def measure(settings, impressions, pins, folder):
+    """All that is asked for at one size, in a folder of its own. Yields (what, rows/s, seconds, peak GB), the
+    last two 0 where a part of a stage is measured inside this process."""
     data, run, model = folder / "data", folder / "run", folder / "model"
-    make_dataset(data, args, impressions, pins)
+    make_dataset(data, settings, impressions, pins)
     tiny_encoder(model)
-    if "logs" in args.stages:
-        seconds, peak = aggregate_logs(data, args.memory)
-        what = f"01, its logs alone: {args.engagements:,} engagements"
-        line(what, args.engagements / seconds, seconds, peak)
-        if args.stages == ["logs"]:
+    if "logs" in settings.stages:
+        seconds, peak = measured(["-c", LOGS, data, settings.memory])
+        what = f"01, its logs alone: {settings.engagements:,} engagements"
+        yield what, settings.engagements / seconds, seconds, peak
+        if settings.stages == ("logs",):
             return
-    sizes = ["--shard-rows", args.shard_rows, "--memory", args.memory]
-    where = ["--data", data, "--run", run, "--text-encoder", model]
-    seconds, peak = measured(["01_build_features.py", *where, *sizes])
-    line("01, all of it", impressions / seconds, seconds, peak)
-    if "match" in args.stages:
-        ours, peer = match_rate(run, args.naive)
-        line("01, match features alone", ours)
+    flags = ["--data", data, "--text-encoder", model, "--memory", settings.memory]
+    seconds, peak = measured(["01_build_features.py", "--run", run, *flags, "--shard-rows", 250_000])
+    yield "01, all of it", impressions / seconds, seconds, peak
+    if "match" in settings.stages:
+        ours, peer = match_rate(run, settings.naive)
+        yield "01, match features alone", ours, 0, 0
         if peer:
-            line("naive: rank-bm25 get_batch_scores, 20 pins a query", peer)
-    if "03" in args.stages or "04" in args.stages:
-        measure_labels(args, impressions, run, model, line)
-    if "04" in args.stages:
-        measure_student(args, impressions, run, line)
-    if args.naive and "01" in args.stages:
-        try:
-            seconds, peak = pandas_rate(data)
-            line("naive: 01's joins in pandas", impressions / seconds, seconds, peak)
-        except SystemExit as e:
-            print(f"naive: pandas did not finish: {str(e)[-200:]}")
-
-
-def measure_labels(args, impressions, run, model, line):
-    """Stage 03 with a one-layer teacher; beyond --label-rows, or without it, random labels."""
-    few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
-    measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
-    if impressions > args.label_rows or "03" not in args.stages:
+            yield "naive: rank-bm25 get_batch_scores, 20 pins a query", peer, 0, 0
+    if "03" in settings.stages or "04" in settings.stages:
+        few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
+        measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
+    if "03" in settings.stages:
+        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
+        yield "03, one-layer teacher", impressions / seconds, seconds, peak
+    elif "04" in settings.stages:
         random_labels(run)
-        return
-    seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
-    line("03, one-layer teacher", impressions / seconds, seconds, peak)
-
-
-def measure_student(args, impressions, run, line):
-    """An epoch of stage 04 beside its network alone, and a naive loader."""
-    settings = ["--preset", "paper", "--epochs", 1, "--hidden", *args.hidden.split(",")]
-    seconds, peak = measured(["04_train_student.py", "--run", run, *settings])
-    line(f"04, one epoch, hidden layers of {args.hidden}", impressions / seconds, seconds, peak)
-    line("its network alone, on one batch in memory", bare_student_rate(run, args.hidden))
-    if args.naive:
-        line("naive: Dataset and DataLoader, gathering alone", loader_rate(run, 200_000))
-
-
-class Results:
-    """Takes what is measured: prints each figure as a line of a table, keeps all."""
-
-    def __init__(self):
-        self.rows = []
-        print("| what | impressions | pins | seconds | rows/s | peak GB |\n|---|---|---|---|---|---|")
-
-    def at(self, impressions, pins):
-        """A function that takes the figures of this size."""
-
-        def line(what, rate, seconds=float("nan"), peak_gb=float("nan")):
-            size = dict(impressions=impressions, pins=pins)
-            self.rows.append(dict(what=what, **size, seconds=seconds, rate=rate, peak_gb=peak_gb))
-            figures = f"{seconds:,.0f} | {rate:,.0f} | {peak_gb:.2f}"
-            print(f"| {what} | {impressions:,} | {pins:,} | {figures} |", flush=True)
-
-        return line
+    if "04" in settings.stages:
+        flags = ["--preset", "paper", "--epochs", 1, "--hidden", *settings.hidden]
+        seconds, peak = measured(["04_train_student.py", "--run", run, *flags])
+        yield f"04, one epoch, hidden layers of {settings.hidden}", impressions / seconds, seconds, peak
+        yield "its network alone, on one batch in memory", bare_student_rate(run, settings.hidden), 0, 0
+    if settings.naive and "01" in settings.stages:
+        try:
+            seconds, peak = measured(["-c", PANDAS, data])
+            yield "naive: 01's joins in pandas", impressions / seconds, seconds, peak
+        except SystemExit as end:
+            print(f"naive: pandas did not finish: {str(end)[-200:]}")
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    results = Results()
-    for pins in args.pins:
-        for impressions in args.impressions:
-            with tempfile.TemporaryDirectory(dir=args.work) as folder:
-                measure(args, impressions, pins, Path(folder), results.at(impressions, pins))
-    if args.json:
-        write_json(args.json, {"cores": os.cpu_count(), "results": results.rows})
+    settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
+    print("| what | impressions | pins | rows/s | seconds | peak GB |\n|---|---|---|---|---|---|")
+    for pins in settings.pins:
+        for impressions in settings.impressions:
+            with tempfile.TemporaryDirectory() as folder:
+                for what, rate, seconds, peak in measure(settings, impressions, pins, Path(folder)):
+                    whole = f"{seconds:,.0f} | {peak:.2f}" if seconds else "|"
+                    print(f"| {what} | {impressions:,} | {pins:,} | {rate:,.0f} | {whole} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,5 @@ SECONDS=0
 run python data/from_commons.py "$SOURCE" --out data/commons ${IMAGES[@]+"${IMAGES[@]}"}
 run python 01_build_features.py --preset small --run "$RUN" --data data/commons --text-encoder "$ENCODER" \
     ${CAPTIONER[@]+"${CAPTIONER[@]}"}
-run python 02_train_teacher.py --preset small --run "$RUN" --model "$ENCODER" --max-tokens 64 \
-    ${EPOCHS:+--epochs "$EPOCHS"}
-run python 03_label.py --preset small --run "$RUN"
-run python 04_train_student.py --preset small --run "$RUN" --labels human  # human labels alone
-run python 04_train_student.py --preset small --run "$RUN"
-run python 05_evaluate.py --preset small --run "$RUN"
+the_stages small "$RUN" --model "$ENCODER" --max-tokens 64 ${EPOCHS:+--epochs "$EPOCHS"}
 echo; echo "all: $SECONDS s"

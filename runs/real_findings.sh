@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's four findings on real text and labels: (a) teachers, (b) amount of impressions and (d) pin text on
-# movie searches with few human labels (MSRD); (c) English labels, eleven languages (XQuAD-R). And the five stages
-# with a Llama as teacher.
+# The paper's four findings on real text and labels: (a) teachers, (b) amount of impressions and (d) pin text
+# on movie searches with few human labels (MSRD); (c) English labels, eleven languages (XQuAD-R). And the five
+# stages with a Llama as teacher.
 #
 #   bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL
 #
@@ -11,9 +11,10 @@
 # LLAMA:        HuggingFaceTB/SmolLM2-135M-Instruct, or its folder
 # MULTILINGUAL: google/gemma-3-270m, or its folder
 #
-# Environment: RUN, parent of the runs (default: outputs/real); TEACHER_SEEDS (default: 0 1 2); JOBS, experiments at
-# a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some minutes; on two CPU
-# cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and TEACHER_SEEDS=0 one.
+# Environment: RUN, parent of the runs (default: outputs/real); TEACHER_SEEDS (default: 0 1 2); JOBS,
+# experiments at a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some
+# minutes; on two CPU cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and
+# TEACHER_SEEDS=0 one.
 # Figures: experiments/RESULTS.md, notebooks/paper_findings.ipynb.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL"
@@ -35,11 +36,7 @@ findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-see
 WITH_LLAMA="$PARENT/llama"
 mkdir -p "$WITH_LLAMA"
 ln -sfn ../msrd/features "$WITH_LLAMA/features"
-run python 02_train_teacher.py --preset small --run "$WITH_LLAMA" --model "$LLAMA" --max-tokens 64
-run python 03_label.py --preset small --run "$WITH_LLAMA"
-run python 04_train_student.py --preset small --run "$WITH_LLAMA" --labels human
-run python 04_train_student.py --preset small --run "$WITH_LLAMA"
-run python 05_evaluate.py --preset small --run "$WITH_LLAMA"
+the_stages small "$WITH_LLAMA" --model "$LLAMA" --max-tokens 64
 
 # (c). A teacher reads no embeddings: the toy's text encoder will do
 LANGUAGES="$PARENT/xquad"

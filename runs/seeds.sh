@@ -8,14 +8,18 @@
 USAGE="usage: bash runs/seeds.sh RUN SEED …"
 FIRST="$(from_here "${1:?$USAGE}")"; shift; : "${1:?$USAGE}"
 PRESET="${PRESET:-small}"
+read -ra OF_02 <<< "${FLAGS:-}"
 for SEED in "$@"; do
     NEXT="$FIRST.seed$SEED"
     mkdir -p "$NEXT"
     [ -e "$NEXT/features" ] || ln -s "$(realpath "$FIRST/features")" "$NEXT/features"
-    run python 02_train_teacher.py --preset "$PRESET" --run "$NEXT" --seed "$SEED" ${FLAGS:-}
+    run python 02_train_teacher.py --preset "$PRESET" --run "$NEXT" --seed "$SEED" ${OF_02[@]+"${OF_02[@]}"}
     run python 03_label.py --preset "$PRESET" --run "$NEXT"
     run python 04_train_student.py --preset "$PRESET" --run "$NEXT" --seed "$SEED" --labels human
     run python 04_train_student.py --preset "$PRESET" --run "$NEXT" --seed "$SEED"
     run python 05_evaluate.py --preset "$PRESET" --run "$NEXT"
 done
-for EACH in "$FIRST" "$FIRST".seed*; do echo; echo "$EACH"; sed -n '/^| system/,/^$/p' "$EACH/report/report.md" | head -12; done
+for EACH in "$FIRST" "$FIRST".seed*; do
+    echo; echo "$EACH"
+    sed -n '/^| system/,/^$/p' "$EACH/report/report.md" | head -12
+done

@@ -1,8 +1,11 @@
+# shellcheck shell=bash
 # Sourced by the other recipes: goes to the project's folder and makes `python` one that has requirements.txt.
 # Uses the active virtual or conda environment if there is one, otherwise .venv, which it makes.
 set -euo pipefail
 HERE="$PWD"  # where the user stands: relative paths are meant from there
-from_here() { if [[ "$1" = /* || ! -e "$HERE/$1" ]]; then echo "$1"; else echo "$HERE/$1"; fi; }  # a hub id stays as it is
+from_here() {  # a hub id stays as it is
+    if [[ "$1" = /* || ! -e "$HERE/$1" ]]; then echo "$1"; else echo "$HERE/$1"; fi
+}
 if [[ -n "${RUN:-}" && "$RUN" != /* ]]; then RUN="$HERE/$RUN"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
@@ -10,6 +13,7 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
         echo "+ making .venv"
         python3 -m venv .venv
     fi
+    # shellcheck disable=SC1091  # made just above
     . .venv/bin/activate
 fi
 echo "+ python: $(command -v python)"
@@ -21,3 +25,23 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 run() { echo; echo "+ $*"; "$@"; }
+launch() {  # a script, one process a GPU
+    GPUS="${GPUS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+    if [ "$GPUS" -gt 1 ]; then
+        run accelerate launch --multi_gpu --num_processes "$GPUS" --num_machines 1 --mixed_precision no \
+            --dynamo_backend no "$@"
+    else
+        run python "$@"
+    fi
+}
+
+# 02 to 05 over the features of a run: the_stages PRESET RUN FLAG_OF_02 …
+the_stages() {
+    local preset=$1 folder=$2
+    shift 2
+    run python 02_train_teacher.py --preset "$preset" --run "$folder" "$@"
+    run python 03_label.py --preset "$preset" --run "$folder"
+    run python 04_train_student.py --preset "$preset" --run "$folder" --labels human  # human labels alone
+    run python 04_train_student.py --preset "$preset" --run "$folder"
+    run python 05_evaluate.py --preset "$preset" --run "$folder"
+}

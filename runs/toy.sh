@@ -8,10 +8,10 @@ RUN="${RUN:-outputs/toy}"
 
 run python data/toy/make_toy.py
 SECONDS=0
-run python 01_build_features.py --run "$RUN"                # captions, text from logs, embeddings, match features
+run python 01_build_features.py --run "$RUN"                # captions, texts, embeddings, match features
 run python 02_train_teacher.py --run "$RUN"                 # QLoRA on 6,000 English human labels
-run python 03_label.py --run "$RUN"                         # soft labels for 40,000 impressions in four languages
-run python 04_train_student.py --run "$RUN" --labels human  # the baseline: the same network on human labels alone
+run python 03_label.py --run "$RUN"                         # soft labels for 40,000 impressions, 4 languages
+run python 04_train_student.py --run "$RUN" --labels human  # the baseline: human labels alone
 run python 04_train_student.py --run "$RUN"                 # the student
 run python 05_evaluate.py --run "$RUN"                      # every system on the human evaluation labels
 echo; echo "five stages: $SECONDS s"

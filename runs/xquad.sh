@@ -22,10 +22,5 @@ RUN="${RUN:-outputs/xquad}"
 SECONDS=0
 run python data/from_xquad.py "$SOURCE" --out data/xquad
 run python 01_build_features.py --preset small --run "$RUN" --data data/xquad --text-encoder "$ENCODER"
-run python 02_train_teacher.py --preset small --run "$RUN" --model "$MODEL" --max-tokens 128 \
-    --fields description
-run python 03_label.py --preset small --run "$RUN"
-run python 04_train_student.py --preset small --run "$RUN" --labels human  # English labels alone
-run python 04_train_student.py --preset small --run "$RUN"
-run python 05_evaluate.py --preset small --run "$RUN"  # accuracy by language: accuracy_by_language.png
+the_stages small "$RUN" --model "$MODEL" --max-tokens 128 --fields description
 echo; echo "all: $SECONDS s"

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import known_labels
 import label_throughput
 import pytest
 import scale
@@ -94,51 +95,26 @@ def test_teacher_gpu(tmp_path):
     assert train["share_of_bound"] == pytest.approx(flops / 1e12)
 
 
-@pytest.mark.parametrize("label_rows", [0, 2_000])
-def test_scale(tmp_path, monkeypatch, label_rows):
+@pytest.mark.parametrize("with_03", [True, False])
+def test_scale(tmp_path, monkeypatch, capsys, with_03):
     """With 03's labels, and with random ones in their place."""
+    monkeypatch.setattr(scale.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(scale, "bare_student_rate", functools.partial(scale.bare_student_rate, seconds=0.1))
-    more = ["logs", "match"] if label_rows == 0 else ["03"]
-    scale.main(
-        [
-            "--stages",
-            "01",
-            "04",
-            *more,
-            "--impressions",
-            "2000",
-            "--pins",
-            "300",
-            "--queries",
-            "50",
-            "--engagements",
-            "4000",
-            "--width",
-            "60",
-            "--hidden",
-            "8",
-            "--label-rows",
-            str(label_rows),
-            "--work",
-            str(tmp_path),
-            "--json",
-            str(tmp_path / "out.json"),
-        ]
-    )
-    found = {r["what"]: r for r in json.loads((tmp_path / "out.json").read_text())["results"]}
-    assert len(found) == 3 + len(more) and all(
-        r["rate"] > 0 and r["impressions"] == 2_000 for r in found.values()
-    )
-    assert all(
-        found[what]["peak_gb"] > 0.05 for what in ("01, all of it", "04, one epoch, hidden layers of 8")
-    )
-    assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]  # the tables are gone
+    stages = ["01", "04", *(["03"] if with_03 else ["logs", "match"])]
+    sizes = "--impressions 2000 --pins 300 --queries 50 --engagements 4000 --width 60 --hidden 8"
+    scale.main(["--stages", *stages, *sizes.split()])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    found = {what: cells for what, *cells in rows}
+    assert len(found) == len(stages) + 1
+    for cells in found.values():
+        assert cells[0] == "2,000" and float(cells[2].replace(",", "")) > 0
+    assert all(float(found[what][4]) > 0.05 for what in found if what.startswith(("01, all", "04")))
+    assert not list(tmp_path.iterdir())  # the tables are gone
 
 
 def test_known_labels_are_found_and_counted(monkeypatch, capsys):
-    import known_labels
-
     monkeypatch.setattr(known_labels, "SHARD", 1_000)
-    known_labels.main(["--known", "5000", "--new", "0.1"])
+    monkeypatch.setattr(known_labels, "NEW", 0.1)
+    known_labels.main(["5000"])
     said = capsys.readouterr().out
     assert "table: 5,000 pairs" in said and "found 4,500 of 5,000" in said
