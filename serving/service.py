@@ -11,7 +11,6 @@ Settings are in the environment, as `Settings` says: RUN, which must be there; S
 EXCLUDE; TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES, MAX_TOKENS, MAX_CANDIDATES.
 """
 
-import base64
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Annotated
 import prometheus_client as prometheus
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, FilePath, ValidationError
 
 from lib.inputs.bm25 import tokenize
 from lib.stages.terminal import Stop, first_line
@@ -78,7 +77,7 @@ class Searches(Strict):
 class NewPin(Strict):
     title: str = ""
     description: str = ""
-    image: str | None = None  # the content of its file, base64
+    image: Base64Bytes | None = Field(None, strict=False)  # the content of its file
     boards: list[str] = []
     columns: Columns = {}
     embeddings: Vectors = {}
@@ -158,9 +157,8 @@ class Service:
         texts = [text for pin in asked.pins for text in (pin.title, pin.description, *pin.boards)]
         self._refuse(texts, 10 * most)
         query = Query(asked.query, asked.columns, asked.embeddings)
-        pins = [Pin(**(dict(pin) | {"image": picture(pin.image)})) for pin in asked.pins]
-        found = ranker.score([(query, pin) for pin in pins])
-        return as_json(answer(found, range(len(pins)), None, asked.match))
+        found = ranker.score([(query, Pin(**dict(pin))) for pin in asked.pins])
+        return as_json(answer(found, range(len(asked.pins)), None, asked.match))
 
     def reload(self) -> dict:
         self._load()
@@ -179,14 +177,6 @@ class Service:
     def metrics(self):
         text = prometheus.generate_latest(self.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
-
-
-def picture(text):
-    """Base64 -> bytes, or None."""
-    try:
-        return None if text is None else base64.b64decode(text, validate=True)
-    except ValueError:
-        raise HTTPException(422, "image: not base64") from None
 
 
 def answer(found, names, titles, match):
