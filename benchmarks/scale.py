@@ -9,9 +9,9 @@
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200
 thousand, an engagement log. Query and pin embeddings are random and given as the user's own, so stage 01
 needs no model. 03 runs a one-layer teacher of width 64: its reading, tokenizing, batching and writing are
-measured, not the model; without 03, 04 learns from random labels. The stages are run as a user would, as
-processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
-embeddings are the page cache's, which the kernel may drop at any time.
+measured, not the model. The stages are run as a user would, as processes; memory is the sum of RssAnon over a
+stage's processes, sampled every 0.1 s: memory-mapped embeddings are the page cache's, which the kernel may
+drop at any time.
 
 `logs` is 01's aggregation of the engagement log alone (its rows a second are the log's), `match` its match
 features alone. 04 trains the paper preset's network unless --hidden. The tables are written to the system's
@@ -44,7 +44,6 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from lib.inputs.bm25 import tokenize  # noqa: E402
 from lib.inputs.student_inputs import StudentInputs  # noqa: E402
-from lib.stages.files import hashed, list_files, read_json, write_json, write_parquet  # noqa: E402
 from lib.stages.settings import flags_read  # noqa: E402
 
 
@@ -284,19 +283,6 @@ print(len(pairs.merge(log, on=["query", "pin_id"], how="left")))
 """
 
 
-def random_labels(run):
-    """Soft labels as 03 would write them, random."""
-    rng, features, labels = np.random.default_rng(0), run / "features", run / "labels"
-    for path in [features / "labelled.parquet", *sorted((features / "impressions").glob("*.parquet"))]:
-        p = rng.dirichlet(np.ones(5), pq.read_metadata(path).num_rows).astype(np.float32)
-        columns = {f"p{level}": p[:, level - 1] for level in range(1, 6)}
-        write_parquet(labels / path.relative_to(features), columns)
-    made = read_json(features / "stage.json")
-    about = {"finished": True, "identity": hashed("random"), "arguments": {}}
-    about |= {"inputs": {"features": made["identity"]}, "outputs": list_files(labels)}
-    write_json(labels / "stage.json", about)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # One size
 
@@ -324,11 +310,8 @@ def measure(settings, impressions, pins, folder):
     if "03" in settings.stages or "04" in settings.stages:
         few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
         measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
-    if "03" in settings.stages:
         seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
         yield "03, one-layer teacher", impressions / seconds, seconds, peak
-    elif "04" in settings.stages:
-        random_labels(run)
     if "04" in settings.stages:
         flags = ["--preset", "paper", "--epochs", 1, "--hidden", *settings.hidden]
         seconds, peak = measured(["04_train_student.py", "--run", run, *flags])

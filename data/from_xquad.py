@@ -8,14 +8,14 @@ Reads   SOURCE_DIR/LANGUAGE.json (or .json.gz), the folder xquad-r of
 Writes  OUT/pins, queries, labels, impressions .parquet, skipped_questions.csv
 
     question        a query of its file's language
-    sentence        a pin: its description. No title, unless --titles
+    sentence        a pin: its description, no title
     level 5         the sentence with the answer (found by people)
           3         another sentence of its paragraph
           2         a sentence of another paragraph of its article
           1         a sentence of another article
 
-The articles' titles are English in every language. With them a teacher would read English beside an Arabic
-sentence; without them what carries over to Arabic is all the model's own.
+The articles' titles are English in every language. Without them what carries over to Arabic is all the
+model's own.
 
 A question has one id in all languages and is on one side in all of them: by a hash of the ids the first
 --train-questions train, in English alone, as the paper's labels are; the next --eval-questions evaluate, in
@@ -40,6 +40,7 @@ from lib.stages.settings import ROOT, Count, flags_read
 from lib.stages.terminal import Stop, run_main
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
+TRAIN_LANGUAGE = "en"
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
 PROBLEM = "missing in this language, or the text of an earlier question"
 
@@ -51,11 +52,9 @@ class Settings:
     source: Positional[Path]  # folder with LANGUAGE.json or .json.gz
     out: Path = ROOT / "data" / "xquad"  # dataset folder
     languages: tuple[Literal[LANGUAGES], ...] = LANGUAGES
-    train_language: Literal[LANGUAGES] = "en"  # of the training labels
     train_questions: Count = 500  # train, 4 rows each
     eval_questions: Count = 100  # evaluate, 4 rows each a language
     impression_questions: Count = 150  # unlabelled, in every language
-    titles: bool = False  # pins have their article's English title
 
 
 class Question(NamedTuple):
@@ -73,15 +72,14 @@ class Question(NamedTuple):
 
 
 def read_language(folder, language):
-    """A file -> articles, {question id: Question}. An article: its title and its paragraphs, each a list of
-    sentences."""
+    """A file -> articles, {question id: Question}. An article: its paragraphs, each a list of sentences."""
     path, articles, questions = folder / f"{language}.json", [], {}
     with conversion.open_text(path, HOME) as file:
         try:
             for number, entry in enumerate(json.load(file)["data"]):
-                articles.append((entry["title"].replace("_", " "), []))
+                articles.append([])
                 for paragraph in entry["paragraphs"]:
-                    read_paragraph(paragraph, number, articles[number][1], questions)
+                    read_paragraph(paragraph, number, articles[number], questions)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise Stop(f"{path}: not as XQuAD-R's files are ({error!r}); get it from {HOME}") from None
     return articles, questions
@@ -131,21 +129,21 @@ def graded_sentences(question_id, question, articles):
     the question's id alone."""
     rng = random.Random(question_id)
     _, a, p, answering = question
-    other_paragraphs = [number for number in range(len(articles[a][1])) if number != p]
+    other_paragraphs = [number for number in range(len(articles[a])) if number != p]
     other_articles = [number for number in range(len(articles)) if number != a]
     near = rng.choice(other_paragraphs) if other_paragraphs else None
     far = rng.choice(other_articles) if other_articles else None
     place = rng.random()  # where in an article or paragraph: as a share, since languages differ in length
 
-    others = [number for number in range(len(articles[a][1][p])) if number not in answering]
+    others = [number for number in range(len(articles[a][p])) if number not in answering]
     found = [(a, p, answering[0], 5)]
     if others:
         found.append((a, p, pick(others, place), 3))
     if near is not None:
-        found.append((a, near, pick(range(len(articles[a][1][near])), place), 2))
+        found.append((a, near, pick(range(len(articles[a][near])), place), 2))
     if far is not None:
-        paragraph = pick(range(len(articles[far][1])), place)
-        sentence = pick(range(len(articles[far][1][paragraph])), place)
+        paragraph = pick(range(len(articles[far])), place)
+        sentence = pick(range(len(articles[far][paragraph])), place)
         found.append((far, paragraph, sentence, 1))
     return found
 
@@ -180,12 +178,12 @@ def make_tables(settings):
     sides = deal(used, settings)
     pins, queries, labels, impressions = [], [], [], []
     for language, (articles, questions) in files.items():
-        for a, (title, paragraphs) in enumerate(articles):
+        for a, paragraphs in enumerate(articles):
             for p, sentences in enumerate(paragraphs):
                 for s, text in enumerate(sentences):
-                    pins.append((f"{language}-{a}-{p}-{s}", title if settings.titles else None, text))
+                    pins.append((f"{language}-{a}-{p}-{s}", None, text))
         for side, ids in sides.items():
-            if side == "train" and language != settings.train_language:
+            if side == "train" and language != TRAIN_LANGUAGE:
                 continue
             for question in ids:
                 query = f"{language}-{question}"
@@ -207,8 +205,8 @@ def make_tables(settings):
 
 def main(argv=None):
     settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
-    if settings.train_language not in settings.languages:
-        raise Stop(f"--train-language {settings.train_language} is not among --languages")
+    if TRAIN_LANGUAGE not in settings.languages:
+        raise Stop(f"--languages: {TRAIN_LANGUAGE} trains, and must be among them")
     tables, left_out = make_tables(settings)
     columns = ("question_id", "language", "question")
     conversion.write_dataset(settings.out, tables, "skipped_questions.csv", columns, left_out)

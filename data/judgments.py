@@ -42,9 +42,7 @@ class Settings:
     source: Positional[Annotated[Path, arg(metavar="FROM")]]  # a file, a run, or a dataset with labels
     target: Positional[Annotated[Path, arg(metavar="TO")]]  # a file, or a dataset with pins
     format: Literal[tuple(FORMATS)] | None = None  # of a file whose name does not say it; of two: the source
-    labels: Literal["teacher", "human", "bm25", "text_cosine"] = (
-        "teacher"  # of a run: 03's, people's, features
-    )
+    labels: Literal["teacher", "human"] = "teacher"  # of a run: 03's, or people's
     levels: str = ""  # what ratings in a file mean, such as 100=5,10=4,1=3,0=1 (default: they are levels)
     queries: Path | None = None  # dataset by which queries in a file have their ids and texts
     split: Literal["train", "eval"] | None = None  # of labels in a dataset (default: by a hash of the query)
@@ -62,8 +60,8 @@ def of_run(run, which, expected):
     for path in paths:
         rows = pq.read_table(path)
         keys.append(rows["query_index"].to_numpy().astype(np.int64) << 32 | rows["pin_index"].to_numpy())
-        if which != "teacher":
-            ratings.append(rows["label" if which == "human" else which].to_numpy())
+        if which == "human":
+            ratings.append(rows["label"].to_numpy())
             continue
         p = read_labels(run / "labels" / path.relative_to(features), len(rows))
         ratings.append(expected_level(p) if expected else p.argmax(1) + 1)
