@@ -10,12 +10,12 @@ Writes  OUT: query_id, pin_id, query, stratum, weight, a line a pair. weight: th
         query stands for, as experiments/judge.py --strata takes it
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,40 +50,40 @@ def traffic_of(run, n):
 
 
 def strata_of(queries, traffic, names):
-    """Stratum of each query [Q], a text: its values of some columns."""
-    parts = []
+    """Stratum of each query [Q], a text: its values of some columns of the table `queries`."""
+    stratum = np.full(len(queries), "", object)
     for name in names:
         if name == "popularity":  # thirds of the traffic, not of the queries
             order = np.argsort(-traffic, kind="stable")
-            third = np.empty(len(traffic), int)
-            before = traffic[order].cumsum() - traffic[order]
-            third[order] = np.minimum(3 * before / max(traffic.sum(), 1), 2)
-            parts.append(np.array(["head", "torso", "tail"])[third])
-        elif name in queries.column_names:
-            parts.append(np.array([str(value) for value in queries[name].to_pylist()]))
+            before = np.empty(len(traffic))
+            before[order] = traffic[order].cumsum() - traffic[order]
+            share = before / max(traffic.sum(), 1)
+            values = pd.cut(share, [-1, 1 / 3, 2 / 3, 1], right=False, labels=["head", "torso", "tail"])
+        elif name in queries:
+            values = queries[name]
         else:
-            raise Stop(f"--strata {name}: no column of queries; there are {', '.join(queries.column_names)}")
-    return np.array([" / ".join(values) for values in zip(*parts)] if parts else ["all"] * len(traffic))
+            raise Stop(f"--strata {name}: no column of queries; there are {', '.join(queries)}")
+        stratum += [f" / {value}" for value in values]
+    return np.array([name.removeprefix(" / ") for name in stratum])
 
 
 def draw(stratum, traffic, open_to, n, rng):
     """Draws n of the queries [Q] that are `open_to` labelling: of each stratum its share of the traffic,
     rounded so that they sum to n (largest remainders), in it by traffic. Returns row numbers, and the share
     of the traffic that each stands for."""
+    traffic = np.where(open_to, traffic, 0)
     names, which = np.unique(stratum, return_inverse=True)
-    share = np.bincount(which, traffic * open_to) / max((traffic * open_to).sum(), 1)
-    most = np.bincount(which, open_to & (traffic > 0))
+    share = np.bincount(which, traffic) / max(traffic.sum(), 1)
+    most = np.bincount(which, traffic > 0)
     count = np.minimum(np.floor(share * n), most).astype(int)
     for h in np.argsort(count - share * n, kind="stable"):
         count[h] += int(count.sum() < n and count[h] < most[h])
     rows, weights = [], []
-    for h in range(len(names)):
-        inside = np.flatnonzero((which == h) & open_to & (traffic > 0))
-        if count[h]:
-            rows += rng.choice(
-                inside, count[h], replace=False, p=traffic[inside] / traffic[inside].sum()
-            ).tolist()
-            weights += [share[h] / count[h]] * count[h]
+    for h in np.flatnonzero(count):
+        inside = np.where(which == h, traffic, 0)
+        drawn = rng.choice(len(traffic), count[h], replace=False, p=inside / inside.sum())
+        rows += drawn.tolist()
+        weights += [share[h] / count[h]] * count[h]
     return rows, weights
 
 
@@ -104,21 +104,23 @@ def main(argv=None):
     quiet_libraries()
     features, rng = settings.run / "features", np.random.default_rng(settings.seed)
     ranker = Ranker(settings.run)
-    queries = pq.read_table(features / "queries.parquet")
+    queries = pd.read_parquet(features / "queries.parquet")
     labelled = pq.read_table(features / "labelled.parquet", columns=["query_index"])["query_index"].unique()
-    keys = np.array([query_key(text) for text in queries["query"].to_pylist()], object)
-    open_to = ~np.isin(keys, keys[labelled.to_numpy()])
+    keys = queries["query"].map(query_key)
+    open_to = ~keys.isin(keys[labelled.to_numpy()]).to_numpy()
     traffic = traffic_of(settings.run, len(queries))
     stratum = strata_of(queries, traffic, settings.strata)
     rows, weights = draw(stratum, traffic, open_to, settings.queries, rng)
-    print(f"{len(rows):,} of {(open_to & (traffic > 0)).sum():,} queries that are shown and have no label")
-    with whole_file(settings.out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(("query_id", "pin_id", "query", "stratum", "weight"))
-        for row, weight in zip(progress_bar(iterable=rows, desc="queries", unit=""), weights):
-            about = queries.slice(row, 1).to_pylist()[0]
-            for pin_id in pins_of(ranker.rank(about["query"]), settings, rng):
-                lines.writerow((about["query_id"], pin_id, about["query"], stratum[row], f"{weight:.6g}"))
+    shown = open_to & (traffic > 0)
+    print(f"{len(rows):,} of {shown.sum():,} queries that are shown and have no label")
+    pairs = []
+    for row, weight in zip(progress_bar(iterable=rows, desc="queries", unit=""), weights):
+        query_id, text = queries.loc[row, ["query_id", "query"]]
+        for pin_id in pins_of(ranker.rank(text), settings, rng):
+            pairs.append((query_id, pin_id, text, stratum[row], weight))
+    table = pd.DataFrame(pairs, columns=["query_id", "pin_id", "query", "stratum", "weight"])
+    with whole_file(settings.out) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
     print(f"wrote {settings.out}")
 
 

@@ -16,36 +16,38 @@ Writes  RUN/judged/NAME/    pairs.parquet (every pair, its rank in each list, p1
 import importlib
 import sys
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import estimates  # noqa: E402
+from experiments.comparison import plot_intervals  # noqa: E402
 from experiments.lists import Lists, people_on, strata_of  # noqa: E402
 from lib.inputs.inherited import require_teacher, teacher_identity  # noqa: E402
 from lib.inputs.known import KnownLabels, tables_of  # noqa: E402
 from lib.inputs.pairs import COLUMNS, count_labels, count_rows, read_labelled, read_labels  # noqa: E402
 from lib.inputs.rows import tokenized_shards  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
-from lib.results.pictures import drawable, picture_file  # noqa: E402
 from lib.results.summary import whence  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
-from lib.stages.settings import ROOT, Count, ModelSettings, NonNegative, parse  # noqa: E402
+from lib.stages.settings import ROOT, Count, DeviceSettings, NonNegative, parse  # noqa: E402
 from lib.stages.stage import Stage  # noqa: E402
 from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
 METRICS = {"ndcg": "nDCG", "sdcg": "scaled DCG", "precision": "precision"}
+AS_03 = ("merge", "long_queries", "batch_tokens", "precision")  # as the run's labels were made
 FEWEST = 5  # queries of people, or of the judge alone, below which nothing is corrected
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
 
 @dataclass(frozen=True)
-class Settings(ModelSettings):
+class Settings(DeviceSettings):
     """Settings of the judge."""
 
     run: Path = ROOT / "outputs" / "toy"  # run directory, through stage 03
@@ -56,9 +58,6 @@ class Settings(ModelSettings):
     want: NonNegative = 0.0  # a difference of interest: how many queries detect it?
     plan: Count = 1_000  # queries to be drawn from the strata next time
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
-    merge: bool = True  # as in 03
-    long_queries: str | None = None  # as in 03
-    batch_tokens: Count = 8_192  # tokens a forward pass, padding included
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,33 +79,30 @@ def named_files(results):
     return files
 
 
-def label_pairs(settings, query, pin, read, about, model, work):
-    """The teacher's probabilities [N, C] of N pairs, row numbers of the run's queries and pins. What the run
-    has labelled is looked up; a kill costs the file of pairs that was at work."""
+def label_pairs(settings, pairs, read, about, model, work):
+    """The teacher's probabilities [N, C] of N pairs, a table of query and pin, as 03 makes them. settings:
+    03's. What the run has labelled is looked up; a kill costs the file of pairs that was at work."""
     features, folder = settings.run / "features", settings.run / "teacher"
     device, dtype, hardware = pick_hardware(settings)
-    text, paths = stage_03.open_text(folder, settings, about, model), []
-    for start in range(0, len(query), SHARD):
-        some, path = slice(start, start + SHARD), work / "work" / f"pairs-{start // SHARD:05d}.parquet"
-        write_parquet(path, {"query_index": query[some], "pin_index": pin[some]})
-        paths.append(path)
-
-    def target(path):
-        return work / "work" / f"labels-{path.stem}.parquet"
-
-    todo = [path for path in paths if not target(path).exists()]
+    text, target = stage_03.open_text(folder, settings, about, model), {}
+    for start in range(0, len(pairs), SHARD):
+        some = pairs[start : start + SHARD]
+        path = work / "work" / f"pairs-{start // SHARD:05d}.parquet"
+        write_parquet(path, {"query_index": some["query"], "pin_index": some["pin"]})
+        target[path] = path.with_name(f"labels-{path.name}")
+    todo = [path for path in target if not target[path].exists()]
     decided_by = stage_03.what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of((settings.run,), settings.run, decided_by, print)
-    unwritten = {target(path).stem for path in todo}
+    unwritten = {target[path].stem for path in todo}
     known = KnownLabels(earlier, work / "work" / "known", decided_by, unwritten)
-    [(_, rows)] = tokenized_shards(features, text, paths[:1])
+    [(_, rows)] = tokenized_shards(features, text, [*target][:1])
     sample = rows[: stage_03.CHECKED_ROWS]
     teacher, _ = stage_03.load_teacher(folder, settings, sample, text, device, dtype)
     with progress_bar(total=count_rows(todo), desc="pairs", unit=" rows") as bar:
-        shards = ((target(path), ids) for path, ids in tokenized_shards(features, text, todo))
+        shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, todo))
         stage_03.label_shards(teacher, shards, known, text, settings, bar)
-    print(f"labels: {whence(count_labels([target(path) for path in paths]))}")
-    return np.concatenate([read_labels(target(path)) for path in paths])
+    print(f"labels: {whence(count_labels(target.values()))}")
+    return np.concatenate([read_labels(path) for path in target.values()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,26 +112,52 @@ def label_pairs(settings, query, pin, read, about, model, work):
 def compared(judge, people, covered, groups, weight):
     """Means and differences of every list and metric: {"control", or "treatment - control": {metric:
     {group: Estimate, "corrected": …}}}. judge, people: of Lists.metrics(); groups: {name: [Q]}."""
-    pairs = [(name,) for name in judge] + [(b, a) for a, b in combinations(judge, 2)]
     found = {}
-    for names in pairs:
-        entry = found.setdefault(" - ".join(names), {})
-        for metric in METRICS:
-            ours, theirs = (
-                of[names[0]][metric] - (of[names[1]][metric] if len(names) > 1 else 0)
-                for of in (judge, people)
-            )
-            entry[metric] = {g: estimates.mean(ours[at], weight[at])._asdict() for g, at in groups.items()}
-            entry[metric]["corrected"] = correct(ours, theirs, covered, weight)
+    pairs = [(name,) for name in judge] + [(b, a) for a, b in combinations(judge, 2)]
+    for names, metric in product(pairs, METRICS):
+        ours, theirs = (values_of(of, metric, *names) for of in (judge, people))
+        entry = {}
+        for group, at in groups.items():
+            entry[group] = estimates.mean(ours[at], weight[at])._asdict()
+        entry["corrected"] = correct(ours, theirs, covered, weight)
+        found.setdefault(" - ".join(names), {})[metric] = entry
+    return found
+
+
+def values_of(metrics, metric, one, other=None):
+    """A metric of a list by query [Q], or one list's less the other's. metrics: of Lists.metrics()."""
+    values = metrics[one][metric]
+    if other:
+        values = values - metrics[other][metric]
+    return values.to_numpy()
+
+
+def groups_of(lists, strata):
+    """All queries, and those of each language and stratum where there are several: {name: [Q]}."""
+    groups = {"all": np.full(len(strata), True)}
+    for names in (lists.queries["language"].to_numpy(), strata):
+        different = sorted(set(names))
+        for name in different if len(different) > 1 else ():
+            groups[str(name)] = names == name
+    return groups
+
+
+def powers(judge, *options):
+    """Of every two lists and metric: estimates.power, with these options."""
+    found = {}
+    for (a, b), metric in product(combinations(judge, 2), METRICS):
+        of_pair = found.setdefault(f"{b} - {a}", {})
+        of_pair[metric] = estimates.power(values_of(judge, metric, b, a), *options)
     return found
 
 
 def correct(judge, people, covered, weight):
     """The mean of the judge's values [Q], corrected by people's of the covered queries; None: too few."""
-    scale = weight / weight[np.isfinite(judge)].mean()
-    both, rest = covered & np.isfinite(judge) & np.isfinite(people), ~covered & np.isfinite(judge)
+    there = np.isfinite(judge)
+    both, rest = covered & there & np.isfinite(people), ~covered & there
     if both.sum() < FEWEST or rest.sum() < FEWEST:
         return None
+    scale = weight / weight[there].mean()
     people, judge = people * scale, judge * scale
     found, tuned = estimates.corrected_mean(people[both], judge[both], judge[rest])
     alone = estimates.queries_as_good(people[both], found.error)
@@ -144,17 +166,12 @@ def correct(judge, people, covered, weight):
 
 def plot_differences(means, groups, path):
     """Means of every pair of lists (of one list: its values) by group, with intervals; a panel a metric."""
-    names = [name for name in means if " - " in name] or list(means)
-    with picture_file(path, (10, 0.9 + 0.3 * len(names) * len(groups)), [*groups]) as figure:
-        for ax, (metric, heading) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items()):
-            labels = [drawable(f"{name}, {group}") for name in names for group in groups]
-            found = [means[name][metric][group] for name in names for group in groups]
-            value = np.array([m["value"] for m in found])
-            reach = np.array([m["high"] - m["value"] for m in found])
-            ax.errorbar(value, range(len(value)), xerr=reach, fmt="o", ms=4, capsize=2)
-            ax.axvline(0, color="gray", lw=0.8)
-            ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel=f"{heading}@K, 95 % interval")
-        figure.axes[0].invert_yaxis()
+    names, panels = [name for name in means if " - " in name] or list(means), {}
+    for metric, heading in METRICS.items():
+        rows = panels.setdefault(f"{heading}@K", {})
+        for name, group in product(names, groups):
+            rows[f"{name}, {group}"] = SimpleNamespace(**means[name][metric][group])
+    plot_intervals(path, panels)
 
 
 def shown(found):
@@ -165,27 +182,28 @@ def shown(found):
 def say(result, top):
     """The result on the terminal."""
     overall = result["agreement"][""]
-    figures = ", ".join(
-        f"{name} {overall[name]:.3f}" for name in ("exact", "within_one", "kappa", "tau", "rho")
-    )
-    print(f"judge beside people, {overall['pairs']:,} pairs of {overall['queries']:,} queries: {figures}")
+    agrees = [f"{name} {overall[name]:.3f}" for name in ("exact", "within_one", "kappa", "tau", "rho")]
+    of_pairs = f"{overall['pairs']:,} pairs of {overall['queries']:,} queries"
+    print(f"judge beside people, {of_pairs}: {', '.join(agrees)}")
     print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance {result['distance']})")
-    for name, entry in result["means"].items():
-        for metric, groups in entry.items():
-            corrected = groups["corrected"]
-            line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {shown(groups['all'])}"
-            if corrected:
-                by = f"by {corrected['people']:,} queries of people (as {corrected['people_alone']:,} alone)"
-                line += f"; corrected {shown(corrected)} {by}"
-            print(line)
-    if not any(groups["corrected"] for entry in result["means"].values() for groups in entry.values()):
-        print(
-            f"these are the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries"
-        )
-    for name, entry in result["power"].items():
-        line = f"{entry['ndcg']['queries']:,} queries detect {entry['ndcg']['detects']:.4f} of nDCG"
-        wanted = entry["ndcg"]["queries_for_want"]
-        print(f"  {name}: {line}" + f"; the wanted difference takes {wanted:,}" * bool(wanted))
+    few = True
+    for name, metric in product(result["means"], METRICS):
+        groups = result["means"][name][metric]
+        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {shown(groups['all'])}"
+        corrected = groups["corrected"]
+        if corrected:
+            few = False
+            by = f"{corrected['people']:,} queries of people (as {corrected['people_alone']:,} alone)"
+            line += f"; corrected {shown(corrected)} by {by}"
+        print(line)
+    if few:
+        print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
+    for name, of_metric in result["power"].items():
+        found = of_metric["ndcg"]
+        line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
+        if found["queries_for_want"]:
+            line += f"; the wanted difference takes {found['queries_for_want']:,}"
+        print(line)
 
 
 def main(argv=None):
@@ -194,10 +212,12 @@ def main(argv=None):
     quiet_libraries()
     run, files = settings.run, named_files(settings.results)
     read, about, model = require_teacher(run, run / "teacher", settings.model)
-    _lock = require_finished(run / "labels", f"03_label.py --run {run}", ["labelled.parquet", "pool.json"])
+    labels = require_finished(run / "labels", f"03_label.py --run {run}", ["labelled.parquet", "pool.json"])
+    given = {name: labels["arguments"][name] for name in AS_03}
+    of_03 = stage_03.Settings(run=run, model=settings.model, device=settings.device, **given)
     inputs = {f"list {name}": fingerprint(path) for name, path in files.items()}
     inputs |= {"features": read["features"]["identity"], "teacher": teacher_identity(read["teacher"])}
-    inputs["precision"] = pick_hardware(settings)[2]
+    inputs["precision"] = pick_hardware(of_03)[2]
     if Path(settings.strata).is_file():
         inputs["strata"] = fingerprint(settings.strata)
     stage = Stage(run / "judged" / settings.name, replace(settings, results=()), inputs)
@@ -206,26 +226,26 @@ def main(argv=None):
 
     # 2. The lists, and the teacher's label of every pair
     lists = Lists(files, run, settings.top)
-    print(f"{len(files)} lists, {len(lists.queries):,} queries, {len(lists.query):,} different pairs")
-    p = label_pairs(settings, lists.query, lists.pin, read, about, model, stage.folder)
+    print(f"{len(files)} lists, {len(lists.queries):,} queries, {len(lists.pairs):,} different pairs")
+    p = label_pairs(of_03, lists.pairs, read, about, model, stage.folder)
 
     # 3. How far it can be trusted, and what it says
     _, evaluation = read_labelled(run)
-    rows = [evaluation[name] for name in ("label", "teacher", "query_index", "language")]
-    how, distance, agreement = estimates.trust(*rows)
+    columns = "label", "teacher", "query_index", "language"
+    how, distance, agreement = estimates.trust(*(evaluation[name] for name in columns))
     people, covered = people_on(lists, evaluation)
-    judge, people = (lists.metrics(*estimates.gains(labels, how)) for labels in (p, people))
-    strata, weight = strata_of(settings.strata, lists, run)
-    groups = {"all": np.full(len(strata), True)}
-    for names in (np.array(lists.language, object), strata):
-        groups |= {str(name): names == name for name in sorted(set(names)) if len(set(names)) > 1}
-    result = {"top": settings.top, "gain": how, "distance": distance, "agreement": agreement}
-    result["means"] = compared(judge, people, covered, groups, weight)
-    result["power"] = {}
-    for a, b in combinations(judge, 2):
-        pair = {metric: judge[b][metric] - judge[a][metric] for metric in METRICS}
-        options = strata, weight, settings.want, settings.plan
-        result["power"][f"{b} - {a}"] = {metric: estimates.power(x, *options) for metric, x in pair.items()}
+    judge = lists.metrics(*estimates.gains(p, how))
+    people = lists.metrics(*estimates.gains(people, how))
+    strata, weight = strata_of(settings.strata, lists)
+    groups = groups_of(lists, strata)
+    result = {
+        "top": settings.top,
+        "gain": how,
+        "distance": distance,
+        "agreement": agreement,
+        "means": compared(judge, people, covered, groups, weight),
+        "power": powers(judge, strata, weight, settings.want, settings.plan),
+    }
 
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -24,16 +25,17 @@ def test_metrics_of_a_list():
     level = np.array([5, 3, 1, 2, 4, 1])
     gain, relevant = estimates.gains(np.eye(5)[level - 1], "probable")
     np.testing.assert_array_equal(gain, 2.0 ** (level - 1) - 1)
-    judged = np.arange(6).reshape(2, 3)
-    found = estimates.list_metrics(np.array([[1, 0, 2], [3, -1, -1]]), judged, gain, relevant)
+    judged = pd.DataFrame({"query": [7, 7, 7, 9, 9, 9], "gain": gain, "relevant": relevant})
+    found = estimates.list_metrics(judged.iloc[[1, 0, 2, 3]].assign(rank=[0, 1, 2, 0]), judged, 3)
     shown = ndcg_score([gain[:3]], [[2, 3, 1]], k=3)
     best = 7 + 1 / np.log2(3)  # levels 4, 2
     np.testing.assert_allclose(found["ndcg"], [shown, 1 / best])
     scale = 15 * (1 / np.log2([2, 3, 4])).sum()
     np.testing.assert_allclose(found["sdcg"], [(3 + 15 / np.log2(3)) / scale, 1 / scale])
     np.testing.assert_allclose(found["precision"], [1 / 3, 0])
-    nothing = estimates.list_metrics(np.array([[2, 5]]), np.array([[2, 5]]), gain, relevant)
-    assert np.isnan(nothing["ndcg"][0]) and nothing["sdcg"][0] == 0
+    poor = judged.iloc[[2, 5]].assign(query=7)
+    nothing = estimates.list_metrics(poor.assign(rank=[0, 1]), poor, 3)
+    assert np.isnan(nothing["ndcg"][7]) and nothing["sdcg"][7] == 0
 
 
 def test_expected_gain():

@@ -9,7 +9,7 @@ import time
 from shutil import which
 
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -69,7 +69,7 @@ def test_the_draw_follows_the_traffic():
 
 
 def test_strata():
-    queries = pa.table({"language": ["en", "de", "en"]})
+    queries = pd.DataFrame({"language": ["en", "de", "en"]})
     traffic = np.array([10.0, 1.0, 1.0])
     assert choose.strata_of(queries, traffic, ("language",)).tolist() == ["en", "de", "en"]
     popular = choose.strata_of(queries, np.array([1.0, 1.0, 1.0]), ("popularity",)).tolist()

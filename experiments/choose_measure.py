@@ -1,0 +1,156 @@
+"""Which queries should people label next? Ways to choose them, where people's labels of all are known.
+
+    python data/from_msrd.py SOURCE --out data/msrd_choose --train-share 0.045 --eval-share 0.025
+    python experiments/choose_measure.py --data data/msrd_choose --encoder ENCODER --into outputs/choose
+
+The data's training queries are the pool. The first START of them, in random order, are labelled; of all
+others the labels are hidden, and their pairs are the impressions. A way adds queries of the pool; teacher and
+student are trained as on a next day (01 --base, 02, 03, 04) and compared on the evaluation queries.
+
+    random        by chance                         strata        by chance, within the numbers of words
+    disagreement  teacher and student differ most   uncertainty   the teacher is least sure
+    QxP           nothing at first, Q queries by chance, P pins of each
+
+Killed or run again, it continues: finished stages do nothing.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import entr, rel_entr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import choose, comparison  # noqa: E402
+from lib.inputs.pairs import read_labels  # noqa: E402
+from lib.results.report import cell, markdown_table, signed  # noqa: E402
+from lib.stages.files import link_or_copy  # noqa: E402
+from lib.stages.settings import ROOT, Count, Size, parse  # noqa: E402
+from lib.stages.terminal import run_main  # noqa: E402
+
+STAGES = ("01_build_features", "02_train_teacher", "03_label", "04_train_student")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study."""
+
+    data: Path = ROOT / "data" / "msrd_choose"  # raw tables; labels with a split
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # the teacher, and the text encoder
+    into: Path = ROOT / "outputs" / "choose"  # a run a way and seed
+    ways: tuple[str, ...] = ("120x10", "240x5", "random", "strata", "disagreement", "uncertainty")
+    start: Count = 60  # queries labelled at first
+    more: tuple[Count, ...] = (120, 60)  # queries added
+    pins: Count = 20  # labelled pins of a query, at most
+    shown: Count = 8  # impressions of a query of the pool, at most
+    judged: Count = 20  # pins of an evaluation query, at most
+    max_tokens: Count = 32
+    steps: Count = 400  # of the teacher
+    seeds: tuple[Size, ...] = (0,)
+    resamples: Count = 1_000
+
+
+def train(settings, seed, name, people, others):
+    """A run INTO/NAME_SEED on people's labels, through stage 04. others: evaluation labels, impressions."""
+    run = settings.into / f"{name}_{seed}"
+    if (run / "student" / "stage.json").exists():
+        return run
+    data, evaluation, impressions = run / "data", *others
+    data.mkdir(parents=True, exist_ok=True)
+    for path in settings.data.glob("*.parquet"):
+        if path.stem not in ("labels", "impressions") and not (data / path.name).exists():
+            link_or_copy(path, data / path.name)
+    pd.concat([people, evaluation]).to_parquet(data / "labels.parquet", index=False)
+    impressions[["query_id", "pin_id"]].to_parquet(data / "impressions.parquet", index=False)
+    base, epochs = settings.into / "base", max(1, round(settings.steps * 32 / len(people)))
+    features = ["--data", data, "--text-encoder", settings.encoder]
+    flags = [features + ["--base", base] * base.exists()]
+    flags += [["--max-tokens", settings.max_tokens, "--epochs", epochs, "--seed", seed], [], ["--seed", seed]]
+    for stage, own in zip(STAGES, flags):
+        argv = ["--preset", "small", "--run", run, *own]
+        importlib.import_module(stage).main([*map(str, argv)])
+    if not base.exists():
+        base.symlink_to(run.resolve())
+    return run
+
+
+def least_known(run, way):
+    """Query ids of the impressions, those first on which teacher and student differ most (mean
+    Kullback-Leibler divergence), or of which the teacher is least sure (mean entropy)."""
+    features, found = run / "features", []
+    ids = pd.read_parquet(features / "queries.parquet", columns=["query_id"])["query_id"]
+    for path in sorted((features / "impressions").glob("part-*.parquet")):
+        rows = pd.read_parquet(path)
+        p = read_labels(run / "labels" / "impressions" / path.name)
+        columns = {name: column.to_numpy() for name, column in rows.items()}
+        value = entr(p)
+        if way == "disagreement":
+            value = rel_entr(p, comparison.evaluate.student_system(run / "student", features, columns)[0])
+        found.append(pd.Series(value.sum(axis=1), ids[rows["query_index"]].to_numpy()))
+    return pd.concat(found).groupby(level=0).mean().sort_values(ascending=False).index
+
+
+def added(settings, seed, way, pool, start):
+    """The pool's queries without the first START, in the order in which a way adds them; for strata a draw of
+    each size. start: the run on the first ones."""
+    rest = pool[settings.start :]
+    if way == "random":
+        return {n: rest[:n] for n in settings.more}
+    if way == "strata":
+        queries = pd.read_parquet(settings.data / "queries.parquet").set_index("query_id")["query"]
+        words = np.minimum(queries[rest].str.split().str.len(), 5).to_numpy()
+        same, rng = np.ones(len(rest)), np.random.default_rng(seed)
+        draws = {n: choose.draw(words, same, same > 0, n, rng)[0] for n in settings.more}
+        return {n: rest[rows] for n, rows in draws.items()}
+    order = [query for query in least_known(start, way) if query in set(rest)]
+    return {n: order[:n] for n in settings.more}
+
+
+def runs_of(settings, seed):
+    """{way: its run} of a seed."""
+    labels = pd.read_parquet(settings.data / "labels.parquet").sample(frac=1, random_state=0)
+    mine = labels[labels["split"] == "train"].groupby("query_id")
+    evaluation = labels[labels["split"] == "eval"].groupby("query_id")
+    others = evaluation.head(settings.judged), mine.head(settings.shown)
+    mine = mine.head(settings.pins)
+    pool = np.random.default_rng(seed).permutation(np.unique(mine["query_id"]))
+
+    def trained(name, queries, pins=settings.pins):
+        people = mine[mine["query_id"].isin(queries)].groupby("query_id").head(pins)
+        return train(settings, seed, name, people, others)
+
+    found = {"start": trained("start", pool[: settings.start])}
+    for way in settings.ways:
+        if "x" in way:
+            queries, pins = map(int, way.split("x"))
+            found[way] = trained(way, pool[:queries], pins)
+            continue
+        for n, queries in added(settings, seed, way, pool, found["start"]).items():
+            found[f"{way} +{n}"] = trained(f"{way}_{n}", [*pool[: settings.start], *queries])
+    return found
+
+
+def main(argv=None):
+    settings = parse({"toy": Settings()}, argv, __doc__)
+    runs = [runs_of(settings, seed) for seed in settings.seeds]
+    for system in ("teacher", "student"):
+        places = {way: [(of_seed[way], system) for of_seed in runs] for way in runs[0]}
+        table, differences = comparison.measure(comparison.read_conditions(places), settings.resamples)
+        lines = []
+        for way in places:
+            line = [way]
+            for metric in ("auroc_4", "ndcg_20"):
+                line.append(cell(comparison.find(table, condition=way, metric=metric), False))
+                than = {"minus": f"random +{way.rpartition('+')[2]}", "metric": metric}
+                found = comparison.find(differences, condition=way, **than)
+                line.append(signed(found) if found else "")
+            lines.append(line)
+        head = [system, "AUROC ≥4", "less random", "nDCG@20", "less random"]
+        print("\n".join(markdown_table(head, lines)))
+
+
+if __name__ == "__main__":
+    run_main(main)
