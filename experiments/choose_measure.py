@@ -3,18 +3,17 @@
     python data/from_msrd.py SOURCE --out data/msrd_choose --train-share 0.045 --eval-share 0.025
     python experiments/choose_measure.py --data data/msrd_choose --encoder ENCODER --into outputs/choose
 
-The data's training queries are the pool. The first START of them, in random order, are labelled; of all
-others the labels are hidden, and their pairs are the impressions. A way adds queries of the pool; teacher and
-student are trained as on a next day (01 --base, 02, 03, 04) and compared on the evaluation queries.
+The training queries are the pool: START of them, drawn by chance, are labelled, the pairs of all are the
+impressions. A way adds queries of the pool; teacher and student are trained as on a next day (01 --base, 02,
+03, 04) and compared on the evaluation queries. Killed or run again, it continues.
 
     random        by chance                         strata        by chance, within the numbers of words
     disagreement  teacher and student differ most   uncertainty   the teacher is least sure
     QxP           nothing at first, Q queries by chance, P pins of each
-
-Killed or run again, it continues: finished stages do nothing.
 """
 
 import importlib
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,8 @@ from scipy.special import entr, rel_entr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import choose, comparison  # noqa: E402
 from lib.inputs.pairs import read_labels  # noqa: E402
-from lib.results.report import cell, markdown_table, signed  # noqa: E402
-from lib.stages.files import link_or_copy  # noqa: E402
 from lib.stages.settings import ROOT, Count, Size, parse  # noqa: E402
 from lib.stages.terminal import run_main  # noqa: E402
-
-STAGES = ("01_build_features", "02_train_teacher", "03_label", "04_train_student")
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Settings:
     shown: Count = 8  # impressions of a query of the pool, at most
     judged: Count = 20  # pins of an evaluation query, at most
     max_tokens: Count = 32
-    steps: Count = 400  # of the teacher
+    steps: Count = 400  # of the teacher, about
     seeds: tuple[Size, ...] = (0,)
     resamples: Count = 1_000
 
@@ -59,17 +54,20 @@ def train(settings, seed, name, people, others):
     if (run / "student" / "stage.json").exists():
         return run
     data, evaluation, impressions = run / "data", *others
-    data.mkdir(parents=True, exist_ok=True)
-    for path in settings.data.glob("*.parquet"):
-        if path.stem not in ("labels", "impressions") and not (data / path.name).exists():
-            link_or_copy(path, data / path.name)
+    shutil.rmtree(data, ignore_errors=True)
+    shutil.copytree(settings.data, data, ignore=shutil.ignore_patterns("labels.*", "impressions.*"))
     pd.concat([people, evaluation]).to_parquet(data / "labels.parquet", index=False)
     impressions[["query_id", "pin_id"]].to_parquet(data / "impressions.parquet", index=False)
     base, epochs = settings.into / "base", max(1, round(settings.steps * 32 / len(people)))
-    features = ["--data", data, "--text-encoder", settings.encoder]
-    flags = [features + ["--base", base] * base.exists()]
-    flags += [["--max-tokens", settings.max_tokens, "--epochs", epochs, "--seed", seed], [], ["--seed", seed]]
-    for stage, own in zip(STAGES, flags):
+    flags = {
+        "01_build_features": ["--data", data, "--text-encoder", settings.encoder],
+        "02_train_teacher": ["--max-tokens", settings.max_tokens, "--epochs", epochs, "--seed", seed],
+        "03_label": [],
+        "04_train_student": ["--seed", seed],
+    }
+    if base.exists():
+        flags["01_build_features"] += ["--base", base]
+    for stage, own in flags.items():
         argv = ["--preset", "small", "--run", run, *own]
         importlib.import_module(stage).main([*map(str, argv)])
     if not base.exists():
@@ -112,10 +110,9 @@ def added(settings, seed, way, pool, start):
 def runs_of(settings, seed):
     """{way: its run} of a seed."""
     labels = pd.read_parquet(settings.data / "labels.parquet").sample(frac=1, random_state=0)
-    mine = labels[labels["split"] == "train"].groupby("query_id")
-    evaluation = labels[labels["split"] == "eval"].groupby("query_id")
-    others = evaluation.head(settings.judged), mine.head(settings.shown)
-    mine = mine.head(settings.pins)
+    labels = {split: rows.groupby("query_id") for split, rows in labels.groupby("split")}
+    others = labels["eval"].head(settings.judged), labels["train"].head(settings.shown)
+    mine = labels["train"].head(settings.pins)
     pool = np.random.default_rng(seed).permutation(np.unique(mine["query_id"]))
 
     def trained(name, queries, pins=settings.pins):
@@ -139,17 +136,9 @@ def main(argv=None):
     for system in ("teacher", "student"):
         places = {way: [(of_seed[way], system) for of_seed in runs] for way in runs[0]}
         table, differences = comparison.measure(comparison.read_conditions(places), settings.resamples)
-        lines = []
-        for way in places:
-            line = [way]
-            for metric in ("auroc_4", "ndcg_20"):
-                line.append(cell(comparison.find(table, condition=way, metric=metric), False))
-                than = {"minus": f"random +{way.rpartition('+')[2]}", "metric": metric}
-                found = comparison.find(differences, condition=way, **than)
-                line.append(signed(found) if found else "")
-            lines.append(line)
-        head = [system, "AUROC ≥4", "less random", "nDCG@20", "less random"]
-        print("\n".join(markdown_table(head, lines)))
+        than_random = [row for row in differences if row["minus"].split(" ")[0] == "random"]
+        print(comparison.flat_table(system, table, ["condition"]))
+        print(comparison.flat_table("difference", than_random, ["condition", "minus"]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from common import RELEVANT
 from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, picture_file
-from lib.results.report import ALL, cell, escaped, markdown_table
+from lib.results.report import ALL, cell, escaped, markdown_table, signed
 from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.finished import remake, require_finished
 from lib.stages.terminal import Stop
@@ -36,10 +36,6 @@ FINDINGS = {
 PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}
 COMPARED = {"accuracy": "accuracy %", f"auroc_{RELEVANT}": f"AUROC ≥{RELEVANT}", "ndcg_20": "nDCG@20"}
 BLUE = "#0072B2"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 class System(NamedTuple):
@@ -99,10 +95,6 @@ def read_conditions(conditions):
     return read
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def measure_condition(systems, at, resamples, number):
     """{metric: (mean over seeds, resampled means [R], each seed's value)} on the rows `at`.
 
@@ -151,13 +143,21 @@ def find(rows, **which):
     return next((SimpleNamespace(**row) for row in rows if which.items() <= row.items()), None)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Showing
-
-
 def points(m):
     """A difference of two shares, in points: +3.1 [+1.0, +5.2]."""
     return "–" if m.value is None else f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
+
+
+def flat_table(title, rows, names):
+    """Overall rows of measure() as a Markdown table, a line a condition, or two of them. names: columns that
+    tell which."""
+    lines = {}
+    for row in rows:
+        name, m = " − ".join(row[name] for name in names), SimpleNamespace(**row)
+        text = signed(m) if "minus" in names else cell(m, False)
+        lines.setdefault(name, [name]).append(text)
+    head = [heading.removesuffix(" %") for heading in COMPARED.values()]
+    return "\n".join(markdown_table([title, *head], lines.values()))
 
 
 def languages_of(entry):
@@ -170,7 +170,6 @@ def finding_text(key, entry):
     table, labels, shown = entry["table"], list(entry["conditions"]), entry["shown"]
     by_seed = f"each seed: {COMPARED[shown].removesuffix(' %')} × 100"
     head = ["condition", *COMPARED.values(), by_seed, "points above the one before"]
-    paper = key == "a" and shown == "accuracy"
     body = []
     for before, label in zip([None, *labels], labels):
         line = [find(table, condition=label, metric=metric) for metric in COMPARED]
@@ -179,8 +178,6 @@ def finding_text(key, entry):
         line.append(", ".join(f"{100 * value:.1f}" for value in seeds))
         step = find(entry["differences"], condition=label, minus=before, metric=shown)
         line.append(points(step) if step else "")
-        if paper:
-            line.append(f"{100 * PAPER_TEACHERS[label]:.1f}" if label in PAPER_TEACHERS else "–")
         body.append(line)
     lines = [
         f"## ({key}) {entry['title']}",
@@ -188,7 +185,7 @@ def finding_text(key, entry):
         f"{entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.",
         "",
         f"![finding {key}](finding_{key}.png)",
-        *markdown_table(head + ["the paper, accuracy %"] * paper, body),
+        *markdown_table(head, body),
     ]
     tags = languages_of(entry)
     for metric, title in COMPARED.items() if tags else ():
@@ -232,9 +229,6 @@ def plot_intervals(path, panels):
             ax.grid(axis="x", color="#DDDDDD", lw=0.6)
         axes[0].set_yticks(range(len(labels)), map(drawable, labels))
         axes[0].invert_yaxis()
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 
 def compare(key, conditions, into, resamples=1_000):

@@ -40,13 +40,10 @@ def list_metrics(shown, judged, top):
     sdcg: scaled DCG, the ideal list is `top` pins of level 5. precision: share of relevant pins."""
     best = judged.sort_values("gain", ascending=False)
     best["rank"] = best.groupby("query").cumcount()
-    found = pd.DataFrame(
-        {
-            "dcg": dcg(shown),
-            "ideal": dcg(best[best["rank"] < top]),
-            "precision": shown.groupby("query")["relevant"].sum() / top,
-        }
-    )
+    found = pd.DataFrame({"dcg": dcg(shown)})
+    found["ideal"] = dcg(best[best["rank"] < top])
+    relevant = shown.groupby("query")["relevant"].sum()
+    found["precision"] = relevant / top
     discount = 1 / np.log2(np.arange(top) + 2)
     found["sdcg"] = found["dcg"] / (GAINS[-1] * discount.sum())
     found["ndcg"] = found["dcg"] / found["ideal"].where(found["ideal"] > 0)
@@ -85,8 +82,9 @@ def mean(values, weight=None):
     n = len(values)
     share = weight / weight.sum()
     value = share @ values
-    deviation = values - value
-    variance = share**2 @ deviation**2 * n / max(n - 1, 1)
+    squares = (values - value) ** 2
+    variance = share**2 @ squares
+    variance *= n / max(n - 1, 1)
     return estimate(value, np.sqrt(variance), n)
 
 
@@ -116,10 +114,6 @@ def queries_as_good(people, error):
     return int(np.ceil(needed))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The judge beside people
-
-
 def mean_gains(p, query, how):
     """Mean gain of the pairs [N] of each query [Q]."""
     gain, _ = gains(p, how)
@@ -133,15 +127,9 @@ def agreement(level, p, query, how):
     distance = np.abs(likeliest - level)
     ours = mean_gains(p, query, how)
     theirs = mean_gains(certain(level), query, how)
-    found = {
-        "pairs": len(level),
-        "queries": len(ours),
-        "exact": float((distance == 0).mean()),
-        "within_one": float((distance <= 1).mean()),
-        "kappa": np.nan,
-        "tau": np.nan,
-        "rho": np.nan,
-    }
+    found = {"pairs": len(level), "queries": len(ours), "kappa": np.nan, "tau": np.nan, "rho": np.nan}
+    found["exact"] = float((distance == 0).mean())
+    found["within_one"] = float((distance <= 1).mean())
     if len(np.union1d(level, likeliest)) > 1:
         kappa = cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic")
         found["kappa"] = float(kappa)
@@ -170,10 +158,6 @@ def trust(level, p, query, language):
         at = language == name
         agrees[name] = agreement(level[at], p[at], query[at], how)
     return how, distance, agrees
-
-
-# ------------------------------------------------------------------------------------------------------------
-# How many queries
 
 
 def detectable(deviation, n):
@@ -210,9 +194,7 @@ def power(values, stratum, weight, want, plan):
     how to draw `plan` queries from the strata next time."""
     at = np.isfinite(values)
     values = values[at]
-    deviation = np.nan
-    if len(values) > 1:
-        deviation = float(values.std(ddof=1))
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else np.nan
     drawn, detects = allocation(values, stratum[at], weight[at], plan)
     return {
         "queries": len(values),

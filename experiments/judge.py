@@ -26,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import estimates  # noqa: E402
 from experiments.comparison import plot_intervals  # noqa: E402
 from experiments.lists import Lists, people_on, strata_of  # noqa: E402
-from lib.inputs.inherited import require_teacher, teacher_identity  # noqa: E402
+from lib.inputs.inherited import require_teacher, teacher_identity, whence  # noqa: E402
 from lib.inputs.known import KnownLabels, tables_of  # noqa: E402
 from lib.inputs.pairs import COLUMNS, count_labels, count_rows, read_labelled, read_labels  # noqa: E402
 from lib.inputs.rows import tokenized_shards  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
-from lib.results.summary import whence  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
@@ -41,7 +40,6 @@ from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
 METRICS = {"ndcg": "nDCG", "sdcg": "scaled DCG", "precision": "precision"}
-AS_03 = ("merge", "long_queries", "batch_tokens", "precision")  # as the run's labels were made
 FEWEST = 5  # queries of people, or of the judge alone, below which nothing is corrected
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
@@ -58,10 +56,6 @@ class Settings(DeviceSettings):
     want: NonNegative = 0.0  # a difference of interest: how many queries detect it?
     plan: Count = 1_000  # queries to be drawn from the strata next time
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pairs and their labels
 
 
 def named_files(results):
@@ -103,10 +97,6 @@ def label_pairs(settings, pairs, read, about, model, work):
         stage_03.label_shards(teacher, shards, known, text, settings, bar)
     print(f"labels: {whence(count_labels(target.values()))}")
     return np.concatenate([read_labels(path) for path in target.values()])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What they say
 
 
 def compared(judge, people, covered, groups, weight):
@@ -213,8 +203,8 @@ def main(argv=None):
     run, files = settings.run, named_files(settings.results)
     read, about, model = require_teacher(run, run / "teacher", settings.model)
     labels = require_finished(run / "labels", f"03_label.py --run {run}", ["labelled.parquet", "pool.json"])
-    given = {name: labels["arguments"][name] for name in AS_03}
-    of_03 = stage_03.Settings(run=run, model=settings.model, device=settings.device, **given)
+    of_03 = parse(stage_03.PRESETS, labels["command"])  # the flags that the run's labels were made with
+    of_03 = replace(of_03, run=run, model=settings.model, device=settings.device)
     inputs = {f"list {name}": fingerprint(path) for name, path in files.items()}
     inputs |= {"features": read["features"]["identity"], "teacher": teacher_identity(read["teacher"])}
     inputs["precision"] = pick_hardware(of_03)[2]

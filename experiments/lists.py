@@ -69,7 +69,8 @@ def read_top(path, queries, pins, top):
     found = found[(found[PAIR] >= 0).all(axis=1)]
     if found.empty:
         raise Stop(f"{path}: no row with a query and a pin of this run")
-    found = found.sort_values(["query", "score"], ascending=[True, False])
+    found["score"] *= -1
+    found = found.sort_values(["query", "score"])
     found = found.drop_duplicates(PAIR)  # a pin that a list names twice counts once
     found["rank"] = found.groupby("query").cumcount()
     return found.loc[found["rank"] < top, [*PAIR, "rank"]]

@@ -34,7 +34,6 @@ from experiments import comparison  # noqa: E402
 from lib.inputs.pairs import read_labelled  # noqa: E402
 from lib.inputs.rows import split_rows  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
-from lib.results.report import cell, markdown_table, signed  # noqa: E402
 from lib.stages.files import read_json, write_json  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
@@ -55,10 +54,6 @@ class Settings:
     without_peer: bool = False  # train nothing
     resamples: Count = 1_000  # of the queries
     json: Path | None = None  # write the figures there as well
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The peer, with what the run's teacher was trained with
 
 
 def pair_texts(features, fields, rows):
@@ -119,12 +114,9 @@ def peer_settings(made, about, settings):
     found = {name: made[name] for name in ("epochs", "batch_size", "warmup", "weight_decay", "seed")}
     if settings.seed is not None:
         found["seed"] = settings.seed
-    bf16 = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
-    return found | {
-        "max_tokens": about["max_tokens"],
-        "learning_rate": settings.learning_rate,
-        "bf16": bf16,
-    }
+    found |= {"max_tokens": about["max_tokens"], "learning_rate": settings.learning_rate}
+    found["bf16"] = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
+    return found
 
 
 def teacher_rows(train, made):
@@ -134,23 +126,10 @@ def teacher_rows(train, made):
     return {name: column[learned] for name, column in train.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-
-
 def measure(systems, rows, resamples):
     """(values, differences) of {name: (p, score)}, two lists of flat rows, as comparison.measure has them."""
     read = {name: [comparison.System(rows, [], p, score, {})] for name, (p, score) in systems.items()}
     return comparison.measure(read, resamples)
-
-
-def table(title, rows, names, show):
-    """Flat rows -> a Markdown table, one line a condition. names: columns that tell it."""
-    lines = {}
-    for row in rows:
-        line = lines.setdefault(" − ".join(row[name] for name in names), [])
-        line.append(show(SimpleNamespace(**row)))
-    head = [title, *(heading.removesuffix(" %") for heading in comparison.COMPARED.values())]
-    return "\n".join(markdown_table(head, [[name, *line] for name, line in lines.items()]))
 
 
 def main(argv=None):
@@ -182,8 +161,8 @@ def main(argv=None):
     values, differences = measure(systems, evaluation, settings.resamples)
     queries = len(np.unique(evaluation["query_index"]))
     print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
-    print(table("system", values, ["condition"], lambda m: cell(m, False)))
-    print(table("difference", differences, ["condition", "minus"], signed))
+    print(comparison.flat_table("system", values, ["condition"]))
+    print(comparison.flat_table("difference", differences, ["condition", "minus"]))
     if settings.json:
         figures = {"peer": of_peer, "model": model, "systems": values, "differences": differences}
         write_json(settings.json, figures)
