@@ -86,25 +86,25 @@ def least_known(run, way):
         columns = {name: column.to_numpy() for name, column in rows.items()}
         value = entr(p)
         if way == "disagreement":
-            value = rel_entr(p, comparison.evaluate.student_system(run / "student", features, columns)[0])
+            other, _ = comparison.evaluate.student_system(run / "student", features, columns)
+            value = rel_entr(p, other)
         found.append(pd.Series(value.sum(axis=1), ids[rows["query_index"]].to_numpy()))
     return pd.concat(found).groupby(level=0).mean().sort_values(ascending=False).index
 
 
-def added(settings, seed, way, pool, start):
-    """The pool's queries without the first START, in the order in which a way adds them; for strata a draw of
-    each size. start: the run on the first ones."""
+def order_of(settings, seed, way, pool, start):
+    """The pool's queries without the first START, in the order in which a way adds them. start: the run on
+    the first ones."""
     rest = pool[settings.start :]
     if way == "random":
-        return {n: rest[:n] for n in settings.more}
+        return rest
     if way == "strata":
         queries = pd.read_parquet(settings.data / "queries.parquet").set_index("query_id")["query"]
-        words = np.minimum(queries[rest].str.split().str.len(), 5).to_numpy()
-        same, rng = np.ones(len(rest)), np.random.default_rng(seed)
-        draws = {n: choose.draw(words, same, same > 0, n, rng)[0] for n in settings.more}
-        return {n: rest[rows] for n, rows in draws.items()}
-    order = [query for query in least_known(start, way) if query in set(rest)]
-    return {n: order[:n] for n in settings.more}
+        words = queries[rest].str.split().str.len()
+        rng, same = np.random.default_rng(seed), np.ones(len(rest))
+        rows, _ = choose.draw(np.minimum(words.to_numpy(), 5), same, same > 0, max(settings.more), rng)
+        return rng.permutation(rest[rows])
+    return [query for query in least_known(start, way) if query in set(rest)]
 
 
 def runs_of(settings, seed):
@@ -125,8 +125,10 @@ def runs_of(settings, seed):
             queries, pins = map(int, way.split("x"))
             found[way] = trained(way, pool[:queries], pins)
             continue
-        for n, queries in added(settings, seed, way, pool, found["start"]).items():
-            found[f"{way} +{n}"] = trained(f"{way}_{n}", [*pool[: settings.start], *queries])
+        order = order_of(settings, seed, way, pool, found["start"])
+        for n in settings.more:
+            queries = [*pool[: settings.start], *order[:n]]
+            found[f"{way} +{n}"] = trained(f"{way}_{n}", queries)
     return found
 
 

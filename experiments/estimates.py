@@ -127,11 +127,13 @@ def agreement(level, p, query, how):
     distance = np.abs(likeliest - level)
     ours = mean_gains(p, query, how)
     theirs = mean_gains(certain(level), query, how)
-    found = {"pairs": len(level), "queries": len(ours), "kappa": np.nan, "tau": np.nan, "rho": np.nan}
+    found = {"pairs": len(level), "queries": len(ours)}
+    found |= {"kappa": np.nan, "tau": np.nan, "rho": np.nan}
     found["exact"] = float((distance == 0).mean())
     found["within_one"] = float((distance <= 1).mean())
     if len(np.union1d(level, likeliest)) > 1:
-        kappa = cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic")
+        levels = [*LEVELS]
+        kappa = cohen_kappa_score(level, likeliest, labels=levels, weights="quadratic")
         found["kappa"] = float(kappa)
     if min(np.ptp(ours), np.ptp(theirs)) > 0:
         found["tau"] = float(stats.kendalltau(ours, theirs).statistic)
