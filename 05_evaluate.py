@@ -379,7 +379,7 @@ def main(argv=None):
     shown = queries.for_pages(each, settings.search_pages)
     pages = pictures.search_pages(run, evaluation, systems, shown, stage.folder)
     facts = report.facts(read, evaluation)
-    one_by_one = queries.section(each, systems)
+    one_by_one = queries.worst(each, systems)
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.folder / "report.md").write_text(text, encoding="utf-8")
     cards.write_cards(run, read, table, stage.folder / "cards")

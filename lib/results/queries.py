@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from lib.results.report import escaped, markdown_table
+from lib.results.report import escaped, section
 from lib.stages.files import whole_file
 from lib.tables.files import plain_cell
 
@@ -52,7 +52,7 @@ def for_pages(queries, n):
     return worst + queries[len(queries) - n // 2 :][::-1]
 
 
-def section(queries, systems):
+def worst(queries, systems):
     """The worst queries beside bm25 as Markdown; systems: names."""
     if not queries:
         return []
@@ -62,7 +62,6 @@ def section(queries, systems):
         scores = [f"{query[name]:.3f}" for name in names]
         body.append([*about, *scores, f"{query['difference']:+.3f}"])
     better, worse = (sum(sign * query["difference"] > 0 for query in queries) for sign in (1, -1))
-    says = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse"
+    says = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse; all"
     head = ["query", "language", "judged pins", *names, "difference"]
-    lines = ["## Queries, the worst beside bm25 first", "", f"{says}; all are in queries.csv."]
-    return lines + markdown_table(head, body)
+    return section("Queries, the worst beside bm25 first", f"{says} are in queries.csv.", head, body)

@@ -148,6 +148,11 @@ def markdown_table(head, lines):
     return ["", f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
+def section(title, text, head, body):
+    """A part of report.md: its title, a text and a table."""
+    return [f"## {title}", "", text, *markdown_table(head, body)]
+
+
 def signed(m):
     """A difference as `+value [low, high]`."""
     return "–" if m.value is None else f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
@@ -180,7 +185,11 @@ def in_short(compared):
     for (system, other, metric), m in compared.items():
         if system != served or other not in beside or m.value is None:
             continue
-        verdict = "better" if m.low > 0 else "worse" if m.high < 0 else "no clear difference"
+        verdict = "no clear difference"
+        if m.low > 0:
+            verdict = "better"
+        elif m.high < 0:
+            verdict = "worse"
         lines.append(f"- {system} beside {other}, {METRICS[metric].heading}: {signed(m)}: **{verdict}**")
     return ["## In short", "", *lines, ""] if lines else []
 
@@ -270,60 +279,55 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
 
 def of_differences(compared):
     """What training brings, as a table."""
-    metrics = list(dict.fromkeys(metric for _, _, metric in compared))
-    lines = ["## What training brings", ""]
-    lines += ["Differences on the same resamples of the queries: above zero, the first is the better one."]
-    body = {}
+    metrics, body = list(dict.fromkeys(metric for _, _, metric in compared)), {}
     for (system, other, metric), m in compared.items():
         found = body.setdefault(f"{system} − {other}", dict.fromkeys(metrics, ""))
         found[metric] = signed(m)
     head = ["difference", *(METRICS[metric].heading for metric in metrics)]
+    text = "Differences on the same resamples of the queries: above zero, the first is the better one."
     body = [[escaped(pair), *found.values()] for pair, found in body.items()]
-    return lines + markdown_table(head, body)
+    return section("What training brings", text, head, body)
 
 
 def by_language(table, evaluation):
     """Accuracy by language, where there are several."""
-    languages, head = sorted(languages_of(table)), []
+    languages, head, body = sorted(languages_of(table)), ["system"], []
     if len(languages) < 2:
         return []
     for language in languages:
         queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
         head.append(escaped(language) + " †" * (len(queries) < FEW_QUERIES))
-    body = []
     for system in systems_of(table):
         found = [cell(table[system, language, "accuracy"]) for language in languages]
         body.append([escaped(system), *found])
-    lines = ["## Accuracy by language, %", *markdown_table(["system", *head], body)]
-    lines += [f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess.", ""]
-    return lines
+    text = f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess."
+    return section("Accuracy by language, %", text, head, body)
 
 
 def beside_the_paper(table):
     """The paper's figures, where five levels make them comparable at all."""
     if AUROCS.keys() - set(metrics_of(table)):
         return []
-    lines = ["## Beside the paper", ""]
-    lines += ["The paper's rows are its own data and models: for orientation, not to compare the numbers."]
     body = []
     for system, what, value in PAPER:
         body.append([system, cell(table.get((system, ALL, "accuracy"))), f"{100 * value:.1f}", what])
     head = ["", "accuracy here %", "accuracy in the paper %", "the paper's system"]
-    return lines + markdown_table(head, body)
+    text = "The paper's rows are its own data and models: for orientation, not to compare the numbers."
+    return section("Beside the paper", text, head, body)
 
 
 def of_temperatures(temperatures):
     """What one temperature a system does for its probabilities (Guo et al., 2017)."""
-    lines, body = ["## Can the probabilities be taken at their word?", ""], []
+    title, body = "Can the probabilities be taken at their word?", []
     if not temperatures:
-        return [*lines, "No training query was held out to tell, or there were too few.", ""]
-    lines += [
-        "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
-        "on; 1 where those are too few to tell. A service takes that of temperatures.json as TEMPERATURE."
-    ]
+        return [f"## {title}", "", "No training query was held out to tell, or there were too few.", ""]
     for system, found in temperatures.items():
         errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
         rows = f"{found['rows']:,} rows of {found['queries']:,} queries"
         rows += ": too few" * (found["queries"] < ENOUGH_QUERIES)
         body.append([escaped(system), f"{found['temperature']:.2f}", rows, *errors])
-    return lines + markdown_table(["system", "temperature", "fitted on", "ECE before", "ECE after"], body)
+    text = (
+        "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "
+        "on; 1 where those are too few to tell. A service takes that of temperatures.json as TEMPERATURE."
+    )
+    return section(title, text, ["system", "temperature", "fitted on", "ECE before", "ECE after"], body)
