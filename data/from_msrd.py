@@ -24,7 +24,7 @@ from pathlib import Path
 import conversion  # the project's folder is on the path with it
 from tyro.conf import Positional
 
-from lib.stages.settings import ROOT, Share, flags_read
+from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
 
 LEVEL = {"0": 1, "1": 5}  # grade -> level
@@ -37,8 +37,8 @@ class Settings:
 
     source: Positional[Path]  # folder with the two files
     out: Path = ROOT / "data" / "msrd"  # dataset folder
-    train_share: Share = 0.1  # of the queries, for the teacher
-    eval_share: Share = 0.1  # of the queries, to evaluate
+    train_share: float = 0.1  # of the queries, for the teacher
+    eval_share: float = 0.1  # of the queries, to evaluate
     max_impressions: int | None = None  # keep the first of them (default: all)
 
 

@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 import conversion  # the project's folder is on the path with it
 from tyro.conf import Positional
 
-from lib.stages.settings import ROOT, Count, flags_read
+from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
@@ -52,9 +52,9 @@ class Settings:
     source: Positional[Path]  # folder with LANGUAGE.json or .json.gz
     out: Path = ROOT / "data" / "xquad"  # dataset folder
     languages: tuple[Literal[LANGUAGES], ...] = LANGUAGES
-    train_questions: Count = 500  # train, 4 rows each
-    eval_questions: Count = 100  # evaluate, 4 rows each a language
-    impression_questions: Count = 150  # unlabelled, in every language
+    train_questions: int = 500  # train, 4 rows each
+    eval_questions: int = 100  # evaluate, 4 rows each a language
+    impression_questions: int = 150  # unlabelled, in every language
 
 
 class Question(NamedTuple):
@@ -160,15 +160,12 @@ def pick(choices, place):
 def deal(questions, settings):
     """Question ids -> {side: ids}, in the order of a hash of the id."""
     order = sorted(questions, key=lambda question: hashlib.blake2b(f"xquad:{question}".encode()).digest())
-    first = settings.train_questions
-    second = first + settings.eval_questions
-    last = second + settings.impression_questions
-    if last > len(order):
-        raise Stop(
-            f"--train-questions, --eval-questions, --impression-questions: {last:,} together, and "
-            f"{settings.source} has {len(order):,}"
-        )
-    return {"train": order[:first], "eval": order[first:second], "hidden": order[second:last]}
+    sizes = [settings.train_questions, settings.eval_questions, settings.impression_questions]
+    if min(sizes) < 1 or sum(sizes) > len(order):
+        flags = "--train-questions, --eval-questions, --impression-questions"
+        raise Stop(f"{flags}: {sizes}; at least 1 each, at most {len(order):,} together, as there are")
+    first, second = sizes[0], sizes[0] + sizes[1]
+    return {"train": order[:first], "eval": order[first:second], "hidden": order[second : sum(sizes)]}
 
 
 def make_tables(settings):

@@ -155,6 +155,7 @@ def test_twins_and_fragments(tmp_path):
 
     folder = source(tmp_path / "source", change=change)
     assert "16" in stop_line(from_xquad.main, argv(folder, tmp_path / "out"))  # 17 are asked for
+    assert "[7, 5, -5]" in stop_line(from_xquad.main, argv(folder, tmp_path / "out", sizes=(7, 5, -5)))
     from_xquad.main(argv(folder, tmp_path / "out", sizes=(6, 5, 5)))
     with open(tmp_path / "out" / "skipped_questions.csv", newline="", encoding="utf-8") as f:
         assert [(row["question_id"], row["language"]) for row in csv.DictReader(f)] == [("id001", "de")]

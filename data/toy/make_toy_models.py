@@ -1,7 +1,7 @@
 """Pre-train the toy stand-ins for what a hub gives a real user: Llama, BERT, T5, DeBERTa and one tokenizer;
 and BLIP, which make_toy_captioner.py trains. data/toy/README.md says on what, and for what.
 
-    python data/toy/make_toy_models.py                                        # half an hour on two cores
+    python data/toy/make_toy_models.py                                        # forty minutes on two cores
     python data/toy/make_toy_models.py --only llama --steps 0.01 --out /tmp/models   # to try it
 
 Writes  data/toy/models/NAME: weights in half precision, config, tokenizer; and figures.json
@@ -294,13 +294,16 @@ class Corpus:
                 shown = self.swap(right, wrong, self.same_kind, rng)
             is_judged = own & (self.concept[right] > 0)
             judged = np.where(is_judged, self.concept[right] == self.concept[shown], -1)
-            end = [SEP] if rng.random() < 0.7 else []
-            sequence = [CLS, *head, SEP, *shown, *end]
+            sequence = [CLS, *head, SEP, *shown]
+            judged = [-1] * (len(head) + 2) + judged.tolist()
+            if rng.random() < 0.7:
+                sequence.append(SEP)
+                judged.append(-1)
             sequences.append(sequence)
-            before = [-1] * (len(head) + 2)
-            intact.append([*before, *judged, *[-1] * len(end)])
-        mask = [[1] * len(sequence) for sequence in sequences]
-        return padded(sequences, PAD), padded(mask, 0), torch.from_numpy(same), padded(intact, -1)
+            intact.append(judged)
+        ids = padded(sequences, PAD)
+        mask = padded([[1] * len(sequence) for sequence in sequences], 0)
+        return ids, mask, torch.from_numpy(same), padded(intact, -1)
 
 
 def padded(rows, value):
@@ -337,8 +340,9 @@ def initialise(model, vectors):
 
     T5 needs more: it does not scale its attention scores, it scales its logits down, and where a head looks
     is learnt from small numbers at first: the others know positions from the beginning."""
-    t5 = model.config.model_type == "t5"
-    spread, norm = (model.config.d_kv**-0.25, D**0.5) if t5 else (1.0, 0.5)
+    spread, norm = 1.0, 0.5
+    if model.config.model_type == "t5":
+        spread, norm = model.config.d_kv**-0.25, D**0.5
     linear = r"proj|dense|query|key|value|SelfAttention\.[qkvo]|EncDecAttention|wi_|wo\."
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and re.search(linear, name):
@@ -369,9 +373,10 @@ def at(states, where, ids):
     """Rows of states [B, T, D] at a mask [B, T] and their ids, filled up to a multiple of 64 rows with id
     -100."""
     index = where.flatten().nonzero().squeeze(-1)
-    fill = -len(index) % 64
-    found = states.flatten(0, 1).index_select(0, F.pad(index, (0, fill)))
-    return found, F.pad(ids.flatten()[index], (0, fill), value=-100)
+    target = ids.flatten()[index]
+    fill = (0, -len(index) % 64)
+    found = states.flatten(0, 1).index_select(0, F.pad(index, fill))
+    return found, F.pad(target, fill, value=-100)
 
 
 def last_token(states, mask):
@@ -425,7 +430,8 @@ def encoder_loss(model, aux, batch):
     logits = aux["mlm"](found) @ model.get_input_embeddings().weight.T
     mlm = F.cross_entropy(logits.float(), target)
     readout = model.pooler(states) if getattr(model, "pooler", None) else states[:, 0]
-    return {"mlm": mlm} | judge(aux, states, readout, same, intact.masked_fill(hidden, -1))
+    intact = intact.masked_fill(hidden, -1)
+    return {"mlm": mlm} | judge(aux, states, readout, same, intact)
 
 
 def mean_vector(model, ids):
@@ -448,10 +454,11 @@ def bert_loss(model, aux, batch):
     after = place + end
     bodies = ids.gather(1, after.clamp(max=width - 1)).masked_fill(after >= width, PAD)
     bodies[:, 0] = CLS
-    near = mean_vector(model, heads) @ mean_vector(model, bodies).T / 0.05
+    cosine = mean_vector(model, heads) @ mean_vector(model, bodies).T
+    near = cosine / 0.05
     own = torch.arange(len(near)).masked_fill(~same, -100)
-    pair = (F.cross_entropy(near, own) + F.cross_entropy(near.T, own)) / 2
-    return encoder_loss(model, aux, batch) | {"pair": pair}
+    of_heads, of_bodies = F.cross_entropy(near, own), F.cross_entropy(near.T, own)
+    return encoder_loss(model, aux, batch) | {"pair": (of_heads + of_bodies) / 2}
 
 
 def t5_loss(model, aux, batch):
@@ -464,7 +471,8 @@ def t5_loss(model, aux, batch):
     labels = torch.full((len(ids), width), -100)
     labels[hidden.nonzero()[:, 0], order] = ids[hidden]
     denoise = model(encoder_outputs=(states,), attention_mask=mask, labels=labels).loss
-    return {"denoise": denoise} | judge(aux, states, states[:, 0], same, intact.masked_fill(hidden, -1))
+    intact = intact.masked_fill(hidden, -1)
+    return {"denoise": denoise} | judge(aux, states, states[:, 0], same, intact)
 
 
 MODELS = {  # class, config, loss, steps
@@ -551,19 +559,18 @@ def check(model, aux, corpus, seed=1):
     rng = np.random.default_rng(seed)
     kind = model.config.model_type
     run = model.model if kind == "llama" else model.encoder if kind == "t5" else model
-    kinds, right, score, same, page = [], [], [], [], []
+    found = []
     for rows in np.arange(len(corpus.length) // 100 * 100).reshape(-1, 100):
         ids, mask, together, intact = corpus.batch(rows, rng)
         states = run(input_ids=ids, attention_mask=mask).last_hidden_state
         readout = last_token(states, mask) if kind == "llama" else states[:, 0]
         readout = model.pooler(states) if getattr(model, "pooler", None) else readout
         judged = intact >= 0
-        kinds.append(corpus.kind[ids[judged]])
-        right.append(intact[judged])
-        score.append(aux["rtd"](states[judged]).squeeze(-1))
-        same.append(together)
-        page.append(aux["page"](readout)[:, 0])
-    kinds, right, score, same, page = map(np.concatenate, (kinds, right, score, same, page))
+        kinds = corpus.kind[ids[judged]]
+        score = aux["rtd"](states[judged]).squeeze(-1)
+        page = aux["page"](readout)[:, 0]
+        found.append((kinds, intact[judged], score, together, page))
+    kinds, right, score, same, page = map(np.concatenate, zip(*found))
     auroc = {}
     for number, name in enumerate(["object", *toy.ATTRIBUTES], 1):
         of_kind = kinds == number
