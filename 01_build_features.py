@@ -423,7 +423,7 @@ def build(settings, hardware, share):
 
     # 5. Summary
     facts = about_dataset(raw, settings, inputs, counts, splits, as_of)
-    facts |= base.report(out) if base else {}
+    facts |= base.report() if base else {}
     raw.db.close()
     stage.refuse_changed(read, raw.stamps())
     stage.finish(without=["work"], images=images, **facts)

@@ -26,13 +26,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 
-from common import FIELDS, RELEVANT, PairText, Teacher, at_least, linear_warmup_decay, token_batches
+from common import FIELDS, PairText, Teacher, linear_warmup_decay, token_batches
 from lib import models
 from lib.inputs.base import bases_of
-from lib.inputs.held_out import auroc_of_relevant, warn_if_useless
+from lib.inputs.held_out import scores_of, warn_if_useless
 from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from lib.results import summary
 from lib.stages.checkpoint import CHECKPOINT, Checkpoints, seed_step
@@ -197,8 +196,7 @@ def train_step(model, optimizer, rows, batch, lr_factor, settings, accelerator):
 
 @torch.inference_mode()
 def held_out_scores(teacher, rows, settings, accelerator):
-    """Mean of -log p(label), accuracy and AUROC of P(label >= RELEVANT) on the held-out rows, each process on
-    its share; {} if there are none."""
+    """scores_of() the held-out rows, each process on its share; {} if there are none."""
     teacher.eval()
     watched = rows.held_out if len(rows.held_out) else rows.train[:64]  # these for a finite loss alone
     mine = watched[accelerator.process_index :: accelerator.num_processes]
@@ -206,17 +204,11 @@ def held_out_scores(teacher, rows, settings, accelerator):
     for batch in token_batches(rows.lengths[order], settings.batch_tokens):
         ids, mask, levels = rows.batch(order[batch], accelerator.device)
         p = teacher.probabilities(teacher(ids, mask))
-        loss = F.nll_loss(p.log(), levels, reduction="none")
-        right = p.argmax(1) == levels
-        scored += zip(*(column.tolist() for column in (loss, right, levels + 1, at_least(p, RELEVANT))))
-    loss, right, level, score = zip(*gather_object(scored))
-    if not math.isfinite(sum(loss)):
-        raise Stop(f"the loss after the epoch is {sum(loss)}: {LOWER}")
-    if not len(rows.held_out):
-        return {}
-    found = {"loss": np.mean(loss), "accuracy": np.mean(right)}
-    found[f"auroc_{RELEVANT}"] = auroc_of_relevant(level, score)
-    return {f"held_out_{name}": float(value) for name, value in found.items()}
+        scored += zip((levels + 1).tolist(), p.tolist())
+    scores = scores_of(*map(np.array, zip(*gather_object(scored))))
+    if not math.isfinite(scores["loss"]):
+        raise Stop(f"the loss after the epoch is {scores['loss']}: {LOWER}")
+    return {f"held_out_{name}": value for name, value in scores.items()} if len(rows.held_out) else {}
 
 
 def train(teacher, optimizer, rows, settings, accelerator, folder):

@@ -87,8 +87,13 @@ def wednesday(monday):
     return tables
 
 
-def build(data, run, encoder, *more):
-    """Stage 01 on the dataset of a day."""
+def flags(data, run, encoder, *more):
+    """Stage 01's, for the dataset of a day."""
     where = ["--data", data, "--run", run, "--caption-model", TOY_MODELS / "blip", "--text-encoder", encoder]
-    stage("01").main([str(a) for a in (*where, "--shard-rows", "300", "--device", "cpu", *more)])
+    return [str(a) for a in (*where, "--shard-rows", "300", "--device", "cpu", *more)]
+
+
+def build(data, run, *more):
+    """Stage 01 on the dataset of a day."""
+    stage("01").main(flags(data, run, *more))
     return run / "features"

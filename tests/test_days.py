@@ -5,15 +5,17 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 
 import days
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from days import build, read_tables, write_tables
+from days import build, flags, read_tables, write_tables
 from finished_run import student_seed
 from helpers import stage, stop_line
 from PIL import Image
+from test_kill import start, warm  # noqa: F401
 
 from common import PairText
 from lib.inputs import base as base_module
@@ -50,6 +52,13 @@ def label(run, *more):
     finally:
         labeller.soft_labels = original
     return passes
+
+
+def report_of(run):
+    """Stages 04 and 05; returns report.md."""
+    stage("04").main(["--run", str(run), "--epochs", "1", "--device", "cpu"])
+    stage("05").main(["--run", str(run), "--resamples", "5", "--search-pages", "0"])
+    return (run / "report" / "report.md").read_text()
 
 
 def pairs_of(run, teacher):
@@ -131,6 +140,12 @@ def test_four_days(shop, models, toy, tmp_path, capsys):
         assert one.keys() == other.keys()
         for name in one:
             np.testing.assert_allclose(one[name], other[name], atol=1e-6)
+    (tmp_path / "report").mkdir()
+    for folder in ("features", "teacher", "labels"):
+        (tmp_path / "report" / folder).symlink_to(wednesday / folder)
+    assert f"looked up in {tuesday}, {back[str(monday)]:,} looked up in {monday}" in report_of(
+        tmp_path / "report"
+    )
 
     tables = read_tables(shop / "data3")
     query, pin = "new", days.RETITLED
@@ -144,6 +159,9 @@ def test_four_days(shop, models, toy, tmp_path, capsys):
     passes = label(thursday)
     assert set(passes) == pairs_of(thursday, thursday / "teacher")  # another teacher: nothing is known
     assert "of another teacher" in capsys.readouterr().out
+    assert f"{len(passes):,} by a pass of the teacher, " in report_of(thursday)
+    systems = read_json(thursday / "report" / "metrics.json")["systems"]
+    assert {"match", "student", "teacher"} <= systems.keys()
 
 
 def test_yesterdays_student_reads_todays_features(shop, capsys):
@@ -228,21 +246,25 @@ def at_rename(call, number, monkeypatch):
 
 
 def test_a_day_that_is_killed_again_and_again_ends_the_same(shop, models, tmp_path, monkeypatch):
+    """Processes that end by SIGKILL at renames of files; the last one puts a folder into its place."""
     rng, runs = np.random.default_rng(1), [tmp_path / name for name in ("undisturbed", "disturbed")]
     stages = {
-        "features": lambda run: build(shop / "data2", run, models["bert"], "--base", shop / "monday"),
-        "teacher": lambda run: train(run, models),
-        "labels": label,
+        "01": ("features", lambda run: flags(shop / "data2", run, models["bert"], "--base", shop / "monday")),
+        "02": ("teacher", lambda run: ["--run", run, "--model", models["llama"], *QUICK]),
+        "03": ("labels", lambda run: ["--run", run, "--device", "cpu"]),
     }
-    for folder, work in stages.items():
-        renames = at_rename(functools.partial(work, runs[0]), 0, monkeypatch)
+    for number, (folder, argv) in stages.items():
+        main, (one, other) = stage(number).main, [list(map(str, argv(run))) for run in runs]
+        renames = at_rename(functools.partial(main, one), 0, monkeypatch)
         assert renames > 2
-        for number in (*rng.integers(1, renames, 2), renames):  # the last one puts the folder into its place
-            at_rename(functools.partial(work, runs[1]), number, monkeypatch)
-        work(runs[1])
+        for rename in (*rng.integers(1, renames, 2).tolist(), renames):
+            killed = start(number, other, tmp_path / "log", rename=(rename, rng.choice(["before", "after"])))
+            assert killed == -signal.SIGKILL, (tmp_path / "log").read_text()
+        main(other)
         one, other = (content(run / folder) for run in runs)
         assert one.keys() == other.keys()
         assert [name for name in one if one[name] != other[name]] == []
+    assert read_json(runs[1] / "labels" / "stage.json")["labels"]["looked_up"]
 
 
 def test_a_table_of_labels_that_is_damaged_is_made_again(shop, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ content, which changes no result.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.inputs.match import MATCH_FEATURES, match_names
-from lib.inputs.student_inputs import OUR_COLUMNS, TABLES
-from lib.stages.files import link_or_copy, remove
+from lib.inputs.student_inputs import TABLES, further_columns, read_column
+from lib.stages.files import link_whole
 from lib.stages.finished import read_about, require_finished
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
@@ -68,19 +67,18 @@ def open_base(settings, inputs):
 
 class Base:
     """The features that new ones build on. about: their stage.json; graph: graph.parquet (Arrow), or None;
-    drift: {what: how far the new tables are from the statistics, as a share}."""
+    drift: {what: how far the new tables are from the statistics, as a share}; unknown: in words, how many
+    values of categories the base does not have."""
 
     def __init__(self, run, about):
-        self.run, self.folder, self.about, self.drift = run, run / "features", about, {}
+        self.run, self.folder, self.about = run, run / "features", about
+        self.drift, self.unknown = {}, []
         has_graph = "graph.parquet" in about["outputs"]
         self.graph = pq.read_table(self.folder / "graph.parquet") if has_graph else None
 
     def bring(self, name, out):
         """The base's file, byte for byte, in the new folder; returns its path."""
-        temporary = out / f".{name}.tmp"
-        remove(temporary)
-        link_or_copy(self.folder / name, temporary)
-        os.replace(temporary, out / name)
+        link_whole(self.folder / name, out / name)
         return out / name
 
     def known_texts(self, side, texts, out):
@@ -95,9 +93,13 @@ class Base:
         row; an embedding is made here, of zeros. numbers: names of the numbers of pairs."""
         lacking, rows = [], {}
         for side, table in TABLES.items():
-            ours, theirs = (further(folder / table, side) for folder in (out, self.folder))
-            lacking += [f"{side}_{name}" for name, kind in theirs.items() if ours.get(name) != kind]
+            ours, theirs = (further_columns(folder / table, side) for folder in (out, self.folder))
             rows[side] = pq.read_metadata(out / table).num_rows
+            for name, kind in theirs.items():
+                if ours.get(name) != kind:
+                    lacking.append(f"{side}_{name}")
+                elif kind == "category":
+                    self.note_unknown(f"{side}_{name}", out / table, name)
         names = match_names(self.folder / "labelled.parquet")
         lacking += [name for name in names if name not in MATCH_FEATURES and name not in numbers]
         for path in sorted(self.folder.glob("*_embedding.npy")):
@@ -112,6 +114,12 @@ class Base:
         if lacking:
             print(f"a student of {self.run} reads, and these tables lack: {', '.join(lacking)}")
 
+    def note_unknown(self, what, path, name):
+        """Values of a category, the column `name` of a table, that the base does not have."""
+        now, then = (pc.unique(read_column(table, name)) for table in (path, self.folder / path.name))
+        new = pc.sum(pc.invert(pc.is_in(now.drop_null(), then))).as_py()
+        self.unknown += [f"{new:,} of {what}"] * bool(new)
+
     def note_boards(self, raw, titles, explained):
         """Drift of the graph. titles: those that an SVD made today would take (Arrow); explained: share of
         today's matrix that the base's axes hold."""
@@ -123,36 +131,16 @@ class Base:
         self.drift["board saves under a title that the graph does not know"] = share
         self.drift["loss of what its axes hold"] = max(0.0, 1 - explained / then) if then else 0.0
 
-    def report(self, out):
-        """Prints the drift, and how many values of categories the base does not have; returns both, and the
-        base's place, for stage.json."""
-        unknown = []
-        for side, table in TABLES.items():
-            ours, theirs = (further(folder / table, side) for folder in (out, self.folder))
-            for name in [name for name, kind in ours.items() if kind == theirs.get(name) == "category"]:
-                now, then = (
-                    pc.unique(pq.ParquetFile(folder / table).read(columns=[name])[name]).drop_null()
-                    for folder in (out, self.folder)
-                )
-                new = pc.sum(pc.invert(pc.is_in(now, then))).as_py()
-                unknown += [f"{new:,} of {side}_{name}"] * bool(new)
+    def report(self):
+        """Prints the drift, and how many values of categories the base does not have. Returns the drift and
+        the base's place, for stage.json."""
         shares = ", ".join(f"{what} {share:.1%}" for what, share in self.drift.items())
         verdict = f"all below {DRIFT_LIMIT:.0%}: the statistics serve"
         if max(self.drift.values()) >= DRIFT_LIMIT:
             verdict = f"not below {DRIFT_LIMIT:.0%}: fit them again (01 without --base, then 02 to 05)"
-        new = f"; category values that the base does not have: {', '.join(unknown)}" * bool(unknown)
+        new = f"; category values that the base does not have: {', '.join(self.unknown)}" * bool(self.unknown)
         print(f"drift from the statistics of {self.run}: {shares}; {verdict}{new}")
         return {"base": str(self.run), "drift": {what: round(x, 6) for what, x in self.drift.items()}}
-
-
-def further(path, side):
-    """The columns of a table of queries or pins beyond the contract's: {name: "number" or "category"}."""
-    kinds = {}
-    for field in pq.read_schema(path):
-        if field.name not in OUR_COLUMNS[side]:
-            is_number = pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
-            kinds[field.name] = "number" if is_number else "category"
-    return kinds
 
 
 def digests(texts):

@@ -3,7 +3,6 @@ once, kept by its content.
 """
 
 import functools
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.inputs.encoders import Captioner
-from lib.stages.files import link_or_copy, remove, write_parquet
+from lib.stages.files import link_whole, write_parquet
 from lib.stages.finished import is_as_made, read_about
 from lib.stages.streams import (
     keep_chunks,
@@ -90,10 +89,6 @@ def reuse_captions(folders, out):
         outputs = read_about(old, damaged_is_fine=True).get("outputs", {}).items()
         names = [n for n, made in outputs if n.startswith("captions/") and is_as_made(old / n, made)]
         for name in [name for name in names if not (out / name).exists()]:
-            temporary = out / ".captions.tmp"
-            remove(temporary)
-            link_or_copy(old / name, temporary)
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, out / name)
+            link_whole(old / name, out / name)
         if names:
             return

@@ -7,7 +7,6 @@ Shapes: N keys of 16 bytes (KEY) [N]; C = 5 levels.
 """
 
 import hashlib
-import json
 import math
 
 import numpy as np
@@ -23,7 +22,7 @@ from lib.stages.terminal import Stop
 BATCH = 1 << 20  # rows of a table that are in memory at once, 36 MB
 FILE = "known.arrow"  # of RUN/labels
 KEY = "S16"  # NumPy's type of a key; compared byte by byte
-DECIDED_BY, SHARDS = b"label decided by", b"shards"  # in a table's metadata
+DECIDED_BY = b"label decided by"  # in a table's metadata
 
 
 def label_keys(rows, decided_by):
@@ -40,13 +39,11 @@ def batch_of(keys, labels):
     return pa.record_batch([keys, vector_column(np.ascontiguousarray(labels))], ["key", "label"])
 
 
-def write_table(path, batches, decided_by, shards=()):
-    """A stream of batches in the order of their keys -> a table. The same rows give the same bytes. shards:
-    names of those whose rows it has."""
+def write_table(path, batches, decided_by):
+    """A stream of batches in the order of their keys -> a table. The same rows give the same bytes."""
     with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         schema = batch_of(np.empty(0, KEY), np.empty((0, NUM_LEVELS), np.float32)).schema
-        metadata = {DECIDED_BY: decided_by, SHARDS: json.dumps(shards)}
-        with pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
+        with pa.ipc.new_file(file, schema.with_metadata({DECIDED_BY: decided_by})) as writer:
             for rows in slices(batches, BATCH):
                 writer.write_batch(rows.combine_chunks().to_batches()[0])
     return LabelTable(path)
@@ -61,7 +58,6 @@ class LabelTable:
             reader = pa.ipc.open_file(file)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             self.decided_by = reader.schema.metadata.get(DECIDED_BY, b"").decode()
-            self.shards = json.loads(reader.schema.metadata[SHARDS])
             self.firsts = np.array([batch["key"][0].as_py() for batch in batches], KEY)
             self.rows = sum(map(len, batches))
 
@@ -98,9 +94,8 @@ class LabelTable:
         return np.concatenate(keys), np.concatenate(labels)
 
 
-def merge(tables, path, shards=()):
-    """Tables -> one at `path`, of a key that stands in several of them the label of the first counts.
-    shards: of write_table()."""
+def merge(tables, path):
+    """Tables -> one at `path`; of a key that stands in several of them the label of the first counts."""
     parts = math.ceil(sum(table.rows for table in tables) / BATCH) or 1
     bounds = [((2**128 - 1) * part // parts).to_bytes(16, "big") for part in range(parts + 1)]
 
@@ -111,27 +106,25 @@ def merge(tables, path, shards=()):
             keys, rows = np.unique(keys, return_index=True)
             yield batch_of(keys, labels[rows])
 
-    return write_table(path, batches(), tables[0].decided_by, shards)
+    return write_table(path, batches(), tables[0].decided_by)
 
 
 class KnownLabels:
     """What a process looks labels up in: the tables of earlier runs, {name: LabelTable}, and those of this
-    run in the folder `own`, where it keeps what it has labelled or found itself, shard by shard."""
+    run in the folder `own`: of each shard one, of what a process has labelled or found for it."""
 
     def __init__(self, earlier, own, decided_by, unwritten):
         """unwritten: names of shards without labels; a process that was killed may have left the table of
         one. Of the others all labels are here if they are `covered`: a damaged table is gone."""
         self.earlier, self.own, self.decided_by = earlier, own, decided_by
-        found = [LabelTable(path) for path in sorted(own.glob("*.arrow"))]
-        self.before = [t for t in found if len(t.shards) > 1 or t.shards[0] not in unwritten]  # until then
-        self.covered = {shard for table in self.before for shard in table.shards}
-        self.since = []  # so that every table is twice as large as the next one, or larger
+        self.covered = {path.stem for path in own.glob("*.arrow")} - unwritten
+        self.tables = [LabelTable(own / f"{shard}.arrow") for shard in sorted(self.covered)]
 
     def find(self, keys):
         """Looks n sorted keys up. Returns labels [n, C], and where each is from [n]: 0, this run; i, the i-th
         earlier one; -1: it is not known."""
         labels, source = np.zeros((len(keys), NUM_LEVELS), np.float32), np.full(len(keys), -1, np.int32)
-        tables = [(0, table) for table in (*self.before, *self.since)]
+        tables = [(0, table) for table in self.tables]
         for number, table in [*tables, *enumerate(self.earlier.values(), 1)]:
             missing = np.flatnonzero(source < 0)
             some = labels[missing]
@@ -139,16 +132,10 @@ class KnownLabels:
             labels[missing], source[missing[found]] = some, number
         return labels, source
 
-    def add(self, name, keys, labels):
-        """Keeps n sorted keys and their labels, under the name of a shard. Shards before it are written."""
-        while len(self.since) > 1 and self.since[-2].rows < 2 * max(self.since[-1].rows, 1):
-            pair = self.since[-2:]
-            shards = pair[0].shards + pair[1].shards
-            self.since[-2:] = [merge(pair, self.own / f"{shards[0]}+{shards[-1]}.arrow", shards)]
-            for table in pair:
-                table.path.unlink()
+    def add(self, shard, keys, labels):
+        """Keeps n sorted keys and their labels, under the name of a shard that is going to be written."""
         batches = [batch_of(keys, labels)] if len(keys) else []
-        self.since.append(write_table(self.own / f"{name}.arrow", batches, self.decided_by, [name]))
+        self.tables.append(write_table(self.own / f"{shard}.arrow", batches, self.decided_by))
 
 
 def merge_own(own, path):

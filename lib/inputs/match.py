@@ -75,6 +75,7 @@ class MatchFeature(NamedTuple):
     source: str | None
 
 
+ENGAGED = "high-engagement events of this query on this pin in the window"
 MATCH_FEATURES = {
     "bm25": MatchFeature(
         lambda pairs: pairs.bm25[0],
@@ -83,26 +84,13 @@ MATCH_FEATURES = {
         "bm25.parquet",
     ),
     "terms_matched": MatchFeature(
-        lambda pairs: pairs.bm25[1],
-        "share, 0 to 1",
-        "tokens of the query that the pin's text has",
-        None,
+        lambda pairs: pairs.bm25[1], "share, 0 to 1", "tokens of the query that the pin's text has", None
     ),
     "text_cosine": MatchFeature(
-        lambda pairs: pairs.text_cosine(),
-        "cosine, -1 to 1",
-        "of query_text and pin_text",
-        "text encoder",
+        Pairs.text_cosine, "cosine, -1 to 1", "of query_text and pin_text", "text encoder"
     ),
-    "engagement": MatchFeature(
-        lambda pairs: np.log1p(pairs.engaged),
-        "log(1 + events)",
-        "high-engagement events of this query on this pin in the window",
-        None,
-    ),
+    "engagement": MatchFeature(lambda pairs: np.log1p(pairs.engaged), "log(1 + events)", ENGAGED, None),
 }
-
-
 NOT_MATCH = ("query_index", "pin_index", "label", "split")  # other columns of a file of pairs
 
 

@@ -6,6 +6,7 @@ of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -63,24 +64,12 @@ def label_again(path):
 
 def count_labels(paths):
     """Where the labels of files are from: the sum of their counts (write_labels)."""
-    total = {"rows": 0, "passes": 0, "looked_up": {}}
+    total, looked_up = Counter(), Counter()
     for path in paths:
         counts = json.loads(pq.read_metadata(path).metadata[b"counts"])
-        total["rows"] += counts["rows"]
-        total["passes"] += counts["passes"]
-        for run, labels in counts["looked_up"].items():
-            total["looked_up"][run] = total["looked_up"].get(run, 0) + labels
-    return total
-
-
-def mean_label(paths):
-    """Mean [C] of the label shards' rows."""
-    total, rows = np.zeros(NUM_LEVELS), 0
-    for path in paths:
-        labels = read_labels(path)
-        total += labels.sum(0, dtype=np.float64)
-        rows += len(labels)
-    return total / rows
+        looked_up.update(counts.pop("looked_up"))
+        total.update(counts)
+    return {**total, "looked_up": dict(looked_up)}
 
 
 def count_rows(paths):
@@ -133,14 +122,8 @@ class PairFiles:
         self.languages = np.array(known, dtype=object)
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         self.match = match_names(features / "labelled.parquet")
-        self.row = np.dtype(
-            [
-                ("query", np.int32),  # row of queries.parquet
-                ("pin", np.int32),  # row of pins.parquet
-                ("match", np.float32, len(self.match)),
-                ("target", np.float32, NUM_LEVELS),  # probability of each level
-            ]
-        )
+        of_pair = [("match", np.float32, len(self.match)), ("target", np.float32, NUM_LEVELS)]
+        self.row = np.dtype([("query", np.int32), ("pin", np.int32), *of_pair])
 
     def read(self, path):
         """All rows of a file, targets not set."""
@@ -205,35 +188,26 @@ class TrainingRows:
         self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):
-        """One pass: counts the training rows and deals --rows to them. Returns {"mean", "std", "low", "high":
-        [F]} of the match features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for
-        logs change over time."""
+        """One pass: counts the training rows and deals --rows to them. Returns moments_of() their match
+        features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for logs change over
+        time."""
         held_out, counts = [], []
         is_held_out = self.is_held_out[self.human["query"]]
         if not self.shards:  # else the student is compared with the teacher, on impressions
             held_out.append(self.human[is_held_out])
         self.human = self.human[~is_held_out]
-        moments, ends = moments_of(self.human["match"]), [ends_of(self.human["match"])]
+        found = [statistics_of(self.human["match"])]
         for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
             rows = self.files.impressions(path)
             is_held_out = self.is_held_out[rows["query"]]
             held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
             counts.append(np.count_nonzero(~is_held_out))
-            moments += moments_of(rows["match"][~is_held_out])
-            ends.append(ends_of(rows["match"][~is_held_out]))
+            found.append(statistics_of(rows["match"][~is_held_out]))
         if not sum(counts) + len(self.human):
-            languages = " ".join(self.settings.languages)
-            asked = f" for --languages {languages}" if languages else ""
+            asked = " for --languages " * bool(self.settings.languages) + " ".join(self.settings.languages)
             raise Stop(f"no rows to train on in {self.files.run}{asked}")
         self.deal(counts)
-        known, total, squares = moments
-        n = np.maximum(known, 1)
-        mean = total / n
-        std = np.sqrt(np.maximum(squares / n - mean**2, 0))
-        low, high = np.min(ends, axis=0)[0], -np.min(ends, axis=0)[1]
-        low, high = np.where(known, low, mean), np.where(known, high, mean)
-        moments = {"mean": mean, "std": np.where(std > 1e-6, std, 1.0), "low": low, "high": high}
-        return moments, np.concatenate(held_out)
+        return moments_of(np.stack(found)), np.concatenate(held_out)
 
     def deal(self, counts):
         """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
@@ -289,16 +263,21 @@ class TrainingRows:
             skip = 0
 
 
-def moments_of(match):
-    """Match features [N, F] -> [3, F]: how many are known, their sum, their sum of squares."""
+def statistics_of(match):
+    """Match features [N, F] -> [5, F]: how many are known, their sum, their sum of squares, the least, the
+    greatest times -1."""
     known = np.isfinite(match)
     values = np.where(known, match, 0).astype(np.float64)
-    squares = values**2
-    return np.stack([known.sum(0), values.sum(0), squares.sum(0)])
+    ends = [np.where(known, sign * match, np.inf).min(axis=0, initial=np.inf) for sign in (1, -1)]
+    return np.stack([known.sum(0), values.sum(0), (values**2).sum(0), *ends])
 
 
-def ends_of(match):
-    """Match features [N, F] -> [2, F]: the least that is known, and the greatest times -1."""
-    known = np.isfinite(match)
-    least = [np.where(known, sign * match, np.inf).min(axis=0, initial=np.inf) for sign in (1, -1)]
-    return np.stack(least)
+def moments_of(statistics):
+    """statistics_of() all parts [S, 5, F] -> {"mean", "std", "low", "high": [F]}; a deviation of 0 is 1."""
+    known, total, squares = statistics[:, :3].sum(axis=0)
+    low, high = statistics[:, 3:].min(axis=0)
+    n = np.maximum(known, 1)
+    mean = total / n
+    std = np.sqrt(np.maximum(squares / n - mean**2, 0))
+    moments = {"mean": mean, "std": np.where(std > 1e-6, std, 1.0)}
+    return moments | {"low": np.where(known, low, mean), "high": np.where(known, -high, mean)}

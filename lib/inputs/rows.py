@@ -23,14 +23,8 @@ class LabelledRows:
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
         queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
-        pins = pq.read_table(features / "pins.parquet", columns=list(text.fields))
-
-        def read_pins(numbers):
-            return pins.take(numbers).to_pydict()
-
         self.queries = queries.to_pylist()  # of all rows and impressions
-        indices = (table[name].to_numpy() for name in ("query_index", "pin_index"))
-        ids = tokenize_pairs(text, queries, read_pins, *indices)
+        ids = token_ids_of(features, text, queries, table)
         order = content_order(ids, table["label"].to_numpy())
         table, self.ids = table.take(order), [ids[row] for row in order]
         self.lengths = np.array([len(row) for row in self.ids])
@@ -38,19 +32,14 @@ class LabelledRows:
         self.pad_id = text.tokenizer.pad_token_id
         keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
         self.train, self.held_out, self.split = split_rows(keys, settings)
-        self.train_queries = count_queries(keys, self.train)
-        self.held_out_queries = count_queries(keys, self.held_out)
+        self.train_queries = len({keys[row] for row in self.train})
+        self.held_out_queries = len({keys[row] for row in self.held_out})
         self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
         ids, mask = pad_rows([self.ids[row] for row in rows], self.pad_id)
         return [column.to(device, non_blocking=True) for column in (ids, mask, self.levels[rows])]
-
-
-def count_queries(keys, rows):
-    """Of how many queries some rows are. keys [N]: of all rows' queries."""
-    return len({keys[row] for row in rows})
 
 
 def split_rows(keys, settings):
@@ -75,15 +64,21 @@ def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
     return [text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin)]
 
 
+def token_ids_of(features, text, queries, pairs):
+    """Token ids of pairs (Arrow), N arrays [T]. queries: Arrow column of all queries."""
+    read_pins = functools.partial(read_fields, features / "pins.parquet", text.fields)
+    indices = (pairs[name].to_numpy() for name in ("query_index", "pin_index"))
+    return tokenize_pairs(text, queries, read_pins, *indices)
+
+
 def tokenized_shards(features, text, paths):
     """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs."""
     queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
-    read_pins = functools.partial(read_fields, features / "pins.parquet", text.fields)
-    columns = ["query_index", "pin_index"]
     for path in paths:
-        pairs = pq.read_table(path, columns=columns)
-        indices = [pairs[name].to_numpy() for name in columns]
-        yield path, tokenize_pairs(text, queries, read_pins, *indices)
+        yield (
+            path,
+            token_ids_of(features, text, queries, pq.read_table(path, columns=["query_index", "pin_index"])),
+        )
 
 
 def read_fields(path, fields, pins):

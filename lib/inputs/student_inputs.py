@@ -39,20 +39,15 @@ class StudentInputs:
             trained = f"the student was trained on the embeddings {spec['embeddings']}"
             raise Stop(f"{trained}, {features} has {self.dims}: it cannot read these features")
         self.match = spec["match"] if spec else match_names(features / "labelled.parquet")
-        files = {side: pq.ParquetFile(features / table) for side, table in TABLES.items()}
-        for side, file in files.items():
-            further = [name for name in file.schema_arrow.names if name not in OUR_COLUMNS[side]]
-            columns |= {f"{side}_{name}": name for name in further}
+        for side, table in TABLES.items():
+            columns |= {f"{side}_{name}": name for name in further_columns(features / table, side)}
         for name in columns if spec is None else (*spec["categories"], *spec["numbers"]):
-            file = files[side_of(name)]
-            column = unknown(file.metadata.num_rows)
-            if name in columns:
-                column = file.read(columns=[columns[name]])[columns[name]]
+            column = read_column(features / TABLES[side_of(name)], columns.get(name))
             self.add(name, column, spec, max_values)
 
     def add(self, name, column, spec, max_values):
         """A numeric column becomes numbers, another one a category; with a spec, what they are there."""
-        is_number = pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+        is_number = is_numeric(column.type)
         if is_number if spec is None else name in spec["numbers"]:
             known = column.cast(pa.float32()) if is_number else unknown(len(column))
             self.values[name] = known.to_numpy()  # NaN where it is null
@@ -90,6 +85,24 @@ class StudentInputs:
                 gathered[name] = some if name in self.codes else some.float()
         columns = torch.from_numpy(np.ascontiguousarray(match)).unbind(dim=1)
         return gathered | dict(zip(self.match, columns))
+
+
+def is_numeric(kind):
+    """Is it an Arrow type of numbers?"""
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def further_columns(path, side):
+    """The columns of a table of queries or pins beyond the contract's: {name: "number" or "category"}."""
+    fields = [field for field in pq.read_schema(path) if field.name not in OUR_COLUMNS[side]]
+    return {field.name: "number" if is_numeric(field.type) else "category" for field in fields}
+
+
+def read_column(path, name):
+    """A column of a Parquet file (Arrow); None: one of nulls."""
+    if name is None:
+        return unknown(pq.read_metadata(path).num_rows)
+    return pq.read_table(path, columns=[name])[name]
 
 
 def unknown(rows):

@@ -139,6 +139,15 @@ def link_or_copy(source, target):
         shutil.copy2(source, target)
 
 
+def link_whole(source, target):
+    """Likewise; `target` is whole or absent."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    remove(temporary)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    link_or_copy(source, temporary)
+    os.replace(temporary, target)
+
+
 def remove(path):
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
