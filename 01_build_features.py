@@ -22,7 +22,6 @@ Later   the same with --base /runs/search --run /runs/tuesday: the next day
 """
 
 import functools
-from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 from common import FIELDS
 from lib import models
 from lib.inputs.base import open_base
-from lib.inputs.bm25 import PairBM25, tokenize
+from lib.inputs.bm25 import tokenize
 from lib.inputs.captions import caption_pictures, captions_of, plan_captions, reuse_captions
 from lib.inputs.encoders import captioner_config, embed_texts, encoder_config, gather_embeddings
 from lib.inputs.graph import graph_embedding
@@ -44,7 +43,7 @@ from lib.inputs.match import (
     MATCH_FEATURES,
     RULES,
     WINDOW_YEARS,
-    MatchFeatures,
+    open_match_features,
     pin_texts,
     query_texts,
 )
@@ -59,7 +58,7 @@ from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embeddi
 from lib.tables.images import pictures_fingerprint, read_pictures, warn_if_all_fail, write_skipped
 from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names
 from lib.tables.raw import RawTables, levels_of
-from lib.tables.splits import held_out
+from lib.tables.splits import split_of
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,6 @@ PRESETS = {
     ),
 }
 MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
-ENOUGH_EVAL = 50  # evaluation queries
-ROUGH_WIDTH = 0.4  # half an interval of AUROC or nDCG, times the root of the queries (MSRD, Commons)
 CHUNK = 4_096  # images captioned, or texts embedded, between two files of a resumable cache
 WORTH_PROCESSES = 200_000  # pins; the text of fewer is counted faster by one process
 
@@ -206,24 +203,6 @@ def write_texts(raw, captions, out):
 # Match features of pairs
 
 
-def split_of(raw, keys, given, share):
-    """Split of each labelled row [B], train or eval: as given, else `share` of the queries go to eval, by a
-    hash of the text. keys, given: query_key and split (or None) of each. Prints how many these are; returns
-    also {split: rows}."""
-    in_eval, _ = held_out(keys, share, "eval")
-    split = [known or ("eval" if hashed else "train") for known, hashed in zip(given, in_eval)]
-    rows, queries = Counter(split), Counter(side for side, _ in set(zip(split, keys)))
-    for side in ("train", "eval"):
-        if not rows[side]:
-            raise Stop(f"{raw.name['labels']}: no row in the split {side!r}; both are needed")
-    sides = [f"{rows[side]:,} rows of {queries[side]:,} queries {side}" for side in ("train", "eval")]
-    print("labelled:", ", ".join(sides))
-    if queries["eval"] < ENOUGH_EVAL:
-        width = f"intervals of AUROC and nDCG will be some ±{ROUGH_WIDTH / queries['eval'] ** 0.5:.2f}"
-        print(f"only {queries['eval']} evaluation queries: {width}; --eval-share holds out more")
-    return split, dict(rows)
-
-
 def write_labelled(raw, features_of, numbers, share, path):
     """labelled.parquet: label, split and features. numbers: {numeric column of pairs: SQL}; share: of
     split_of(). Returns {split: rows}."""
@@ -231,7 +210,7 @@ def write_labelled(raw, features_of, numbers, share, path):
     pairs = pa.concat_tables(index_pairs(raw, "labels", columns))
     keys = raw.table("SELECT query_key(query) AS key FROM query_rows ORDER BY query_index")["key"]
     keys = keys.take(pairs["query_index"]).to_pylist()
-    split, counts = split_of(raw, keys, pairs["split"].to_pylist(), share)
+    split, counts = split_of(keys, pairs["split"].to_pylist(), share, raw.name["labels"])
     columns = features_of(pairs)
     indices = {name: columns.pop(name) for name in ("query_index", "pin_index")}
     write_parquet(path, {**indices, "label": pairs["label"].to_numpy(), "split": split, **columns})
@@ -273,28 +252,12 @@ def make_embeddings(raw, settings, own, share, out, base):
                 print(f"{source.name}: {missing:,} of {len(ids):,} {table} have no row there and get zeros")
         if f"{side}_text" not in own:
             vectors, place = base.known_texts(side, texts, out) if base else (None, np.full(len(ids), -1))
-            folder, dim = (
-                out / "work" / f"{side}_text",
-                encoder_config(settings.text_encoder, settings.text_tokens).hidden_size,
-            )
-            files = share("texts", out / f"{table}.parquet", folder, place < 0, CHUNK)
-            gather_embeddings(files, out / f"{side}_text_embedding.npy", dim, place, vectors)
+            config = encoder_config(settings.text_encoder, settings.text_tokens)
+            files = share("texts", out / f"{table}.parquet", out / "work" / f"{side}_text", place < 0, CHUNK)
+            gather_embeddings(files, out / f"{side}_text_embedding.npy", config.hidden_size, place, vectors)
     if "pin_graph" not in own:
         pins = pq.read_metadata(out / "pins.parquet").num_rows
         graph_embedding(raw, pins, settings.graph_dim, settings.seed, out, base)
-
-
-def open_match_features(out, workers, base=None):
-    """MatchFeatures over the texts and embeddings of a features folder, with the statistics of the base if
-    there is one. Writes bm25.parquet."""
-    queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
-    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
-    if base:
-        base.drift |= bm25.use(base.bring("bm25.parquet", out))
-    else:
-        bm25.save(out / "bm25.parquet")
-    vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
-    return MatchFeatures(bm25, *vectors)
 
 
 def write_pairs(raw, match, numbers, settings, out):
@@ -358,7 +321,7 @@ def check_tables(settings):
 
     def splits():
         if not raw.faults:
-            split_of(raw, *zip(*raw.ask(labels)), settings.eval_share)
+            split_of(*zip(*raw.ask(labels)), settings.eval_share, raw.name["labels"])
 
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),

@@ -30,7 +30,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoTokenizer, BertModel
 
 import common
-from lib.inputs.match import MATCH_FEATURES, MatchFeature, match_names
+from lib.inputs.bm25 import PairBM25
+from lib.inputs.match import MATCH_FEATURES, MatchFeature, MatchFeatures, match_names
 from lib.results.contract import contract
 from lib.stages import streams
 from lib.stages.files import read_json
@@ -205,7 +206,7 @@ words = st.lists(st.sampled_from(vocabulary), max_size=12).map(" ".join)
 
 def assert_equal_to_rank_bm25(queries, texts, chunks=1):
     """Every (query, pin) pair against BM25Okapi.get_scores, and the matched share against sets."""
-    ours = build.PairBM25(queries, [list(c) for c in np.array_split(np.array(texts, dtype=object), chunks)])
+    ours = PairBM25(queries, [list(c) for c in np.array_split(np.array(texts, dtype=object), chunks)])
     theirs = BM25Okapi([build.tokenize(t) for t in texts])
     query, pin = (
         a.ravel() for a in np.meshgrid(np.arange(len(queries)), np.arange(len(texts)), indexing="ij")
@@ -238,7 +239,7 @@ def test_bm25_on_three_documents_with_a_negative_idf():
 def test_bm25_by_the_formula():
     """Two equal pins of four: f = 1, length = average, so that a term weighs idf x 2.5 / (1 + 1.5) = idf =
     log((4 - 1 + .5) / (1 + .5))."""
-    bm25 = build.PairBM25(["red"], [["red a", "b c", "d e", "f g"]])
+    bm25 = PairBM25(["red"], [["red a", "b c", "d e", "f g"]])
     score, matched = bm25.score(np.array([0, 0]), np.array([0, 1]))
     np.testing.assert_allclose(score, [np.log(3.5 / 1.5), 0])
     assert matched.tolist() == [1, 0]
@@ -246,7 +247,7 @@ def test_bm25_by_the_formula():
 
 def test_bm25_with_empty_documents_and_no_words_at_all():
     assert_equal_to_rank_bm25(["red chair"], ["", "red", "", "chair red"])
-    score, matched = build.PairBM25(["red", ""], [["", ""]]).score(np.array([0, 1]), np.array([1, 0]))
+    score, matched = PairBM25(["red", ""], [["", ""]]).score(np.array([0, 1]), np.array([1, 0]))
     assert score.tolist() == [0, 0] and matched.tolist() == [0, 0]
 
 
@@ -262,13 +263,13 @@ def test_bm25_on_a_larger_corpus_and_with_worker_processes():
     pairs = rng.integers(0, 30, 500), rng.integers(0, 200, 500)
     chunks = [texts[:90], texts[90:]]
     np.testing.assert_array_equal(
-        build.PairBM25(queries, chunks, workers=2).score(*pairs)[0],
-        build.PairBM25(queries, chunks).score(*pairs)[0],
+        PairBM25(queries, chunks, workers=2).score(*pairs)[0],
+        PairBM25(queries, chunks).score(*pairs)[0],
     )
 
 
 def test_terms_matched_by_hand():
-    bm25 = build.PairBM25(["red oak chair", "chair chair lamp", "!"], [["A red chair", "oak", ""]])
+    bm25 = PairBM25(["red oak chair", "chair chair lamp", "!"], [["A red chair", "oak", ""]])
     _, matched = bm25.score(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 2, 0, 0]))
     np.testing.assert_allclose(matched, [2 / 3, 1 / 3, 0, 2 / 3, 0])
 
@@ -277,22 +278,22 @@ def test_match_features():
     rng = np.random.default_rng(2)
     vectors = rng.normal(size=(3, 8)).astype(np.float16), rng.normal(size=(4, 8)).astype(np.float16)
     vectors[1][2] = 0  # a pin without a vector
-    bm25 = build.PairBM25(["red", "oak", "lamp"], [["red", "oak lamp", "x", "y"]])
+    bm25 = PairBM25(["red", "oak", "lamp"], [["red", "oak lamp", "x", "y"]])
     query, pin = (a.ravel() for a in np.meshgrid(np.arange(3), np.arange(4), indexing="ij"))
     engaged = np.arange(12)
-    whole = build.MatchFeatures(bm25, *vectors)(query, pin, engaged)
-    cut = build.MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
+    whole = MatchFeatures(bm25, *vectors)(query, pin, engaged)
+    cut = MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
     for name in MATCH_FEATURES:
         assert whole[name].dtype == np.float32
         np.testing.assert_array_equal(whole[name], cut[name])
     expected = cosine_similarity(*(v.astype(np.float64) for v in vectors))
     np.testing.assert_allclose(whole["text_cosine"].reshape(3, 4), expected, atol=1e-6)
     np.testing.assert_allclose(whole["engagement"], np.log(1 + engaged), rtol=1e-6)
-    of_other_widths = build.MatchFeatures(bm25, vectors[0], vectors[1][:, :5])(query, pin, engaged)
+    of_other_widths = MatchFeatures(bm25, vectors[0], vectors[1][:, :5])(query, pin, engaged)
     assert (of_other_widths["text_cosine"] == 0).all()
     threads = threading.active_count()
     for _ in range(3):  # a service calls for ever: no thread outlives a call
-        build.MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
+        MatchFeatures(bm25, *vectors, chunk=5)(query, pin, engaged)
     assert threading.active_count() == threads
 
 
@@ -596,7 +597,7 @@ def test_wrong_models_are_one_line(models, tmp_path):
     ],
 )
 def test_what_nobody_sees_does_not_keep_texts_apart(one, other):
-    bm25 = build.PairBM25([one, other], [[one, other, "x", "y", "z"]])
+    bm25 = PairBM25([one, other], [[one, other, "x", "y", "z"]])
     score, matched = bm25.score(np.array([0, 1, 0]), np.array([1, 1, 2]))
     assert (score[:2] > 0).all() and matched[0] == 1 and score[2] == 0
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
+from lib.inputs.bm25 import PairBM25
 from lib.levels import FIELDS
 from lib.stages.streams import row_groups, slices
 
@@ -127,3 +128,16 @@ class MatchFeatures:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy releases the interpreter lock
             parts = list(threads.map(computed, chunks))
         return {name: np.concatenate([part[name] for part in parts]) for name in MATCH_FEATURES}
+
+
+def open_match_features(out, workers, base=None):
+    """MatchFeatures over the texts and embeddings of a features folder, with the statistics of the base if
+    there is one. Writes bm25.parquet."""
+    queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
+    bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
+    if base:
+        base.drift |= bm25.use(base.bring("bm25.parquet", out))
+    else:
+        bm25.save(out / "bm25.parquet")
+    vectors = [np.load(out / f"{side}_text_embedding.npy", mmap_mode="r") for side in ("query", "pin")]
+    return MatchFeatures(bm25, *vectors)

@@ -7,7 +7,11 @@ from collections import Counter
 
 import numpy as np
 
+from lib.stages.terminal import Stop
+
 MOST_ROWS = 0.1  # of a training set are held out at most
+ENOUGH_EVAL = 50  # evaluation queries
+ROUGH_WIDTH = 0.4  # half an interval of AUROC or nDCG, times the root of the queries (MSRD, Commons)
 
 
 def query_key(text):
@@ -44,3 +48,21 @@ def held_out(keys, share, salt, rows=None):
                 share = min(position, share)
                 break
     return in_hash_split(keys, share, salt), {"share": share, "salt": salt}
+
+
+def split_of(keys, given, share, name):
+    """Split of each labelled row [B], train or eval: as given, else `share` of the queries go to eval, by a
+    hash of the text. keys, given: query_key and split (or None) of each; name: of their table. Prints
+    how many these are; returns also {split: rows}."""
+    in_eval, _ = held_out(keys, share, "eval")
+    split = [known or ("eval" if hashed else "train") for known, hashed in zip(given, in_eval)]
+    rows, queries = Counter(split), Counter(side for side, _ in set(zip(split, keys)))
+    for side in ("train", "eval"):
+        if not rows[side]:
+            raise Stop(f"{name}: no row in the split {side!r}; both are needed")
+    sides = [f"{rows[side]:,} rows of {queries[side]:,} queries {side}" for side in ("train", "eval")]
+    print("labelled:", ", ".join(sides))
+    if queries["eval"] < ENOUGH_EVAL:
+        width = f"intervals of AUROC and nDCG will be some ±{ROUGH_WIDTH / queries['eval'] ** 0.5:.2f}"
+        print(f"only {queries['eval']} evaluation queries: {width}; --eval-share holds out more")
+    return split, dict(rows)
