@@ -117,7 +117,7 @@ def test_03_names_the_rows_that_have_no_finite_label(run, monkeypatch):
         return labels
 
     monkeypatch.setattr(labeller, "soft_labels", broken)
-    line = stop_line(label, run, "--overwrite")
+    line = stop_line(label, run, "--overwrite", "--known")
     assert "part-00000.parquet" in line and "[3" in line and "--precision fp32" in line
     [work] = run.glob(".labels.unfinished-*")
     assert (work / "labelled.parquet").exists() and not list(work.glob("impressions/*.parquet"))
