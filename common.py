@@ -92,14 +92,10 @@ class PairText:
             "close": self.close,
         }
 
+    @stop_on_error("the model's tokenizer fails")
     def token_ids(self, texts, chunk=8_192):
         """Token ids of each text. What a user writes never becomes a special token: "[SEP]" in a query is
         brackets and letters. By chunks: a tokenizer's record of a text is much larger than its ids."""
-        with stop_on_error("the model's tokenizer fails"):
-            return self.ids_of(texts, chunk)
-
-    def ids_of(self, texts, chunk):
-        """Likewise; what the tokenizer raises is not caught."""
         ids = []
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is not None:
