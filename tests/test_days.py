@@ -19,7 +19,7 @@ from test_kill import start, warm  # noqa: F401
 
 from common import PairText
 from lib.inputs import base as base_module
-from lib.inputs import captions
+from lib.inputs import captions, encoders
 from lib.inputs.inherited import whose_labels
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
@@ -210,7 +210,7 @@ def content(folder):
 
 def test_nothing_known_is_made_again(shop, models, tmp_path, monkeypatch, capsys):
     """Only new texts are embedded and new pictures captioned."""
-    texts, encoder, images = [], stage("01").TextEncoder.__call__, []
+    texts, encoder, images = [], encoders.TextEncoder.__call__, []
 
     def counted(self, some, **options):
         texts.extend(some)
@@ -221,7 +221,7 @@ def test_nothing_known_is_made_again(shop, models, tmp_path, monkeypatch, capsys
         return captioner(self, some)
 
     captioner = captions.Captioner.__call__
-    monkeypatch.setattr(stage("01").TextEncoder, "__call__", counted)
+    monkeypatch.setattr(encoders.TextEncoder, "__call__", counted)
     monkeypatch.setattr(captions.Captioner, "__call__", captioned)
     build(shop / "data3", tmp_path / "run", models["bert"], "--base", shop / "tuesday")
     assert len(images) == 1 and 2 <= len(texts) <= 3  # the picture's pin, the one with an engagement
