@@ -4,10 +4,11 @@ As 03 does for a day: shards of random keys, of which 1 % are new, the others in
 shard is looked up in yesterday's table and in what the day has so far, and kept. No tokens, no teacher. Rates
 are by the processor's seconds of one process.
 
-    python benchmarks/known_labels.py 3000000
-    python benchmarks/known_labels.py 30000000
+    python benchmarks/known_labels.py --known 3000000
+    python benchmarks/known_labels.py --known 30000000
 """
 
+import argparse
 import resource
 import sys
 import tempfile
@@ -74,7 +75,9 @@ def today(table, folder, pairs):
 
 
 def main(argv=None):
-    pairs = int((argv or sys.argv[1:])[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--known", type=int, default=3_000_000, help="pairs of yesterday, and of today")
+    pairs = parser.parse_args(argv).known
     with tempfile.TemporaryDirectory() as folder:
         begin = time.process_time()
         table = yesterday(Path(folder), pairs)

@@ -112,6 +112,6 @@ def test_scale(tmp_path, monkeypatch, capsys):
 def test_known_labels_are_found_and_counted(monkeypatch, capsys):
     monkeypatch.setattr(known_labels, "SHARD", 1_000)
     monkeypatch.setattr(known_labels, "NEW", 0.1)
-    known_labels.main(["5000"])
+    known_labels.main(["--known", "5000"])
     said = capsys.readouterr().out
     assert "table: 5,000 pairs" in said and "found 4,500 of 5,000" in said
