@@ -49,8 +49,7 @@ class Settings:
     fields: tuple[str, ...] = ("caption", "title+description", "links", "boards", "queries")
     # pin text of (d) in the order it is added, here the paper's; RUN's teacher must have read all of it
     home_language: str = "en"  # language of the human training labels
-    seeds: tuple[Size, ...] = (0, 1, 2)  # of students
-    teacher_seeds: tuple[Size, ...] = ()  # of teachers (default: the same)
+    seeds: tuple[Size, ...] = (0, 1, 2)  # of teachers and students
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds
 
@@ -65,7 +64,6 @@ class Experiments:
 
     def __init__(self, settings):
         self.settings, self.noted = settings, {}  # name -> command lines of stages
-        self.teacher_seeds = settings.teacher_seeds or settings.seeds
 
     def made(self, folder):
         """stage.json of a folder of RUN."""
@@ -87,9 +85,9 @@ class Experiments:
     def teachers(self, name, *flags, run_is_first=False):
         """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows."""
         systems = []
-        for seed in self.teacher_seeds:
+        for seed in self.settings.seeds:
             folder = self.settings.run
-            if not run_is_first or seed != self.teacher_seeds[0]:
+            if not run_is_first or systems:
                 folder = self.link(f"{name}_{seed}", self.settings.run, "features")
                 self.noted[folder.name] = (
                     self.command("teacher", "--run", folder, "--seed", seed, *flags),
@@ -148,15 +146,6 @@ class Experiments:
 # The conditions of each finding: {label: systems}
 
 
-def own_teachers(experiments):
-    """RUN's own teacher, and further seeds of it where a finding compares it with others or --teacher-seeds
-    asks for them."""
-    settings = experiments.settings
-    if not ({"a", "d"} & set(settings.findings) or settings.teacher_seeds):
-        return [(settings.run, "teacher")]
-    return experiments.teachers(f"teacher_{settings.run_teacher}", run_is_first=True)
-
-
 def compare_models(experiments, own):
     """(a): teachers of other models, and RUN's own."""
     conditions = {}
@@ -201,7 +190,6 @@ def compare_languages(experiments):
     """(c): RUN's student, if any, and students on fewer impressions: of the home language, of all."""
     run, home = experiments.settings.run, experiments.settings.home_language
     if not (run / "student" / "stage.json").exists():
-        print(f"{run}: no student, so (c) shows the teacher alone")
         return {}
     student = experiments.students(run, "student_all", first=(run, "student"))
     steps = experiments.epochs_for(impressions_in(run / "features", home))
@@ -242,8 +230,9 @@ def main(argv=None):
     into.mkdir(parents=True, exist_ok=True)
 
     # 2. Experiments
-    experiments = Experiments(settings)
-    conditions, own = {}, own_teachers(experiments)
+    experiments, conditions = Experiments(settings), {}
+    if {*wanted} != {"b"}:  # which compares students alone
+        own = experiments.teachers(f"teacher_{settings.run_teacher}", run_is_first=True)
     if "a" in wanted:
         conditions["a"] = compare_models(experiments, own)
     if "b" in wanted:

@@ -11,17 +11,17 @@
 # LLAMA:        HuggingFaceTB/SmolLM2-135M-Instruct, or its folder
 # MULTILINGUAL: google/gemma-3-270m, or its folder
 #
-# Environment: RUN, parent of the runs (default: outputs/real); TEACHER_SEEDS (default: 0 1 2); JOBS,
+# Environment: RUN, parent of the runs (default: outputs/real); SEEDS (default: 0 1 2); JOBS,
 # experiments at a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some
 # minutes; on two CPU cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and
-# TEACHER_SEEDS=0 one.
+# SEEDS=0 one.
 # Figures: experiments/RESULTS.md, notebooks/paper_findings.ipynb.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL"
 MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER="$(from_here "${3:?$USAGE}")"
 LLAMA="$(from_here "${4:?$USAGE}")"; MULTILINGUAL="$(from_here "${5:?$USAGE}")"
 PARENT="${RUN:-outputs/real}"; INTO="$PARENT/findings"
-read -ra SEEDS <<< "${TEACHER_SEEDS:-0 1 2}"
+read -ra SEEDS <<< "${SEEDS:-0 1 2}"
 findings() { run python -m experiments.findings --into "$INTO" --jobs "${JOBS:-1}" "$@"; }
 
 # The five stages, with 30 times the human labels in impressions
@@ -29,7 +29,7 @@ MOVIES="$PARENT/msrd"
 RUN="$MOVIES" IMPRESSIONS=84000 bash runs/msrd.sh "$MSRD" "$ENCODER"
 
 # (a), (b), (d)
-findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --teacher-seeds "${SEEDS[@]}" \
+findings --run "$MOVIES" --findings a b d --run-teacher MiniLM-22M --seeds "${SEEDS[@]}" \
     --models "SmolLM2-135M=$LLAMA" "Gemma-270M=$MULTILINGUAL" --fields title description boards links
 
 # A Llama teaches: its soft labels of all impressions, and a student
@@ -46,4 +46,4 @@ run python 01_build_features.py --run "$LANGUAGES" --data data/xquad_500
 run python 02_train_teacher.py --preset small --run "$LANGUAGES" --model "$MULTILINGUAL" --max-tokens 128 \
     --fields description
 run python 03_label.py --preset small --run "$LANGUAGES" --only-labelled
-findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --teacher-seeds "${SEEDS[@]}"
+findings --run "$LANGUAGES" --findings c --run-teacher Gemma-270M-languages --seeds "${SEEDS[@]}"

@@ -22,12 +22,13 @@ def post(url, **said):
 def main(url, tables):
     sizes = json.loads((Path(tables) / "toy.json").read_text())
     world = make_toy.make_world(sizes["scale"], sizes["seed"])
-    pins = {make_toy.pin_id(number): pin for number, pin in enumerate(world["pins"])}
-    queries = {make_toy.query_id(number): query["meaning"] for number, query in enumerate(world["queries"])}
+    pins = dict(zip(make_toy.pin_ids(range(len(world["pins"]))), world["pins"]))
+    queries = dict(zip(make_toy.query_ids(range(len(world["queries"]))), world["queries"]))
     pair = post(f"{url}/next", name="person")
     while "pin_id" in pair:
-        query_id, pin_id = pair["query_id"], pair["pin_id"]
-        level = make_toy.relevance(queries[query_id], pins[pin_id])
+        query_id = pair["query_id"]
+        pin_id = pair["pin_id"]
+        level = make_toy.relevance(queries[query_id]["meaning"], pins[pin_id])
         post(f"{url}/label", name="person", query_id=query_id, pin_id=pin_id, level=int(level))
         pair = post(f"{url}/next", name="person")
     print(f"{pair['done']:,} pairs labelled")
