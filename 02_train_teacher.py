@@ -66,6 +66,8 @@ class Settings(ModelSettings):
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
     rows: Count | None = None  # train on a random N of the training rows (default: all)
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # activations computed twice instead of kept: less
+    # memory, more time; auto: on a GPU where the largest pass needs it
     checkpoint_steps: Count = 100  # steps between two checkpoints to resume from
     seed: Size = 0  # of the head's weights, held-out queries, row order and dropout
 
@@ -121,17 +123,6 @@ def add_lora(backbone, settings):
         return get_peft_model(backbone, lora)
 
 
-def prepare_training(backbone, settings, finetuning, device):
-    """A loaded backbone -> one with LoRA, unless it is trained in full, and on a GPU with activation
-    checkpointing."""
-    if finetuning != "full":
-        backbone = add_lora(backbone, settings)
-    if torch.device(device).type == "cuda":
-        backbone.enable_input_require_grads()
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return backbone
-
-
 def load_trainable(settings, config, device, dtype):
     """The language model ready for training, and how: "qlora" (4 bit, LoRA beside it), "lora" or "full". The
     paper trains Llama with QLoRA; `auto` does so with every decoder, and trains encoders in full."""
@@ -141,7 +132,43 @@ def load_trainable(settings, config, device, dtype):
     # Weights that are trained are fp32 (bf16 only by autocast), a frozen backbone has the compute dtype.
     weight_dtype = torch.float32 if finetuning == "full" else dtype
     backbone = models.load_backbone(settings.model, weight_dtype, finetuning == "qlora", device, config)
-    return prepare_training(backbone, settings, finetuning, device), finetuning
+    return backbone if finetuning == "full" else add_lora(backbone, settings), finetuning
+
+
+def activations_fit(teacher, rows, settings, device):
+    """Does the largest pass of a training step fit into the GPU's memory, all activations kept? Tried."""
+    longest = rows.lengths.argmax()
+    passed = min(max(settings.batch_tokens // int(rows.lengths[longest]), 1), settings.batch_size)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        ids, mask, levels = rows.batch([longest] * passed, device)
+        teacher.loss(teacher.train()(ids, mask), levels).backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        teacher.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    # To come: AdamW's two moments, and of several processes a copy of the gradients, in fp32.
+    needed = torch.cuda.max_memory_allocated(device)
+    needed += 12 * sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+    return needed < 0.9 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
+def computed_again(backbone):
+    """Turns activation checkpointing on."""
+    backbone.enable_input_require_grads()
+    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def checkpoint_activations(teacher, rows, settings, accelerator):
+    """Turns activation checkpointing on where it is wanted, on all processes alike."""
+    wanted, device = settings.checkpointing == "on", accelerator.device
+    if settings.checkpointing == "auto" and device.type == "cuda":
+        wanted = not all(gather_object([activations_fit(teacher, rows, settings, device)]))
+    if wanted:
+        computed_again(teacher.backbone)
+    how = "computed again in the backward pass" if wanted else "kept"
+    accelerator.print(f"{device}, {accelerator.num_processes} process(es); activations are {how}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -295,10 +322,10 @@ def main(argv=None):
     backbone, finetuning = load_trainable(settings, config, accelerator.device, dtype)
     teacher = Teacher(backbone, kind, dtype).to(accelerator.device)
     models.check_reading(teacher, rows.ids[rows.lengths.argmax()], rows.pad_id, accelerator.device)
+    checkpoint_activations(teacher, rows, settings, accelerator)
     optimizer = make_optimizer(teacher, finetuning, settings)
     if accelerator.is_main_process:
         summary.describe_teacher(teacher, finetuning, rows, settings)
-        print(f"{accelerator.device}, {accelerator.num_processes} process(es)")
 
     # 4. Training
     log = train(teacher, optimizer, rows, settings, accelerator, folder)

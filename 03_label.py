@@ -25,6 +25,7 @@ Paper   accelerate launch 03_label.py --preset paper --run /runs/search      sha
 Shapes: N rows of a shard, B rows of a batch, T tokens, C = 5 levels.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
@@ -45,10 +47,10 @@ from lib.inputs.rows import tokenized_shards
 from lib.results import summary
 from lib.stages.files import fingerprint, hashed
 from lib.stages.finished import require_finished
-from lib.stages.processes import start_processes, start_stage
+from lib.stages.processes import of_main, start_processes, start_stage, wait_for_all
 from lib.stages.settings import Count, ModelSettings, parse
 from lib.stages.streams import ahead
-from lib.stages.terminal import progress_bar, run_main, stop_on_error
+from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 from lib.tables.splits import in_hash_split
 
 
@@ -57,6 +59,7 @@ class Settings(ModelSettings):
     """Settings of stage 03."""
 
     batch_tokens: Count = 8_192  # tokens a forward pass, padding included
+    compile: Literal["off", "on", "auto"] = "off"  # torch.compile: faster after a wait; auto: on a GPU alone
     merge: bool = True  # add LoRA into plain weights; --no-merge keeps NF4, for small memory
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
     long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
@@ -69,9 +72,10 @@ class Settings(ModelSettings):
 TOY = Settings()
 SMALL = replace(TOY, preset="small", precision="auto")
 # Our choice but for the pool, which the paper does not have; labels depend on that and the precision alone.
-PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, pool="none")
+PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, compile="auto", pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
-CHECKED_ROWS = 256  # rows labelled before and after LoRA is merged, to report how far labels move
+CHECKED_ROWS = 256  # rows labelled before and after merging LoRA, and compiling: how far do labels move?
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a probability, that compiling may move it by
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,6 +123,33 @@ def merge_lora(teacher, adapter):
     if getattr(backbone, "is_loaded_in_4bit", False):
         backbone = models.load_lora(backbone.unload().dequantize(), adapter)
     teacher.backbone = backbone.merge_and_unload()
+
+
+def compile_layers(teacher, sample, pad_id, settings, accelerator):
+    """Where it is wanted, compiles the backbone's layers in place: one code for all of them and for batches
+    of any shape, by torch.compile. Tried on `sample`, rows of token ids. Stop if labels move by more than
+    rounding."""
+    on_gpu, token_budget = accelerator.device.type == "cuda", settings.batch_tokens
+    if settings.compile == "off" or (settings.compile == "auto" and not on_gpu):
+        return
+    before = soft_labels(teacher, sample, pad_id, token_budget)
+    for layer in layers_of(teacher.backbone):
+        layer.compile(dynamic=True)
+    start = time.monotonic()
+    with stop_on_error("--compile: PyTorch cannot compile here", "--compile off labels without"):
+        after = soft_labels(teacher, sample, pad_id, token_budget)
+    moved = np.abs(after - before).max()
+    accelerator.print(
+        f"layers compiled in {time.monotonic() - start:.0f} s; labels move by at most {moved:.1e}"
+    )
+    if not moved < ROUNDING[teacher.dtype]:
+        raise Stop("--compile: labels move by more than rounding; --compile off labels without")
+
+
+def layers_of(module):
+    """The layers of a model: what its outermost lists hold."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers_of(child)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,18 +252,18 @@ def main(argv=None):
     # 2. The text of the pairs, the shards that are left to label, and labels that are known
     text, paths = open_text(folder, settings, about, model), shard_paths(settings)
     target = {path: work / path.relative_to(features) for path in paths}
-    unwritten = {path.stem for path in paths if not target[path].exists()}
+    unwritten = of_main({path.stem for path in paths if not target[path].exists()})
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
     earlier, _locks = tables_of(settings.known, run, decided_by, print if is_main else None)
     known = KnownLabels(earlier, own, decided_by, unwritten)
-    todo = [path for path in paths if path.stem in unwritten or path.stem not in known.covered]
-    accelerator.wait_for_everyone()  # all see the same files before one writes
+    todo = of_main([path for path in paths if path.stem in unwritten or path.stem not in known.covered])
 
     # 3. The teacher, LoRA merged
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     if settings.teacher is None:
         require_trained_on(run, read["teacher"], rows)
     teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], text, accelerator.device, dtype)
+    compile_layers(teacher, rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, settings, accelerator)
     if is_main:
         summary.describe_labelling(about, moved, paths, todo, hardware, accelerator.num_processes)
 
@@ -241,7 +272,7 @@ def main(argv=None):
     shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, mine))
     with progress_bar(total=count_rows(mine), unit=" rows", disable=not is_main) as bar:
         label_shards(teacher, shards, known, text, settings, bar)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator, target.values())
 
     # 5. What the match features say, pooled with that (ours); summary
     if is_main:

@@ -2,13 +2,14 @@
 
 import functools
 import json
+import sys
 
 import known_labels
-import label_throughput
 import pytest
 import scale
-import teacher_gpu
+import teacher
 import torch
+from conftest import toy_words
 from helpers import stop_line
 
 
@@ -27,72 +28,41 @@ def bert(tmp_path_factory):
         ":",
         "title",
         "description",
-        *(f"w{i}" for i in range(50)),
+        *dict.fromkeys(toy_words()),
     ]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, initializer_range=0.2, **shape)
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=128, initializer_range=0.2, **shape)
     BertModel(config).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def msrd(tmp_path_factory):
-    """64 judgments of 9 queries and 12 movies, in MSRD's form; one movie has no overview, one judgment no
-    movie."""
-    folder = tmp_path_factory.mktemp("msrd")
-    movies = []
-    for i in range(12):
-        overview = " ".join(f"w{(i * j) % 50}" for j in range(4 * i))
-        movies.append({"id": str(i), "title": f"w{i} w{i + 1}", "overview": overview})
-    (folder / "movies-corpus.jsonl").write_text("".join(json.dumps(m) + "\n" for m in movies))
-    judgments = [f"q{i // 8}\tw{i // 8} w3\t{i % 12}\t{i % 2}" for i in range(70)]
-    judgments[5] = "q0\tw0 w3\t999\t1"
-    lines = ["query_id\tquery\tdoc_id\tgrade", *judgments]
-    (folder / "movies-judgments.tsv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def test_label_throughput(bert, msrd, tmp_path, capsys):
-    argv = ["--data", str(msrd), "--model", str(bert), "--rows", "64", "--max-tokens", "32"]
-    argv += ["--batch-tokens", "256", "--repeats", "1", "--only", "loop,pipeline,ours"]
-    label_throughput.main([*argv, "--json", str(tmp_path / "out.json")])
-    out = json.loads((tmp_path / "out.json").read_text())
-    assert out["rows"] == out["rows_with_equal_tokens"] == 64
-    assert out["spread"] > 0.01  # the rows' probabilities differ, so that agreement says something
-    systems = [(r["system"], r["precision"]) for r in out["results"]]
-    assert systems[:3] == [("pipeline", "fp32"), ("loop", "fp32"), ("ours", "fp32")]
-    for r in out["results"]:
-        largest, mean = (1e-6, 1e-7) if r["precision"] == "fp32" else (0.03, 0.004)
-        assert r["rows_per_second"] > 0 and r["max_difference"] < largest and r["mean_difference"] < mean
-    padding = {r["system"]: r["padding"] for r in out["results"] if r["precision"] == "fp32"}
-    assert 0 <= padding["ours"] < padding["loop"] == padding["pipeline"]
-    assert "| ours | fp32 |" in capsys.readouterr().out
-
-
-def test_label_throughput_names_what_to_install(bert, msrd, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    argv = ["--data", str(msrd), "--model", str(bert), "--rows", "8", "--only", "crossencoder"]
-    line = stop_line(label_throughput.main, argv)
-    assert "benchmarks/requirements.txt" in line and "--only" in line
-
-
-def test_teacher_gpu(tmp_path):
-    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4"]
-    argv += ["--images", "2", "--image-batch", "2", "--caption-tokens", "3", "--peak-tflops", "1"]
-    teacher_gpu.main([*argv, "--json", str(tmp_path / "out.json")])
+def test_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher.stage03, "compile_layers", lambda *_: None)  # tests/test_inference.py does
+    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4", "--profile"]
+    argv += ["--images", "16", "--texts", "8", "--caption-tokens", "3", "--peak-tflops", "1"]
+    teacher.main([*argv, "--json", str(tmp_path / "out.json")])
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["linear_weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
-    facts = {"tokens_per_second", "padding", "peak_gb", "share_of_bound"}
-    for way in ("ours", "naive"):
-        assert facts <= out["train"][way].keys()
-        assert facts | {"rows_per_second"} <= out["label"][way].keys()
-        assert out["caption"][way]["images_per_second"] > 0
-    train = out["train"]["ours"]
-    flops = 6 * out["linear_weights"] * train["tokens_per_second"]
-    assert train["share_of_bound"] == pytest.approx(flops / 1e12)
+    for part, ways in teacher.WAYS.items():
+        assert out[part].keys() == {*ways} and all(
+            figures["per_second"] > 0 for figures in out[part].values()
+        )
+    train = out["train"]["activations kept"]
+    assert train["share_of_bound"] == pytest.approx(6 * out["linear_weights"] * train["per_second"] / 1e12)
+    assert sum(train["profile"].values()) == pytest.approx(1) and train["profile"]["matrix products"] > 0
+
+
+def test_peers_of_the_teacher_agree(bert, features, tmp_path, monkeypatch):
+    argv = ["--parts", "peers", "--run", str(features.parent), "--model", str(bert), "--rows", "64"]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "benchmarks/requirements.txt" in stop_line(teacher.main, argv)
+    monkeypatch.setattr(teacher, "cross_encoder", teacher.padded_loop)
+    teacher.main([*argv, "--json", str(path := tmp_path / "peers.json")])
+    found = json.loads(path.read_text())["peers"]
+    assert found["ours, float32"]["max_difference"] < 1e-6 < found["ours, float32"]["per_second"]
 
 
 def test_scale(tmp_path, monkeypatch, capsys):

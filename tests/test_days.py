@@ -19,7 +19,7 @@ from test_kill import start, warm  # noqa: F401
 
 from common import PairText
 from lib.inputs import base as base_module
-from lib.inputs import captions, encoders
+from lib.inputs import encoders
 from lib.inputs.inherited import whose_labels
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
@@ -220,9 +220,9 @@ def test_nothing_known_is_made_again(shop, models, tmp_path, monkeypatch, capsys
         images.extend(some)
         return captioner(self, some)
 
-    captioner = captions.Captioner.__call__
+    captioner = encoders.Captioner.caption
     monkeypatch.setattr(encoders.TextEncoder, "__call__", counted)
-    monkeypatch.setattr(captions.Captioner, "__call__", captioned)
+    monkeypatch.setattr(encoders.Captioner, "caption", captioned)
     build(shop / "data3", tmp_path / "run", models["bert"], "--base", shop / "tuesday")
     assert len(images) == 1 and 2 <= len(texts) <= 3  # the picture's pin, the one with an engagement
     assert "all below 10%: the statistics serve" in capsys.readouterr().out

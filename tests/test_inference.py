@@ -1,7 +1,9 @@
 """Stage 03's own functions: LoRA merged, bf16 on every CPU, shards tokenized ahead."""
 
+import functools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -87,3 +89,31 @@ def test_pins_are_read_group_by_group(features):
     path, fields = features / "pins.parquet", ("title", "boards")
     pins, some = pq.read_table(path), np.array([0, 3, 4, 50, 99])
     assert read_fields(path, fields, some) == {name: pins[name].take(some).to_pylist() for name in fields}
+
+
+def test_compiled_layers_give_the_same_labels_of_any_shape_from_few_compilations(models, monkeypatch, capsys):
+    """One code for both layers, with a mask and without. Traced and run as it stands: a C++ compiler would
+    take half a minute for its kernels."""
+    from torch._dynamo.utils import counters
+
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    teacher, rows = teacher_of(models["llama"]), rows_of([*range(3, 43), 7, 7, 7, 90])
+    exact, process = labeller.soft_labels(teacher, rows, 0, 128), SimpleNamespace(print=print)
+    process.device = torch.device("cpu")
+    for compile, compiled in (("off", 0), ("auto", 0), ("on", 1)):
+        settings = labeller.Settings(compile=compile, batch_tokens=128)
+        counters.clear()
+        labeller.compile_layers(teacher, rows[:8], 0, settings, process)
+        assert capsys.readouterr().out.count("layers compiled in") == compiled
+    np.testing.assert_allclose(labeller.soft_labels(teacher, rows, 0, 128), exact, atol=1e-6)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4  # of more than twenty shapes
+
+
+def test_labels_that_compiling_would_change_end_in_one_line(models, monkeypatch):
+    teacher, rows = teacher_of(models["llama"]), rows_of(range(3, 11))
+    process = SimpleNamespace(print=print, device=torch.device("cpu"))
+    broken = lambda layer, dynamic: layer.register_forward_hook(lambda module, args, out: 2 * out)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    settings = labeller.Settings(compile="on")
+    assert "--compile off" in stop_line(labeller.compile_layers, teacher, rows, 0, settings, process)

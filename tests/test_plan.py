@@ -49,6 +49,20 @@ def test_the_papers_rows_and_teachers(capsys):
     assert rows["google-t5/t5-base"][1].endswith("full")
 
 
+def test_several_gpus_share_shards_and_chunks(capsys):
+    llama = ["--model", "meta-llama/Meta-Llama-3-8B", "--price", "3"]
+    plan.main([*llama, "--gpus", "8", "--machines", "2"])
+    out = capsys.readouterr().out
+    cells = table(out)["meta-llama/Meta-Llama-3-8B"]
+    hours = 30e6 * 200 / 30_742 / 3600
+    assert float(cells[6]) == pytest.approx(hours * 8 / 120, abs=0.06)  # of 120 shards at most 8 a GPU
+    assert cells[7] == f"{hours * 3:,.0f}" and float(cells[3]) == pytest.approx(5.35 / 16, abs=0.06)
+    assert "captions of 10,000,000 pictures: 1.0 h, 48 USD" in out  # 153 of 2,442 chunks, of 15.9 h
+    plan.main([*llama, "--impressions", "100", "--gpus", "8", "--pictures", "0"])
+    out = capsys.readouterr().out
+    assert "of 0 pictures: 0.0 h" in out and table(out)["meta-llama/Meta-Llama-3-8B"][6] == "0.0"
+
+
 def test_one_teacher_in_parts_and_a_speed_of_ones_own(capsys):
     plan.main(["--model", "meta-llama/Meta-Llama-3-8B", "--label-speed", "20000"])
     out = capsys.readouterr().out

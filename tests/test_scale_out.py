@@ -1,5 +1,7 @@
-"""01 to 03 in two processes: the same features, labels and training as in one, and a restart continues."""
+"""01 to 03 in two processes, and on two machines: the same features, labels and training as in one, and a
+restart continues."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,18 +9,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import kill_child
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TOY_MODELS, environment, stage, stop_line
+from helpers import ROOT, STAGES, TOY_MODELS, environment, stage, stop_line
 from safetensors.torch import load_file
 from test_kill import content
 
 from common import Teacher
 from lib.inputs.known import FILE, LabelTable
 from lib.inputs.pairs import read_labels
+from lib.stages import processes
+from lib.stages.files import list_files
 
 labeller = stage("03")
 
@@ -33,12 +38,11 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def launched(tmp_path, launcher, *script):
-    """Exit code and output of what a launcher starts."""
-    options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 240}
+def launch(tmp_path, launcher, *script):
+    """A launcher at work; communicate() has its output."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
     argv = [sys.executable, "-m", *launcher, *map(str, script)]
-    done = subprocess.run(argv, env=environment(threads=1), **options)
-    return done.returncode, done.stdout + done.stderr
+    return subprocess.Popen(argv, env=environment(threads=1), **options)
 
 
 def two_processes(tmp_path, number, argv, die_at=0):
@@ -108,13 +112,50 @@ def shards(run):
     return {p.relative_to(run).as_posix(): read_labels(p) for p in sorted(run.glob("labels/**/*.parquet"))}
 
 
-@pytest.fixture
-def labelled(features, models, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def labelled(features, models, tmp_path_factory):
     """A run labelled by one process."""
-    run = new_run(tmp_path / "one", features)
-    alone(monkeypatch, "02", ["--run", run, "--model", models["llama"], *TRAIN, "--epochs", "1"])
-    alone(monkeypatch, "03", ["--run", run, "--device", "cpu"])
+    run = new_run(tmp_path_factory.mktemp("labelled") / "one", features)
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch, "02", ["--run", run, "--model", models["llama"], *TRAIN, "--epochs", "1"])
+        alone(patch, "03", ["--run", run, "--device", "cpu"])
     return run
+
+
+MACHINE = """
+import importlib, json, sys
+sys.path.insert(0, {root!r})
+from common import Teacher
+Teacher.__init__.__defaults__ = (*Teacher.__init__.__defaults__[:-1], 0.0)  # dropout is drawn per process
+for script, argv in json.loads({stages!r}):
+    importlib.import_module(script).main(argv)
+"""
+
+
+def test_two_machines_with_a_shared_folder(labelled, toy, models, tmp_path):
+    """Two launches on the loopback address, 01 to 03 in each."""
+    run, bert, blip = ["--run", str(tmp_path / "run")], str(models["bert"]), str(TOY_MODELS / "blip")
+    build = ["--data", str(toy), "--caption-model", blip, "--text-encoder", bert, "--shard-rows", "300"]
+    train = ["--model", str(models["llama"]), *TRAIN, "--epochs", "1"]
+    flags = {"01": build, "02": train, "03": []}
+    stages = [(STAGES[number], [*run, *flags[number], "--device", "cpu"]) for number in flags]
+    script, port = tmp_path / "machine.py", free_port()
+    script.write_text(MACHINE.format(root=str(ROOT), stages=json.dumps(stages)))
+    machines = []
+    for rank in ("0", "1"):
+        argv = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "2"]
+        argv += ["--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        machines.append(launch(tmp_path, argv, script))
+    logs = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], logs
+    assert logs[0].count("wrote ") == 3 and "2 process(es)" in logs[0] and "wrote " not in logs[1], logs
+    ours, theirs = (list_files(folder / "features") for folder in (tmp_path / "run", labelled))
+    assert ours == theirs
+    one, two = shards(labelled), shards(tmp_path / "run")
+    assert two.keys() == one.keys()
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], atol=2e-3)
 
 
 def test_two_processes_continue_what_one_began_to_label(labelled, tmp_path, monkeypatch):
@@ -134,11 +175,9 @@ def test_two_processes_continue_what_one_began_to_label(labelled, tmp_path, monk
         alone(monkeypatch, "03", ["--run", other])
     assert not (other / "labels").exists()
     times = {path.name: path.stat().st_mtime_ns for path in written}
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
-    code, log = launched(tmp_path, launch, ROOT / "03_label.py", "--run", other)
+    codes, log = two_processes(tmp_path, "03", ["--run", other])
     one = shards(labelled)
-    assert code == 0 and f"of which {len(one) - 4} to label" in log and "2 process(es)" in log, log
+    assert codes == [0, 0] and f"of which {len(one) - 4} to label" in log and "2 process(es)" in log, log
     two = shards(other)
     assert len(one) > 6 and two.keys() == one.keys()
     for name in one:  # a pair of two shards has one pass a process, in other company
@@ -160,8 +199,8 @@ def test_torchrun_takes_run_for_its_own_option_unless_dashes_stand_before(tmp_pa
     """The line for CPUs in runs/paper.sh."""
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1:])")
-    code, log = launched(tmp_path, ["torch.distributed.run"], "--", script, "--run", "X")
-    assert code == 0 and "['--run', 'X']" in log
+    log = launch(tmp_path, ["torch.distributed.run"], "--", script, "--run", "X").communicate()[0]
+    assert "['--run', 'X']" in log
 
 
 def test_two_processes_train_as_one_and_continue(features, models, tmp_path, monkeypatch):
@@ -179,3 +218,45 @@ def test_two_processes_train_as_one_and_continue(features, models, tmp_path, mon
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-4)
     a, b = (load_file(run / "teacher" / "adapter" / "adapter_model.safetensors") for run in (one, two))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+
+
+def process(number):
+    """An Accelerator of two, without another process."""
+    return SimpleNamespace(is_main_process=number == 0, process_index=number, num_processes=2)
+
+
+def test_all_end_as_the_main_process_ends(monkeypatch):
+    sent = []
+    monkeypatch.setattr(processes, "of_main", sent.append)
+    monkeypatch.setattr(processes, "wait_for_all", lambda *_: None)
+
+    def work(share):
+        assert share("a", 5) == [(0, 2), 5]
+        share("wrong", 5)
+
+    jobs = {"a": lambda *args: [*args], "wrong": lambda *args: 1 / 0}
+    with pytest.raises(ZeroDivisionError):
+        processes.lead(process(0), work, jobs)
+    assert sent == [("a", (5,)), ("wrong", (5,))]  # the others are at work, and wait for no order
+    sent.clear()
+    with pytest.raises(ZeroDivisionError):
+        processes.lead(process(0), lambda share: 1 / 0, jobs)
+    assert sent == [(None, "failed")]
+
+
+def test_the_others_do_what_the_main_process_shares(monkeypatch):
+    done, jobs = [], {"a": lambda *args: done.append(args)}
+    monkeypatch.setattr(processes, "wait_for_all", lambda *_: None)
+    for end, ends in (("well", contextlib.nullcontext()), ("failed", pytest.raises(SystemExit))):
+        orders = iter([("a", (5,)), (None, end)])
+        monkeypatch.setattr(processes, "of_main", lambda value, orders=orders: next(orders))
+        with ends:
+            processes.lead(process(1), None, jobs)
+    assert done == [((1, 2), 5)] * 2
+
+
+def test_a_folder_that_is_not_shared_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "SEEN", 0)
+    here = SimpleNamespace(wait_for_everyone=lambda: None)
+    processes.wait_for_all(here, [tmp_path])
+    assert "shared folder" in stop_line(processes.wait_for_all, here, [tmp_path, tmp_path / "part"])

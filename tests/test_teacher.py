@@ -569,3 +569,47 @@ def test_one_training_query_trains_without_held_out_rows(run, models, capsys):
     log = [json.loads(line) for line in text.splitlines()]
     assert [line["epoch"] for line in log if "train_loss" in line] == [1, 2]
     assert read_json(own.parent / "teacher" / "stage.json")["scores"]["epoch"] == 2
+
+
+def test_activations_computed_again_give_the_same_gradients(models, capsys):
+    """With dropout too, which is drawn once. `auto` asks the GPU, on all processes alike."""
+    trainer, teacher = stage("02"), quantized(models)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, print=print)
+    gradients = []
+    for checkpointing in ("off", "auto", "on"):
+        settings = trainer.Settings(checkpointing=checkpointing)
+        trainer.checkpoint_activations(teacher.train(), None, settings, accelerator)
+        assert ("again" in capsys.readouterr().out) == (checkpointing == "on")
+        torch.manual_seed(0)
+        ids = torch.arange(24).reshape(2, 12) % 20
+        teacher(ids, torch.ones_like(ids)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in teacher.parameters() if p.requires_grad])
+        teacher.zero_grad(set_to_none=True)
+    assert teacher.backbone.base_model.model.is_gradient_checkpointing
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others))
+
+
+@pytest.mark.parametrize("free, fits", [(10_000, False), (10**12, True), (None, False)])
+def test_activations_are_kept_where_they_fit(models, monkeypatch, free, fits):
+    """free: bytes; None: the pass itself does not fit."""
+    trainer, teacher, asked = stage("02"), quantized(models), []
+
+    def batch(rows, device):
+        asked.append(len(rows))
+        if free is None:
+            raise torch.OutOfMemoryError
+        ids = torch.ones(len(rows), 12, dtype=torch.long)
+        return ids, ids, torch.zeros(len(rows), dtype=torch.long)
+
+    memory = {"reset_peak_memory_stats": None, "empty_cache": None, "memory_reserved": 0}
+    memory |= {"max_memory_allocated": 1_000, "mem_get_info": (free, 0)}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    rows = SimpleNamespace(lengths=np.array([3, 12, 7]), batch=batch)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1, print=print)
+    settings = trainer.Settings(batch_tokens=100, batch_size=16)
+    assert trainer.activations_fit(teacher, rows, settings, accelerator.device) == fits
+    assert asked == [8] and all(p.grad is None for p in teacher.parameters())
+    trainer.checkpoint_activations(teacher, rows, settings, accelerator)
+    assert teacher.backbone.base_model.model.is_gradient_checkpointing != fits

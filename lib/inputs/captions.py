@@ -3,16 +3,19 @@ once, kept by its content.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from lib.inputs.encoders import Captioner
 from lib.stages.files import link_whole, write_parquet
 from lib.stages.finished import is_as_made, read_about
 from lib.stages.streams import (
+    ahead,
     keep_chunks,
     kept_rows,
     matrix_of,
@@ -21,23 +24,35 @@ from lib.stages.streams import (
     vector_column,
     without_kept,
 )
-from lib.tables.images import load_images
+from lib.tables.images import load_image
 
 
 def caption_chunk(chunk, captioner, root, image_batch):
     """Pictures of the dataset (table: digest, image) -> columns digest, caption, visual [B, D], and reason
-    (why a picture cannot be captioned; null: it is)."""
-    captions, visual, reasons = [], [], []
-    for start in range(0, len(chunk), image_batch):
-        images = load_images(root, chunk["image"][start : start + image_batch].to_pylist())
-        readable = [image for image in images if not isinstance(image, str)]
-        made = iter(zip(*captioner(readable))) if readable else None
-        for image in images:
-            broken = isinstance(image, str)
+    (why a picture cannot be captioned; null: it is). While a batch is captioned the next one is decoded."""
+    paths, captions, visual, reasons = chunk["image"].to_pylist(), [], [], []
+
+    def seen(path):
+        try:
+            image = load_image(root, path)
+        except ValueError as error:
+            return str(error)
+        return captioner.pixels([image])
+
+    def batches():
+        with ThreadPoolExecutor(8) as pool:
+            for start in range(0, len(paths), image_batch):
+                yield list(pool.map(seen, paths[start : start + image_batch]))
+
+    for batch in ahead(batches(), depth=1):
+        readable = [pixels for pixels in batch if not isinstance(pixels, str)]
+        made = iter(zip(*captioner.caption(torch.cat(readable)))) if readable else None
+        for pixels in batch:
+            broken = isinstance(pixels, str)
             caption, vector = ("", np.zeros(captioner.dim, np.float16)) if broken else next(made)
             captions.append(caption)
             visual.append(vector)
-            reasons.append(image if broken else None)
+            reasons.append(pixels if broken else None)
     columns = {"digest": chunk["digest"], "caption": captions, "visual": vector_column(np.stack(visual))}
     return {**columns, "reason": pa.array(reasons, pa.string())}
 

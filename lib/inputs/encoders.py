@@ -51,17 +51,20 @@ class Captioner:
         """RGB images -> what the vision tower sees [B, 3, side, side]."""
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    @torch.inference_mode()
     def __call__(self, images):
-        """RGB images -> captions (list) and the vision tower's pooled output [B, D] float16, seen by a hook
-        on the one pass."""
+        """RGB images -> captions (list) and the vision tower's pooled output [B, D] float16."""
+        return self.caption(self.pixels(images))
+
+    @torch.inference_mode()
+    def caption(self, pixels):
+        """Likewise, of pixels(); the pooled output is seen by a hook on the one pass."""
         pooled = []
 
         def hook(module, inputs, output):
             pooled.append(output.pooler_output)
 
         seen = self.model.vision_model.register_forward_hook(hook)
-        pixels = self.pixels(images).to(self.device, self.model.dtype)
+        pixels = pixels.to(self.device, self.model.dtype)
         ids = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
         seen.remove()
         captions = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)

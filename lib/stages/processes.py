@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, wait_for_everyone
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lib.stages.hardware import pick_hardware
@@ -92,40 +92,48 @@ def lead(accelerator, work, jobs):
 
     def do(name, args):
         files = jobs[name](part, *args)
-        with stop_on_error("another process has ended", "the same command continues"):
-            accelerator.wait_for_everyone()
+        wait_for_all(accelerator, files)
         return files
 
     def share(name, *args):
         nonlocal busy
         busy = True
-        broadcast_object_list([(name, args)])
+        of_main((name, args))
         files = do(name, args)
-        wait_for_files(files)
         busy = False
         return files
 
     while not accelerator.is_main_process:
-        order = [None]
         with stop_on_error("the main process has ended"):
-            broadcast_object_list(order)
-        name, args = order[0]
+            name, args = of_main(None)
+        if args == "failed":
+            sys.exit(1)  # the main process says why
         if name is None:
-            sys.exit(args)
+            return
         do(name, args)
-    failed = 1
+    how = "failed"
     try:
         work(share)
-        failed = 0
+        how = "well"
     finally:
         if not busy:  # else the others wait for something else, until the launcher ends them
-            broadcast_object_list([(None, failed)])
+            of_main((None, how))
 
 
-def wait_for_files(paths):
-    """Waits until what other processes have written is seen here. Stop if it is not."""
+def of_main(value):
+    """A value of the main process, on all, once all have come for it: machines that share a folder may see
+    its files at other times."""
+    broadcast_object_list(values := [value])
+    wait_for_everyone()
+    return values[0]
+
+
+def wait_for_all(accelerator, files):
+    """Waits until all processes are here, and the files that they have written are seen, else Stop."""
+    with stop_on_error("another process has ended", "the same command continues"):
+        accelerator.wait_for_everyone()
     end = time.monotonic() + SEEN
-    for path in paths:
+    for path in files:
         while not path.exists():
             if time.monotonic() > end:
                 raise Stop(

@@ -31,6 +31,7 @@ from lib.stages.terminal import Stop
 # Neither can change a result: these are not part of a folder's identity …
 WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given"}
 WITHOUT_EFFECT |= {"device", "workers", "memory", "batch_tokens", "checkpoint_steps", "long_queries"}
+WITHOUT_EFFECT |= {"compile", "checkpointing"}
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"base", "data", "teacher", "model", "caption_model", "text_encoder", "precision"}
 PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are noted
