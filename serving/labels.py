@@ -2,9 +2,11 @@
 
 import csv
 import io
+import itertools
 import os
 import re
 import threading
+from collections import Counter
 
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
@@ -42,20 +44,20 @@ class Labels:
     def next(self, name, skipped):
         """The next pair of a person that fewer than `raters` people have labelled, or None; how many the
         person has done, and how many are left."""
-        mine, count = self.said.get(name, {}), {}
-        for labels in self.said.values():
-            for pair in labels:
-                count[pair] = count.get(pair, 0) + 1
-        left = [pair for pair in self.pairs if pair not in mine and count.get(pair, 0) < self.raters]
+        with self.lock:
+            mine = set(self.said.get(name, ()))
+            count = Counter(pair for labels in self.said.values() for pair in labels)
+        left = [pair for pair in self.pairs if pair not in mine and count[pair] < self.raters]
         new = [pair for pair in left if list(pair) not in skipped] or left
         return (new[0] if new else None), len(mine), len(left)
 
     def add(self, name, pair, level, note):
         """Appends a person's label; Stop for a pair that has one."""
-        path, mine = self.path(name), self.said.setdefault(name, {})
+        path = self.path(name)
         if pair not in self.pairs:
             raise Stop("this pair is not in the queue")
         with self.lock:
+            mine = self.said.setdefault(name, {})
             if pair in mine:
                 raise Stop("labelled before")
             line = io.StringIO()
@@ -83,11 +85,10 @@ class Labels:
     def agreement(self):
         """Of all pairs of people on pairs that both have labelled: how many, share of equal labels, quadratic
         weighted kappa (None where it does not exist)."""
-        names, two = sorted(self.said), []
-        for number, one in enumerate(names):
-            for other in names[number + 1 :]:
-                both = self.said[one].keys() & self.said[other].keys()
-                two += [(self.said[one][pair], self.said[other][pair]) for pair in both]
+        two = []
+        with self.lock:
+            for one, other in itertools.combinations(self.said.values(), 2):
+                two += [(one[pair], other[pair]) for pair in one.keys() & other.keys()]
         a, b = np.array(two).reshape(-1, 2).T
         kappa = cohen_kappa_score(a, b, labels=[*LEVELS], weights="quadratic") if len({*a, *b}) > 1 else None
         return {"pairs": len(two), "exact": float((a == b).mean()) if two else None, "kappa": kappa}

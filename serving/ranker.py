@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lib.inputs.match import ENGAGEMENTS
-from lib.levels import NUM_LEVELS, expected_level, side_of
+from lib.levels import NUM_LEVELS, expected_level
 from lib.results.contract import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
 from lib.stages.finished import remake, require_finished
@@ -94,16 +94,11 @@ class Ranker:
     def feed(self, query, pins, rows, match):
         """A query (Side of one), pins `rows` [B] of a Side, and their match features -> the student's inputs
         {name: array}, as features.json says; those of the query have one row."""
+        columns = query.columns | {name: column[rows] for name, column in pins.columns.items()} | match
         feed = {}
         for name in input_names(self.spec):
-            if name in match:
-                column = match[name]
-            elif side_of(name) == "query":
-                column = query.columns[name]
-            else:
-                column = pins.columns[name][rows]
             is_code = name in self.spec["categories"]
-            feed[name] = column.astype(np.int64 if is_code else np.float32)
+            feed[name] = columns[name].astype(np.int64 if is_code else np.float32)
         return feed
 
     def predict(self, feed):
@@ -155,7 +150,9 @@ class Ranker:
         """B pairs (query, pin), any sequence, in their order. query: a text or a Query; pin: an id of the
         run, or a Pin; engaged: events [B] (default: as in rank()). What a query or a new pin needs is made
         once."""
-        pairs = [pair_of(pair) for pair in listed(pairs, "pairs")]
+        pairs = listed(pairs, "pairs")
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise Stop("pairs: each must be (query, pin)")
         pins = [pin for _, pin in pairs]
         scores = self.no_scores(pins)
         events = np.zeros(len(pairs)) if engaged is None else checked_events(engaged, len(pairs))
@@ -164,7 +161,8 @@ class Ranker:
         new_pins = self.new.pins(new) if new else None
         places = {}  # of each query: those of known pins, and of new ones
         for place, (query, pin) in enumerate(pairs):
-            places.setdefault(query, ([], []))[pin in new_row].append(place)
+            query = query if isinstance(query, Query) else text_of(query, "the query")
+            places.setdefault(query, ([], []))[isinstance(pin, Pin)].append(place)
         for query, (known, unknown) in places.items():
             side = self.new.query(query)
             rows = self.rows([pins[place] for place in known])
@@ -184,17 +182,6 @@ def listed(items, what):
         return sorted(items) if isinstance(items, (set, frozenset)) else list(items)
     except TypeError as error:
         raise Stop(f"{what}: no list ({error})") from None
-
-
-def pair_of(pair):
-    """(query, pin), checked."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise Stop("pairs: each must be (query, pin)")
-    query, pin = pair
-    if not isinstance(query, (str, Query)) or not isinstance(pin, (str, Pin)):
-        kinds = f"({type(query).__name__}, {type(pin).__name__})"
-        raise Stop(f"pairs: (text or Query, id or Pin) is wanted, there is {kinds}")
-    return query, pin
 
 
 def events_of(engaged, ids):

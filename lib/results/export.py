@@ -48,18 +48,11 @@ def write_onnx(student, path, one_query):
         examples.append(torch.zeros([1 if one_row else 2, *size], dtype=dtype))
         if not one_row:
             rows[name] = {0: "B"}
+    options = {"input_names": names, "output_names": list(OUTPUTS), "dynamic_axes": rows, "dynamo": False}
     with whole_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo's exporter would need one more package, and writes paths
-        torch.onnx.export(
-            Served(student).eval(),
-            tuple(examples),
-            temporary,
-            input_names=names,
-            output_names=list(OUTPUTS),
-            dynamic_axes=rows,
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        module = Served(student).eval()
+        torch.onnx.export(module, tuple(examples), temporary, **options, opset_version=OPSET)
         model = onnx.load(temporary)
         onnx.helper.set_model_props(model, {"contract": "features.json"})
         onnx.save(model, temporary)
@@ -98,8 +91,6 @@ def compare(expected, found, path):
     difference = float(np.abs(p - expected).max())
     level_difference = float(np.abs(level - expected_level(expected)).max())
     if not (difference <= TOLERANCE and level_difference <= 10 * TOLERANCE):
-        raise Stop(
-            f"{path}: onnxruntime's probabilities are off by up to {difference:.2g} from PyTorch's: "
-            "install the versions in requirements.txt, then run 04 again"
-        )
+        advice = "install the versions in requirements.txt, then run 04 again"
+        raise Stop(f"{path}: off by up to {difference:.2g} from PyTorch's probabilities: {advice}")
     return difference
