@@ -90,26 +90,36 @@ def refuse_huge(model, config):
             raise Stop(f"{model}: its config asks for {name} {value:,}, more than any model has")
 
 
+def file_of(model, name):
+    """Path of a file of a model folder, or of a hub id in the cache; None if there is none."""
+    from transformers.utils import cached_file
+
+    raising = ("gated_repo", "missing_entries", "connection_errors")
+    options = {f"_raise_exceptions_for_{what}": False for what in raising}
+    with stop_on_error(f"{model}: {name} cannot be had"):
+        path = cached_file(str(model), name, **options)
+    return path and Path(path)
+
+
 def weights_of(model):
-    """The files of a model folder that hold the weights in use, an index among them; Stop if that names what
-    is no safetensors file of the folder."""
-    folder = Path(model)
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    """The files of a model folder or hub id that hold the weights in use, an index among them; Stop if that
+    names what is no safetensors file beside it."""
+    if whole := file_of(model, "model.safetensors"):
+        return [whole]
+    index = file_of(model, "model.safetensors.index.json")
+    if index is None:
         return []
     with stop_on_error(f"{index}: no index of weights"):
         names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if not re.fullmatch(r"[^/\\]+\.safetensors", name):
             raise Stop(f"{index}: names {name!r}, which is no safetensors file of this folder")
-    return [index, *(folder / name for name in names)]
+    return [index, *filter(None, (file_of(model, name) for name in names))]
 
 
 def refuse_quantization(model, config):
-    """Stop if a folder's config says that its weights are quantized, and they are not."""
-    if getattr(config, "quantization_config", None) is None or not Path(model).is_dir():
+    """Stop if a config says that its weights are quantized, and they are not."""
+    if getattr(config, "quantization_config", None) is None:
         return
     dtypes = set()
     for path in weights_of(model):
@@ -123,9 +133,7 @@ def refuse_quantization(model, config):
 def refuse_adapter(model):
     """Stop if a model folder or hub id holds adapter_config.json: transformers would hand all of that file to
     peft, which imports the module that some of its keys name."""
-    from transformers.utils import find_adapter_config_file
-
-    if find_adapter_config_file(str(model)) is not None:
+    if file_of(model, "adapter_config.json"):
         raise Stop(
             f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model; "
             "give the model's folder without them, or merge them into it first"
@@ -284,7 +292,7 @@ def load_tokenizer(model, config):
     mask)."""
     from transformers import AutoTokenizer
 
-    refuse_long_steps(model)
+    refuse_endless(model)
     with stop_on_error(f"{model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     rows = config.get_text_config().vocab_size
@@ -300,15 +308,46 @@ def load_tokenizer(model, config):
     return tokenizer
 
 
-def refuse_long_steps(model):
-    """Stop if a folder's tokenizer.json lists more steps than any tokenizer has: they would never end."""
-    path = Path(model) / "tokenizer.json"
-    if path.exists():
-        with stop_on_error(f"{path}: no tokenizer"):
-            parts = [part for name, part in read_json(path).items() if name not in ("model", "added_tokens")]
-            steps = max([0, *(json.dumps(part).count('"type"') for part in parts)])
-        if steps > MOST_LAYERS:
-            raise Stop(f"{path}: {steps:,} steps, more than any tokenizer has")
+def refuse_endless(model):
+    """Stop if tokenizer.json lists more steps than any tokenizer has, or a pattern that may never end."""
+    path = file_of(model, "tokenizer.json")
+    if path is None:
+        return
+    with stop_on_error(f"{path}: no tokenizer"):
+        parts = [part for name, part in read_json(path).items() if name not in ("model", "added_tokens")]
+        steps = max([0, *(json.dumps(part).count('"type"') for part in parts)])
+        endless = [pattern for pattern in patterns_in(parts) if may_never_end(pattern)]
+    if steps > MOST_LAYERS:
+        raise Stop(f"{path}: {steps:,} steps, more than any tokenizer has")
+    if endless:
+        raise Stop(
+            f"{path}: the pattern {endless[0][:80]!r} repeats what repeats: on some texts it never ends"
+        )
+
+
+def patterns_in(part):
+    """The patterns anywhere in a part of tokenizer.json."""
+    if isinstance(part, dict) and isinstance(part.get("Regex"), str):
+        yield part["Regex"]
+    if isinstance(part, dict | list):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from patterns_in(inner)
+
+
+def may_never_end(pattern):
+    """Has a regular expression more than 10,000 characters, a repeat without bound of a group with another in
+    it, or more than 4 of them in a row? Only so its time grows faster than any text is worth."""
+    plain = re.sub(r"\\[pPx]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
+    without_sets = re.sub(r"\[[^\[\]]*\]", "x", plain)
+    while plain != without_sets:  # a set may stand in another
+        plain, without_sets = without_sets, re.sub(r"\[[^\[\]]*\]", "x", without_sets)
+    repeat = r"[*+]+|\{\d*,\}"
+    while len(pattern) <= 10_000 and (group := re.search(rf"\(([^()]*)\)({repeat})?", plain)):
+        repeats = re.search(repeat, group[1])
+        if repeats and group[2]:
+            return True
+        plain = plain.replace(group[0], "x+" if repeats or group[2] else "x", 1)
+    return len(pattern) > 10_000 or any(len(re.findall(repeat, part)) > 4 for part in plain.split("|"))
 
 
 def largest_id(tokenizer):

@@ -2,7 +2,9 @@
 folder, others read right or refused in one line, and what a config or a folder promises put to the test."""
 
 import shutil
+from datetime import timedelta
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -501,6 +503,44 @@ def test_a_tokenizer_of_very_many_steps(bert, steps):
     assert "steps" in stop_line(loading.load_tokenizer, bert, loading.load_config(bert))
 
 
+GPT = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+O200K = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{Lm}]+(?i:'s|'t)?|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*|\s+"
+
+
+@pytest.mark.parametrize("pattern", [GPT, LLAMA, O200K, r" ?[^(\s|[.,!?])]+", r"\d{1,3}(?=(?:\d{3})*\b)"])
+def test_patterns_of_known_tokenizers_are_read(pattern):
+    assert not loading.may_never_end(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(\s*)*x", r"(?:\w+\s?){3,}!", "((a|b)*c)*d", r"\w*\w*\w*\w*\w*!", "a" * 10_001]
+)
+def test_a_pattern_that_may_never_end_is_refused(bert, pattern):
+    """Some of these end in a panic of the tokenizers' library, others compute for hours."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    changed(bert, "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
+    assert "never ends" in stop_line(loading.load_tokenizer, bert, loading.load_config(bert))
+
+
+def test_what_a_hub_id_names_is_checked_as_a_folder_is(bert, tmp_path, monkeypatch):
+    hub = tmp_path / "hub" / "models--some--model"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("c" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub.parent))
+    folder = shutil.copytree(bert, hub / "snapshots" / ("c" * 40))
+    config = loading.load_config("some/model")
+    assert loading.load_tokenizer("some/model", config) and loading.load_backbone("some/model", torch.float32)
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+"}, "behavior": "Isolated", "invert": False}
+    changed(folder, "tokenizer.json", pre_tokenizer=split)
+    assert "never ends" in stop_line(loading.load_tokenizer, "some/model", config)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert "not quantized" in stop_line(loading.refuse_quantization, "some/model", config)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"w": "pytorch_model.bin"}})
+    assert "no safetensors file" in stop_line(loading.load_backbone, "some/model", torch.float32)
+
+
 def test_a_panic_of_the_tokenizers_library_is_one_line():
     """It is no Exception: a traceback."""
 
@@ -575,14 +615,16 @@ def test_what_a_launcher_asks_for_behind_the_settings(monkeypatch, name, value):
 
 
 def test_a_world_that_a_platform_has_set_is_named(monkeypatch, capsys):
-    """One process of two waited without a word."""
-    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "29500")):
+    """One process of two waited without a word, for half an hour."""
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}).items():
         monkeypatch.setenv(name, value)
-
-    def late(**options):
-        raise TimeoutError("1/2 clients joined")
-
-    monkeypatch.setattr(processes, "Accelerator", late)
-    line = stop_line(processes.start_processes, trainer.Settings(device="cpu"))
+    assert timedelta(minutes=1) <= processes.MEET <= timedelta(minutes=15) < processes.WORK
+    monkeypatch.setattr(processes, "MEET", timedelta(seconds=1))
+    processes.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        line = stop_line(processes.start_processes, trainer.Settings(device="cpu"))
+    finally:
+        processes.AcceleratorState._reset_state(reset_partial_state=True)
     assert "2 processes do not come together" in line and "WORLD_SIZE" in line
-    assert "waits for 1 more process(es) at host:29500" in capsys.readouterr().out
+    assert "waits for 1 more process(es) at 127.0.0.1:29517" in capsys.readouterr().out

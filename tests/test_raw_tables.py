@@ -1007,6 +1007,20 @@ def test_lines_of_json_after_a_byte_order_mark(tmp_path, packing, folder):
         assert rows(opened(data), "boards", "pin_id, board_title") == [("007", "Kitchen")]
 
 
+@pytest.mark.parametrize("content", ["{", "[", "x", '"'])
+def test_lines_of_json_that_are_one_byte_are_no_empty_table(tmp_path, content):
+    """DuckDB reads no row and finds nothing wrong; a line break alone is an empty file."""
+    folder = write_dataset(tmp_path / "d", small_dataset(), "jsonl")
+    (folder / "boards.jsonl").rename(folder / "rows.jsonl")
+    (folder / "boards").mkdir()
+    (folder / "rows.jsonl").rename(folder / "boards" / "a.jsonl")
+    (folder / "boards" / "b.jsonl").write_text("\n")
+    assert RawTables(folder).count_rows()["boards"] == 1
+    (folder / "boards" / "b.jsonl").write_text(content)
+    line = stop_line(RawTables, folder)
+    assert "b.jsonl: cannot be read as JSON" in line and repr(content) in line
+
+
 def test_tags_of_languages_compare_without_case_and_regions_belong_to_their_language():
     from lib.tables.languages import is_spoken, plain_tag, primary
 

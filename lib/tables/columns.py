@@ -40,15 +40,27 @@ class Column(NamedTuple):
 
 
 def survey(raw, table, names):
-    """{name: Column} of columns of a table."""
-    found, rows = {}, raw.ask(f"SELECT count(*) FROM file_{table}", raw.name[table])[0][0]
+    """{name: Column} of columns of a table. The number of queries does not grow with theirs."""
+
+    def of_all(aggregates):
+        """{column: value} of an aggregate of each, by one query."""
+        sql = f"SELECT {', '.join(aggregates.values())} FROM file_{table}"
+        return dict(zip(aggregates, raw.ask(sql, raw.name[table])[0])) if aggregates else {}
+
+    found, rows, stored = {}, of_all({"rows": "count(*)"})["rows"], raw.types[table]
     for start in range(0, len(names), AT_ONCE):
         some = names[start : start + AT_ONCE]
-        texts = ", ".join(f"{raw.text_of(table, column)} AS {quoted(column)}" for column in some)
-        rows_of_facts = raw.ask(facts_of(f"SELECT {texts} FROM file_{table}"), raw.name[table])
-        facts = {name: Facts(*values) for name, *values in rows_of_facts}
+        texts = {column: raw.text_of(table, column) for column in some}
+        sql = ", ".join(f"{text} AS {quoted(column)}" for column, text in texts.items())
+        rows_of_facts = raw.ask(facts_of(f"SELECT {sql} FROM file_{table}"), raw.name[table])
+        facts = dict.fromkeys(some, Facts()) | {name: Facts(*values) for name, *values in rows_of_facts}
+        nested = {column: nested_in(column, stored[column]) for column in some}
+        nested = of_all({column: f"bool_or({sql})" for column, sql in nested.items() if sql != "false"})
+        unlike = [column for column in some if facts[column].may_differ(stored[column])]
+        values = of_all({column: f"count(DISTINCT {texts[column]})" for column in unlike})
         for column in some:
-            found[column] = judge(raw, table, column, facts.get(column, Facts()), rows)
+            differs = values.get(column) == facts[column].filled
+            found[column] = judge(column, stored[column], facts[column], rows, nested.get(column), differs)
     return found
 
 
@@ -70,6 +82,15 @@ class Facts(NamedTuple):
     largest: float = 0.0
     whole: bool = False
 
+    def is_number(self, stored):
+        """Is it a column of numbers, stored as this type?"""
+        return bool(NUMERIC.fullmatch(stored)) or (stored == "CSV" and self.filled == self.written)
+
+    def may_differ(self, stored):
+        """May all values differ, though they are no measurements?"""
+        measured = self.is_number(stored) and not self.whole
+        return not measured and self.filled >= ENOUGH_ROWS and self.differing >= 0.8 * self.filled
+
 
 def facts_of(texts):
     """SQL: a row of Facts for each column of a query `texts`. Its plan does not grow with their number."""
@@ -85,19 +106,18 @@ def facts_of(texts):
         GROUP BY name"""
 
 
-def judge(raw, table, column, about, rows):
-    """What becomes of a column of so many rows: a Column. about: its Facts."""
-    stored = raw.types[table][column]
+def judge(column, stored, about, rows, nested, differs):
+    """What becomes of a column of so many rows, stored as this type: a Column. about: its Facts; nested: does
+    a cell hold more than texts; differs: do all values differ?"""
     run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == rows == about.filled
     if ROW_NUMBERS.fullmatch(column.lower()) or (column.lower() in ROW_NAMES and run):
         return Column("left out", "row numbers, or without a name")
-    nested = nested_in(column, stored)
-    if nested != "false" and raw.ask(f"SELECT 1 FROM file_{table} WHERE {nested} LIMIT 1"):
+    if nested:
         return Column("left out", f"nested values ({stored})")
-    is_number = NUMERIC.fullmatch(stored) or (stored == "CSV" and about.filled == about.written)
+    is_number = about.is_number(stored)
     if not (about.numbers if is_number else about.filled):
         return Column("left out", "nothing in it")
-    odd, unique = None, differs(raw, table, column, about, is_number and not about.whole)
+    odd = None
     if is_number and about.beyond:
         many = f"{about.beyond:,} of {about.filled:,} cells are infinite or beyond 1e30"
         odd = f"{many}, the first: {about.first_beyond}: they count as unknown"
@@ -105,15 +125,7 @@ def judge(raw, table, column, about, rows):
         many = f"a category, for {about.odd:,} of {about.filled:,} cells are no plain number"
         advice = "written as 1299.95 they are numbers, left empty they are unknown"
         odd = f"{many}, the first: {about.first_odd[:80]!r}: {advice}"
-    return Column("number" if is_number else "category", odd, unique)
-
-
-def differs(raw, table, column, about, measured):
-    """Do all values of a column differ, though they are no measurements?"""
-    if measured or about.filled < ENOUGH_ROWS or about.differing < 0.8 * about.filled:
-        return False
-    sql = f"SELECT count(DISTINCT {raw.text_of(table, column)}) FROM file_{table}"
-    return raw.ask(sql, raw.name[table])[0][0] == about.filled
+    return Column("number" if is_number else "category", odd, differs)
 
 
 def oddities(raw, table):

@@ -158,28 +158,38 @@ def plain_reader(db, files, contract, sample):
 def without_marks(files, base, folder):
     """JSON of files (their table is the file or folder `base`) as DuckDB reads it: where one begins with a
     byte order mark, the same files below `folder`, without. Returns files and base."""
-    packing = {path: PACKED.get(path.suffix.lower()) for path in files}
-
-    def start(path):
-        with pa.input_stream(str(path), compression=packing[path]) as stream:
-            return stream.read(3)
-
-    marked = {path for path in files if start(path) == codecs.BOM_UTF8}
-    if not marked:
+    starts = {path: start_of(path, 3) for path in files}
+    for path, start in starts.items():
+        if len(start) == 1 and not start.isspace():  # DuckDB would find no row in it, and nothing wrong
+            raise Stop(
+                f"{path}: cannot be read as JSON (nothing in it but {start.decode(errors='replace')!r})"
+            )
+    if codecs.BOM_UTF8 not in starts.values():
         return files, base
     copies = []
     for path in files:
         copy = folder / path.relative_to(base.parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if path in marked:
+        if starts[path] == codecs.BOM_UTF8:
             copy = copy.with_name(f"{copy.name.split('.')[0]}.jsonl")
-            with pa.input_stream(str(path), compression=packing[path]) as stream, open(copy, "wb") as plain:
+            with unpacked(path) as stream, open(copy, "wb") as plain:
                 stream.read(3)
                 shutil.copyfileobj(stream, plain)
         else:
             copy.symlink_to(path.resolve())
         copies.append(copy)
     return copies, copies[0] if base in files else folder / base.name
+
+
+def unpacked(path):
+    """A file's content as a stream, without its packing."""
+    return pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower()))
+
+
+def start_of(path, size):
+    """The first bytes of a file."""
+    with unpacked(path) as stream:
+        return stream.read(size)
 
 
 def json_reader(db, files, options, contract, sample):
@@ -225,9 +235,7 @@ def csv_reader(files):
 
 def csv_header(path):
     """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
-    packing = PACKED.get(path.suffix.lower())
-    with pa.input_stream(str(path), compression=packing) as stream:
-        start = stream.read(1 << 20)
+    start = start_of(path, 1 << 20)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:
         raise Stop(f"{path}: cannot be read as csv (it is UTF-16: save it as UTF-8)")
     text = start.decode("utf-8-sig", errors="replace")

@@ -39,11 +39,15 @@ def look_at(raw):
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON}), coalesce(avg(length(v)), 0)"
-    sql = f"SELECT {counts}, count(DISTINCT v), min(v) FILTER (NOT is_blank(v)) FROM"
+    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON}), avg(length(v))"
+    texts = ", ".join(f"{quoted(column)}::VARCHAR AS {quoted(column)}" for column in columns)
+    some = f"UNPIVOT (SELECT {texts} FROM raw_{table} LIMIT {ROWS}) ON * INTO NAME name VALUE v"
+    sql = (
+        f"SELECT name, {counts}, count(DISTINCT v), min(v) FILTER (NOT is_blank(v)) FROM ({some}) GROUP BY 1"
+    )
+    found = {name: facts for name, *facts in raw.ask(sql)} if columns else {}
     for column in columns:
-        some = f"(SELECT {quoted(column)}::VARCHAR AS v FROM raw_{table} LIMIT {ROWS})"
-        filled, json, length, values, example = raw.ask(f"{sql} {some}")[0]
+        filled, json, length, values, example = found.get(column, (0, 0, 0, 0, None))
         example = raw.labels_found() if column == "label" and table == "labels" else example
         role, is_category = role_of(raw, table, column, values)
         odd = None
