@@ -10,7 +10,7 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.stages.files import write_parquet  # noqa: E402
 from lib.stages.terminal import Stop  # noqa: E402
-from lib.tables.additions import list_skipped  # noqa: E402
+from lib.tables.files import list_skipped  # noqa: E402
 from lib.tables.splits import hash_position  # noqa: E402
 
 NUMBERS = {"label": pa.int64(), "dwell_seconds": pa.float64()}  # types of columns; any other is text

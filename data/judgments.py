@@ -27,7 +27,8 @@ from lib.inputs.pairs import read_labels  # noqa: E402
 from lib.stages.files import whole_file  # noqa: E402
 from lib.stages.settings import flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.additions import add_tables, list_skipped  # noqa: E402
+from lib.tables.additions import add_tables  # noqa: E402
+from lib.tables.files import list_skipped  # noqa: E402
 from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_judgments  # noqa: E402
 from lib.tables.raw import RawTables, levels_of  # noqa: E402
 from lib.tables.splits import query_key  # noqa: E402

@@ -1,10 +1,5 @@
 """Opens pre-trained models: config, tokenizer, backbone, LoRA; from a folder or a hub, by safetensors,
-without remote code.
-
-transformers, peft, safetensors and bitsandbytes raise errors of many
-kinds for a folder that will not do: here each becomes one line. What a config promises is checked where it
-can be.
-"""
+without remote code. What libraries raise for a folder that will not do becomes one line."""
 
 import contextlib
 import json
@@ -55,10 +50,10 @@ def backbone_kind(config):
         return "encoder"
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
-    raise Stop(
-        f"a model of type {name!r} is no text encoder, encoder-decoder or decoder: "
-        "give --model a BERT-, DeBERTa-, T5- or Llama-like model"
+    kinds = (
+        "text encoder, encoder-decoder or decoder: give --model a BERT-, DeBERTa-, T5- or Llama-like model"
     )
+    raise Stop(f"a model of type {name!r} is no {kinds}")
 
 
 def load_config(model):
@@ -70,7 +65,11 @@ def load_config(model):
     advice = "give a folder written by save_pretrained, or a hub id"
     with stop_on_error(f"{model}: no usable model config here", advice):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    refuse_adapter(model)
+    if file_of(
+        model, "adapter_config.json"
+    ):  # transformers would hand it to peft, which imports what it names
+        what = f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model"
+        raise Stop(f"{what}; give the model's folder without them, or merge them into it first")
     config._attn_implementation = config._experts_implementation = None
     refuse_huge(model, config.to_dict())
     for part in (config, *vars(config).values()):  # what decides the form of what comes out
@@ -128,16 +127,6 @@ def refuse_quantization(model, config):
                 dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     if dtypes <= {"F64", "F32", "F16", "BF16"}:
         raise Stop(f"{model}: its config has a quantization_config, its weights are not quantized: remove it")
-
-
-def refuse_adapter(model):
-    """Stop if a model folder or hub id holds adapter_config.json: transformers would hand all of that file to
-    peft, which imports the module that some of its keys name."""
-    if file_of(model, "adapter_config.json"):
-        raise Stop(
-            f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model; "
-            "give the model's folder without them, or merge them into it first"
-        )
 
 
 def model_fingerprint(model):
@@ -211,17 +200,12 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
     config = config or load_config(model)
     auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    what = f"{model}: cannot be loaded"
-    advice = "it must hold safetensors weights (pickled ones are refused)"
+    what, advice = f"{model}: cannot be loaded", "it must hold safetensors weights (pickled ones are refused)"
     if quantize:
         what = f"{model} cannot be loaded in 4 bit here"
         advice = "--finetuning lora trains LoRA without quantization"
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": str(device)}
     weights_of(model)
     refuse_quantization(model, config)
@@ -229,10 +213,8 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
         backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:  # transformers would begin with random ones
-        raise Stop(
-            f"{model}: {len(missing)} weights of a {config.model_type} model are missing, "
-            f"the first: {missing[0]}; are these the weights of another model?"
-        )
+        first = f"the first: {missing[0]}; are these the weights of another model?"
+        raise Stop(f"{model}: {len(missing)} weights of a {config.model_type} model are missing, {first}")
     without_pooler(backbone)
     if not quantize:
         return backbone.to(device)
@@ -245,9 +227,9 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
 
 
 def without_pooler(backbone):
-    """Drops an extra layer that some encoders carry: not read here, and unused weights stall data-parallel
+    """Without an extra layer of some encoders: not read here, and unused weights stall data-parallel
     training."""
-    if getattr(backbone, "pooler", None) is not None:
+    if hasattr(backbone, "pooler"):
         backbone.pooler = None
     return backbone
 
@@ -314,33 +296,22 @@ def refuse_endless(model):
     if path is None:
         return
     with stop_on_error(f"{path}: no tokenizer"):
-        parts = [part for name, part in read_json(path).items() if name not in ("model", "added_tokens")]
-        steps = max([0, *(json.dumps(part).count('"type"') for part in parts)])
-        endless = [pattern for pattern in patterns_in(parts) if may_never_end(pattern)]
+        about = read_json(path)
+        parts = [json.dumps(part) for name, part in about.items() if name not in ("model", "added_tokens")]
+    steps = max([0, *(part.count('"type"') for part in parts)])
     if steps > MOST_LAYERS:
         raise Stop(f"{path}: {steps:,} steps, more than any tokenizer has")
-    if endless:
-        raise Stop(
-            f"{path}: the pattern {endless[0][:80]!r} repeats what repeats: on some texts it never ends"
-        )
-
-
-def patterns_in(part):
-    """The patterns anywhere in a part of tokenizer.json."""
-    if isinstance(part, dict) and isinstance(part.get("Regex"), str):
-        yield part["Regex"]
-    if isinstance(part, dict | list):
-        for inner in part.values() if isinstance(part, dict) else part:
-            yield from patterns_in(inner)
+    for found in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', " ".join(parts)):
+        if may_never_end(pattern := json.loads(found)):
+            raise Stop(f"{path}: the pattern {pattern[:80]!r} repeats what repeats: it may never end")
 
 
 def may_never_end(pattern):
     """Has a regular expression more than 10,000 characters, a repeat without bound of a group with another in
     it, or more than 4 of them in a row? Only so its time grows faster than any text is worth."""
-    plain = re.sub(r"\\[pPx]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
-    without_sets = re.sub(r"\[[^\[\]]*\]", "x", plain)
-    while plain != without_sets:  # a set may stand in another
-        plain, without_sets = without_sets, re.sub(r"\[[^\[\]]*\]", "x", without_sets)
+    plain, before = re.sub(r"\\[pPx]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL), None
+    while plain != before:  # sets of characters, which may stand in others
+        plain, before = re.sub(r"\[[^\[\]]*\]", "x", plain), plain
     repeat = r"[*+]+|\{\d*,\}"
     while len(pattern) <= 10_000 and (group := re.search(rf"\(([^()]*)\)({repeat})?", plain)):
         repeats = re.search(repeat, group[1])

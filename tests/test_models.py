@@ -520,7 +520,7 @@ def test_a_pattern_that_may_never_end_is_refused(bert, pattern):
     """Some of these end in a panic of the tokenizers' library, others compute for hours."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     changed(bert, "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    assert "never ends" in stop_line(loading.load_tokenizer, bert, loading.load_config(bert))
+    assert "may never end" in stop_line(loading.load_tokenizer, bert, loading.load_config(bert))
 
 
 def test_what_a_hub_id_names_is_checked_as_a_folder_is(bert, tmp_path, monkeypatch):
@@ -533,7 +533,7 @@ def test_what_a_hub_id_names_is_checked_as_a_folder_is(bert, tmp_path, monkeypat
     assert loading.load_tokenizer("some/model", config) and loading.load_backbone("some/model", torch.float32)
     split = {"type": "Split", "pattern": {"Regex": "(a+)+"}, "behavior": "Isolated", "invert": False}
     changed(folder, "tokenizer.json", pre_tokenizer=split)
-    assert "never ends" in stop_line(loading.load_tokenizer, "some/model", config)
+    assert "may never end" in stop_line(loading.load_tokenizer, "some/model", config)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     assert "not quantized" in stop_line(loading.refuse_quantization, "some/model", config)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

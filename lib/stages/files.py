@@ -41,18 +41,15 @@ def drop_damaged(work):
     """Removes from an unfinished folder all that is not as it was written: half a file, a damaged or a
     strange one. A damaged one is named."""
     known = set()
-    for journal in work.glob(f"{JOURNAL}*"):
-        if is_plain_file(journal):
-            for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a last line that was cut
-                    known.add(tuple(json.loads(line)))
+    for journal in filter(is_plain_file, work.glob(f"{JOURNAL}*")):
+        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # a last line that was cut
+                known.add(tuple(json.loads(line)))
     names = {name for name, *_ in known}
     for path in sorted(work.rglob("*")):
-        name = path.relative_to(work).as_posix()
-        if path.is_dir() and not path.is_symlink() and name not in names:
-            continue
-        plain = is_plain_file(path)
-        if plain and name.startswith(JOURNAL):
+        name, plain = path.relative_to(work).as_posix(), is_plain_file(path)
+        folder = path.is_dir() and not path.is_symlink() and name not in names
+        if folder or (plain and name.startswith(JOURNAL)):
             continue
         if not (plain and (name, path.stat().st_size, fingerprint(path)) in known):
             if name in names:

@@ -1,8 +1,5 @@
 """Folders that stages have finished: found, checked against what was written, and locked while they are read.
-
-stage.json of a finished folder holds the hash of every file in it,
-and one of its own.
-"""
+stage.json of such a folder holds the hash of every file in it, and one of its own."""
 
 import contextlib
 import fnmatch
@@ -48,19 +45,17 @@ def check_files(folder, about, reads, command=None):
     again = "--overwrite rebuilds all of it"
     if command is not None:
         again = f"make it again with: {remake(folder, command)}"
-    extra = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*.*") if path.suffix in READ_ALL
-    }
-    for name in sorted(extra - about["outputs"].keys()):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
-            raise Stop(f"{folder / name}: its stage did not write this file; remove it, or {again}")
-    for name, made in about["outputs"].items():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in reads):
-            path = folder / name
-            if not path.is_file():
-                raise Stop(f"{path}: missing; {again}")
-            if not is_as_made(path, made):
-                raise Stop(f"{path}: {NOT_AS_WRITTEN}; {again}")
+    made, found = about["outputs"], [path for path in folder.rglob("[!.]*.*") if path.suffix in READ_ALL]
+    for name in sorted({path.relative_to(folder).as_posix() for path in found} | made.keys()):
+        path = folder / name
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in reads):
+            continue
+        if name not in made:
+            raise Stop(f"{path}: its stage did not write this file; remove it, or {again}")
+        if not path.is_file():
+            raise Stop(f"{path}: missing; {again}")
+        if not is_as_made(path, made[name]):
+            raise Stop(f"{path}: {NOT_AS_WRITTEN}; {again}")
 
 
 def remake(folder, command, without=()):

@@ -48,14 +48,11 @@ def start_processes(settings):
 def refuse_launcher():
     """Stop if accelerate launch, or its config file, asks for what would change the result behind a stage's
     settings."""
-    asked = [
-        f"{name}={os.environ[name]}" for name in LAUNCHER if os.environ.get(name, "no").lower() not in NO
-    ]
+    given = {name: os.environ.get(name, "no") for name in LAUNCHER}
+    asked = ", ".join(f"{name}={value}" for name, value in given.items() if value.lower() not in NO)
     if asked:
-        advice = (
-            "--precision says what is computed with; launch without these, or with --config_file /dev/null"
-        )
-        raise Stop(f"accelerate launch asks for {', '.join(asked)}: {advice}")
+        advice = "launch without these, or with --config_file /dev/null"
+        raise Stop(f"accelerate launch asks for {asked}: --precision says what is computed with; {advice}")
 
 
 def start_stage(accelerator, place, settings, inputs, earlier=()):
@@ -71,14 +68,12 @@ def start_stage(accelerator, place, settings, inputs, earlier=()):
             folder = None if stage.done else stage.folder
         except (Stop, OSError) as problem:
             error = problem
-    shared = [folder, error is not None]
-    broadcast_object_list(shared)
+    folder, stopped = broadcast_object_list([folder, error is not None])
     if error is not None:
         try:
             raise error
         finally:
             error = None  # its traceback names this frame: a circle that would keep the locks of all frames
-    folder, stopped = shared
     if stopped:
         sys.exit(1)  # the main process says why
     return stage, folder

@@ -73,26 +73,23 @@ class ModelSettings(DeviceSettings):
 def parse(presets, argv=None, description=""):
     """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
     An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="toy")
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
     if default is not presets["toy"] and default.run == presets["toy"].run:
         default = dataclasses.replace(default, run=default.run.with_name(name))
-    refuse_empty(sys.argv[1:] if argv is None else argv, default)
+    refuse_empty(argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
         value = getattr(settings, field)
         for bounds in ranges_of(hint):
             for each in value if isinstance(value, tuple) else [value]:
                 if each is not None and each not in bounds:
-                    flag = f"--{field.replace('_', '-')} {each}"
-                    print(f"error: {flag}: must be {bounds}", file=sys.stderr)
-                    raise SystemExit(2)
-    if hasattr(settings, "given"):
-        words = sys.argv[1:] if argv is None else argv
-        settings = dataclasses.replace(settings, given=tuple(map(str, words)))
-    return settings
+                    refuse(f"--{field.replace('_', '-')} {each}: must be {bounds}")
+    given = {"given": tuple(map(str, argv))} if hasattr(settings, "given") else {}
+    return dataclasses.replace(settings, **given)
 
 
 def refuse_empty(argv, default):
@@ -101,8 +98,13 @@ def refuse_empty(argv, default):
     words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
     for flag, value in zip(["", *words], words):
         if not value and getattr(default, flag.strip("-").replace("-", "_"), None) != "":
-            print(f"error: {flag or 'an argument'} '': an empty value", file=sys.stderr)
-            raise SystemExit(2)
+            refuse(f"{flag or 'an argument'} '': an empty value")
+
+
+def refuse(problem):
+    """Ends with a message and exit status 2."""
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def flags_read(kind, default, argv, description):
@@ -116,7 +118,7 @@ def flags_read(kind, default, argv, description):
             text = re.sub("[│╭╮╰╯]", " ", page.getvalue())  # a frame around a title, what is wrong, and help
             title, *parts = re.split("[─-]{8,}", text)
             said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
-            print(f"error: {first_line(said).rstrip(' .')}; --help shows all flags", file=sys.stderr)
+            refuse(f"{first_line(said).rstrip(' .')}; --help shows all flags")
         raise
 
 

@@ -3,7 +3,7 @@
 A stage writes into a hidden folder, RUN/.NAME.unfinished-ID, which takes the place of RUN/NAME once it is
 complete. ID is the hash of the stage's settings and of the content of what it reads. So a killed stage
 continues its own work and no other's, and RUN/NAME is always whole: what --overwrite replaces stays until
-then. lib/stages/finished.py reads what is finished, lib/stages/checkpoint.py keeps a training that is not.
+then.
 """
 
 import contextlib
@@ -51,6 +51,7 @@ class Stage:
         self.about = describe(self.place.name, settings, inputs)
         unfinished = f".{self.place.name}{UNFINISHED}{self.about['identity'][:8]}"
         self.folder = self.place.with_name(unfinished)
+        self.aside = self.place.with_name(f".{self.place.name}.old")  # while another takes its place
         if os.path.lexists(self.folder) and (self.folder.is_symlink() or not self.folder.is_dir()):
             raise Stop(f"{self.folder}: a link or a file where a stage puts its work: remove it")
         refuse_strangers(self.place, settings.overwrite)
@@ -63,7 +64,14 @@ class Stage:
 
     def begin(self, settings):
         """Finds out whether anything is left to do, and makes the work folder ready for it."""
-        self.recover()
+        finished = False
+        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+            finished = read_json(self.folder / "stage.json")["finished"]
+        if finished:  # killed before it was in its place
+            self.move_into_place()
+        if self.aside.exists() and not self.place.exists():  # killed before the new one was in its place
+            os.replace(self.aside, self.place)
+        remove(self.aside)
         if self.place.exists():
             if settings.overwrite:
                 self.old = self.place
@@ -74,15 +82,6 @@ class Stage:
                 return
         drop_damaged(self.folder)
         write_json(self.folder / "stage.json", self.about)
-
-    def recover(self):
-        """Completes what a process left that was killed while it put a finished folder into its place."""
-        if (self.folder / "stage.json").exists():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if read_json(self.folder / "stage.json")["finished"]:
-                    self.move_into_place()
-        bring_back(self.place)
-        remove(aside_of(self.place))
 
     def compare(self, before):
         """Is the folder that is there what is asked for? before: its stage.json."""
@@ -159,12 +158,11 @@ class Stage:
                 path.rmdir()
             elif path.is_file() and str(path.relative_to(self.folder)) not in listed:
                 path.unlink()
-        aside = aside_of(self.place)
         if self.place.exists():
-            remove(aside)
-            os.replace(self.place, aside)
+            remove(self.aside)
+            os.replace(self.place, self.aside)
         os.replace(self.folder, self.place)
-        remove(aside)
+        remove(self.aside)
         self.clear_up()
 
     def clear_up(self):
@@ -185,25 +183,13 @@ def refuse_strangers(folder, overwrite):
         raise Stop(f"{folder} is there and no stage made it: move it away, or use another --run")
 
 
-def aside_of(folder):
-    """Where a finished folder is put while another one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def bring_back(folder):
-    """Puts a folder back that was put aside by a process that was killed before the new one was in place."""
-    if aside_of(folder).exists() and not folder.exists():
-        os.replace(aside_of(folder), folder)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Identity
 
 
 def describe(stage, settings, inputs):
     """The first part of stage.json: what is known before the work begins. stage: its folder's name."""
-    told = sorted(dataclasses.asdict(settings).items())
-    told = {name: value for name, value in told if name not in WITHOUT_EFFECT}
+    told = {k: v for k, v in sorted(dataclasses.asdict(settings).items()) if k not in WITHOUT_EFFECT}
     arguments = json.loads(json.dumps(told, default=str))
     return {
         "stage": stage,
@@ -219,13 +205,12 @@ def describe(stage, settings, inputs):
 
 def flags_to_repeat(given):
     """The flags that a stage was given, without those that every advice has: --run DIR, --overwrite."""
-    flags, words = [], iter(given)
-    for word in words:
-        if word == "--run":
-            next(words, None)
-        elif word != "--overwrite" and not word.startswith("--run="):
-            flags.append(word)
-    return flags
+    before = ["", *given]
+    return [
+        word
+        for word, last in zip(given, before)
+        if last != "--run" and word not in ("--run", "--overwrite") and not word.startswith("--run=")
+    ]
 
 
 def identity(arguments, inputs):
@@ -240,11 +225,6 @@ def changes_between(before, now):
         for name in sorted({*before[group], *now[group]}):
             was, is_now = (about[group].get(name, absent) for about in (before, now))
             if was != is_now:
-                told = flag(name) if group == "arguments" else name
+                told = f"--{name.replace('_', '-')}" if group == "arguments" else name
                 changes[told] = f"{told} was {was!r}, is {is_now!r}"
     return changes
-
-
-def flag(name):
-    """Of an argument: as_of -> --as-of."""
-    return f"--{name.replace('_', '-')}"

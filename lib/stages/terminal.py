@@ -32,9 +32,8 @@ def run_main(main):
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             sys.exit("error: the disk is full; what was finished is whole, the same command continues")
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(
-            error
-        ):
+        kinds = ("MemoryError", "OutOfMemoryError")
+        if type(error).__name__ in kinds or "can't allocate memory" in str(error):
             sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
         if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             sys.exit(f"error: {error.filename}: cannot be read or written ({error.strerror})")

@@ -1,11 +1,8 @@
 """Tables that are added to a dataset, beside those that it has. No method of the paper is in this file."""
 
-import csv
-
-from lib.stages.files import whole_file, write_parquet
+from lib.stages.files import write_parquet
 from lib.stages.streams import write_stream
 from lib.stages.terminal import Stop
-from lib.tables.files import plain_cell
 from lib.tables.raw import RawTables
 
 
@@ -30,12 +27,3 @@ def add_tables(folder, name, tables):
     for line in raw.remarks():
         print(line)
     return {table: raw.ask(f"SELECT count(*) FROM '{path}'")[0][0] for table, path in paths.items()}
-
-
-def list_skipped(path, names, rows):
-    """Rows that cannot be used -> CSV. names: of the columns; rows: texts."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for row in rows:
-            writer.writerow([plain_cell(value) for value in row])

@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.stages.files import whole_file
 from lib.stages.terminal import Stop, first_line
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
@@ -35,18 +36,6 @@ CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"',
     max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
 
 
-def inside(folder, path):
-    """Full path of a file of the dataset, links followed. ValueError if it leads out of the folder, or
-    nowhere."""
-    try:
-        full = (Path(folder) / path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"no usable path ({first_line(error)})") from None
-    if not full.is_relative_to(Path(folder).resolve()):
-        raise ValueError("path leaves the dataset folder")
-    return full
-
-
 def spellings(path):
     """Ways to write the path of a file of the dataset: as it stands, without spaces around it, a file: URL as
     a path, composed and decomposed (a table and a file system may differ in that). Case counts."""
@@ -57,16 +46,18 @@ def spellings(path):
 
 
 def regular_file(folder, path):
-    """Full path of a regular file of the dataset: no pipe or device, which may have no end. Or ValueError."""
-    full = inside(folder, path)
+    """Full path of a regular file of the dataset, links followed: no pipe or device, which may have no end.
+    ValueError with the reason if there is none, or if it is outside."""
     try:
-        mode = os.stat(full).st_mode
+        full = (Path(folder) / path).resolve()
+        inside = full.is_relative_to(Path(folder).resolve())
+        mode = os.stat(full).st_mode if inside else 0
     except FileNotFoundError:
         raise ValueError("no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(first_line(error)) from None
     if not stat.S_ISREG(mode):
-        raise ValueError("no regular file")
+        raise ValueError("no regular file" if inside else "path leaves the dataset folder")
     return full
 
 
@@ -75,7 +66,10 @@ def find_table(folder, name):
     found, others = [], []
     for path in sorted(folder.iterdir()):
         if table_name(path) == name:
-            refuse_log_structured(path)
+            for sign, (kind, export) in LOG_STRUCTURED.items():
+                if path.is_dir() and any(path.rglob(sign)):
+                    how = f"export its live rows, with {export}"
+                    raise Stop(f"{path}/: a table of {kind}, whose log says which files count: {how}")
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
             parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
@@ -94,14 +88,6 @@ def find_table(folder, name):
     if len({format_of(path) for path in files}) > 1:
         raise Stop(f"{base}: files of different kinds; a table is of one kind")
     return files, base, others
-
-
-def refuse_log_structured(folder):
-    """Stop if a folder is a table whose files are not all live: its rows are only known by its own log."""
-    for sign, (kind, export) in LOG_STRUCTURED.items():
-        if folder.is_dir() and any(folder.rglob(sign)):
-            how = f"export its live rows, with {export}"
-            raise Stop(f"{folder}/: a table of {kind}, whose log says which files count: {how}")
 
 
 def other_files(folder, names):
@@ -132,19 +118,18 @@ def reader(db, files, base, contract, sample):
     """SQL that reads the files of a table, which is the file or folder `base`, and {column: type as stored}.
     Everything in CSV, and what is text in JSON, stays text: DuckDB's own guesses would rewrite a title that
     looks like a date. contract: {column: kind}; sample: JSON rows by which types are told (-1: all)."""
-    sql, types = plain_reader(db, files, contract, sample)
+    kind, options = format_of(files[0]), f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+    if kind == "csv":
+        sql, types = csv_reader(files)
+    elif kind == "json":
+        sql, types = json_reader(db, files, options, contract, sample)
+    else:
+        sql, types = parquet_reader(db, files, f"{options}, binary_as_string = true")
     return with_folder_columns(sql, types, files, base)
 
 
-def plain_reader(db, files, contract, sample):
-    """Likewise of files of one kind, without what the names of their folders say."""
-    kind = format_of(files[0])
-    if kind == "csv":
-        return csv_reader(files)
-    options = f"{listed(files)}, union_by_name = true, hive_partitioning = false"
-    if kind == "json":
-        return json_reader(db, files, options, contract, sample)
-    options += ", binary_as_string = true"
+def parquet_reader(db, files, options):
+    """Likewise of Parquet, without what the names of folders say; options: of read_parquet."""
     described = db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
     types, sql = {row[0]: row[1] for row in described}, f"FROM read_parquet({options}, filename = '{FILE}')"
     for place, name in enumerate(pq.read_schema(files[0]).names):
@@ -157,28 +142,22 @@ def plain_reader(db, files, contract, sample):
 
 def without_marks(files, base, folder):
     """JSON of files (their table is the file or folder `base`) as DuckDB reads it: where one begins with a
-    byte order mark, the same files below `folder`, without. Returns files and base."""
+    byte order mark, copies of all of them below `folder`, without. Returns files and base."""
     starts = {path: start_of(path, 3) for path in files}
     for path, start in starts.items():
-        if len(start) == 1 and not start.isspace():  # DuckDB would find no row in it, and nothing wrong
+        if len(start) == 1:  # DuckDB would find no row in it, and nothing wrong
             raise Stop(
                 f"{path}: cannot be read as JSON (nothing in it but {start.decode(errors='replace')!r})"
             )
     if codecs.BOM_UTF8 not in starts.values():
         return files, base
-    copies = []
-    for path in files:
-        copy = folder / path.relative_to(base.parent)
+    copies = {path: folder / f"{path.relative_to(base.parent)}.jsonl" for path in files}
+    for path, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if starts[path] == codecs.BOM_UTF8:
-            copy = copy.with_name(f"{copy.name.split('.')[0]}.jsonl")
-            with unpacked(path) as stream, open(copy, "wb") as plain:
-                stream.read(3)
-                shutil.copyfileobj(stream, plain)
-        else:
-            copy.symlink_to(path.resolve())
-        copies.append(copy)
-    return copies, copies[0] if base in files else folder / base.name
+        with unpacked(path) as stream, open(copy, "wb") as plain:
+            stream.read(3 * (starts[path] == codecs.BOM_UTF8))
+            shutil.copyfileobj(stream, plain)
+    return [*copies.values()], copies.get(base, folder / base.name)
 
 
 def unpacked(path):
@@ -336,3 +315,12 @@ def listed(files):
 def plain_cell(text):
     """A text for a CSV file that people open in a spreadsheet: never a formula."""
     return f"'{text}" if re.match(r"[=+\-@\t\r]", text) and not re.fullmatch(r"[+-]?[\d.]+", text) else text
+
+
+def list_skipped(path, names, rows):
+    """Rows that cannot be used -> CSV. names: of the columns; rows: texts."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for row in rows:
+            writer.writerow([plain_cell(value) for value in row])

@@ -1,7 +1,6 @@
 """Pictures of a dataset: read without trust in what a file says of itself."""
 
 import contextlib
-import csv
 import hashlib
 import io
 import re
@@ -12,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from lib.stages.files import whole_file
 from lib.stages.terminal import first_line, progress_bar
-from lib.tables.files import plain_cell, regular_file, spellings
+from lib.tables.files import list_skipped, regular_file, spellings
 
 # What Pillow decodes by itself: for others (EPS) it starts other programs.
 Image.init()
@@ -158,10 +156,7 @@ def pictures_fingerprint(pictures):
 
 def write_skipped(path, pictures, reasons):
     """pin_id, image and reason of every picture that has a reason (Arrow column) -> CSV. Returns how many."""
-    skipped = pictures.set_column(3, "reason", reasons).filter(reasons.is_valid())
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("pin_id", "image", "reason"))
-        for row in skipped.select(["pin_id", "image", "reason"]).to_pylist():
-            writer.writerow([plain_cell(value) for value in row.values()])
+    skipped, names = pictures.set_column(3, "reason", reasons), ("pin_id", "image", "reason")
+    skipped = skipped.filter(reasons.is_valid())
+    list_skipped(path, names, zip(*(skipped[name].to_pylist() for name in names)))
     return len(skipped)

@@ -32,7 +32,7 @@ class Column(NamedTuple):
 def look_at(raw):
     """The Columns of the tables, ids and logs left out."""
     for name in ("pins", "queries", "labels", "impressions"):
-        if raw.types[name] and name not in raw.broken:
+        if raw.types[name] and raw.whole(name):
             contract = [column for column in SOUGHT.get(name, ()) if column in raw.types[name]]
             yield from look_at_table(raw, name, [*contract, *raw.further(name)][:COLUMNS])
 
@@ -84,13 +84,13 @@ def lines_of(columns):
 
 def oddities(raw, columns):
     """Lines on what is odd: URLs as pictures, one text of several queries, and what look_at() has found."""
-    if raw.broken.isdisjoint({"pins"}):
+    if raw.whole("pins"):
         count, images = raw.ask(f"SELECT count(*) FILTER ({URL}), count(image) FROM raw_pins")[0]
         if count:
             what = f"{count:,} of {images:,} are URLs, which are not fetched"
             advice = "leave the column out, or download the files and give their paths"
             yield f"odd: {raw.name['pins']}: column 'image': {what}: {advice}"
-    if raw.broken.isdisjoint({"queries"}):
+    if raw.whole("queries"):
         rows, texts = raw.ask("SELECT count(*), count(DISTINCT query_key(query)) FROM raw_queries")[0]
         if texts < rows:
             name = raw.name["queries"]
@@ -99,14 +99,14 @@ def oddities(raw, columns):
         if column.odd:
             yield f"odd: {column.name}: {column.odd}"
     for table in REQUIRED:
-        if raw.has(table) and table not in raw.broken:
+        if raw.whole(table):
             yield from (f"odd: {line}" for line in further.oddities(raw, table))
 
 
 def agreement(raw):
     """A line on how far raters agree, where several rated a pair: on each two ratings of a pair, in either
     order. Kappa: Cohen, 1968, with quadratic weights."""
-    if "rater" not in raw.types["labels"] or not raw.broken.isdisjoint({"labels"}):
+    if "rater" not in raw.types["labels"] or not raw.whole("labels"):
         return
     two = raw.table("""
         SELECT a.label AS one, b.label AS other FROM rated_labels a
@@ -126,7 +126,7 @@ def agreement(raw):
 
 def try_pictures(raw):
     """A line on pictures that cannot be read, of the first PICTURES; or none."""
-    if not raw.broken.isdisjoint({"pins"}):
+    if not raw.whole("pins"):
         return
     sql = f"SELECT image FROM raw_pins WHERE NOT is_blank(image) AND NOT {URL} LIMIT {PICTURES}"
     images = raw.ask(sql)
@@ -151,7 +151,7 @@ def check(raw, checks):
     wrong. raw: with `faults`; checks: {names of tables that must be whole: a call that may end in Stop}."""
     raw.check()
     for tables, call in checks.items():
-        if all(raw.has(name) and name not in raw.broken for name in tables.split()):
+        if raw.whole(*tables.split()):
             with raw.noting():
                 call()
     show(raw, *(f"wrong: {fault}" for fault in raw.faults), *try_pictures(raw))

@@ -119,18 +119,20 @@ class RawTables(Database):
             self.faults.append(str(fault))
             self.broken.add(table)
 
-    def has(self, name):
-        """Is this table there?"""
-        return name in self.files
+    def whole(self, *names):
+        """Are these tables there, and can be asked?"""
+        return self.files.keys() >= set(names) and self.broken.isdisjoint(names)
 
     def open(self, name):
         """Makes the views file_NAME (as stored) and raw_NAME (as the contract says)."""
         files, base, others = find_table(self.folder, name)
         self.not_read += others
-        if not files:
-            self.open_missing(name)
-            return
         contract = kinds_of(name)
+        if not files:
+            self.refuse_missing(name)
+            columns = [f"{self.typed(name, column)} AS {column}" for column in contract]
+            self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
+            return
         self.files[name] = files
         self.name[name] = base.name + "/" * base.is_dir()
         sample = 20_480 if name in ("impressions", *LOGS) else -1  # of a log not every row is read for it
@@ -170,17 +172,14 @@ class RawTables(Database):
             are = f"column {named} is" if len(missing) == 1 else f"columns {named} are"
             raise Stop(f"{self.files[name][0]}: {are} missing; it has {found}{''.join(alike)}")
 
-    def open_missing(self, name):
-        """An empty view of a table that is not there, or Stop. An empty log says nothing."""
+    def refuse_missing(self, name):
+        """Stop, with the file that may be meant, if a table that must be there is not."""
         if name in self.required:
-            alike = near(name, self.not_read)
-            known = ", ".join(self.not_read)
+            alike, known = near(name, self.not_read), ", ".join(self.not_read)
             other = f" ({known}: not the name of a table)" if known else ""
             other = f" ({alike[0]}: a table of {name}? Then rename it)" if alike else other
             where = f"{self.folder / name}.parquet (or .csv, .jsonl, or a folder {name}/)"
             raise Stop(f"{where}: missing{other}; data/README.md says what it holds")
-        columns = [f"{self.typed(name, column)} AS {column}" for column in kinds_of(name)]
-        self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
 
     def typed(self, name, column):
         """SQL of a column of the contract as its kind; null where it is not of that kind."""
@@ -222,11 +221,11 @@ class RawTables(Database):
 
     def fingerprints(self):
         """{"table NAME": hash of its files' content and of the folders of the dataset that they stand in}."""
-        found = {}
-        for name, files in self.files.items():
-            parts = [[str(path.parent.relative_to(self.folder)), fingerprint(path)] for path in files]
-            found[f"table {name}"] = hashed(parts)
-        return found
+
+        def content(files):
+            return [[str(path.parent.relative_to(self.folder)), fingerprint(path)] for path in files]
+
+        return {f"table {name}": hashed(content(files)) for name, files in self.files.items()}
 
     def stamps(self):
         """Stamps of all files of tables and embeddings."""
@@ -239,16 +238,16 @@ class RawTables(Database):
 
     def remarks(self):
         """Lines on what is not used: how many rows of a log have a pin of ours; files that are not read."""
-        for name in filter(self.has, LOGS):
-            if not self.broken.isdisjoint({name, "pins"}):
+        for name in LOGS:
+            if not self.whole(name, "pins"):
                 continue
             known = "count(*) FILTER (pin_id IN (SELECT pin_id FROM raw_pins))"
             rows, used = self.ask(f"SELECT count(*), {known} FROM raw_{name}")[0]
             nothing = "" if used else f": nothing of it is used! Are these the ids of {self.name['pins']}?"
             yield f"{self.name[name]}: {used:,} of {rows:,} rows have a known pin{nothing}"
         if self.not_read:
-            absent = [name for name in TABLES if not self.has(name)]
-            guess = {file: name for name in absent for file in near(name, self.not_read)}
+            absent = TABLES.keys() - self.files.keys()
+            guess = {file: name for name in sorted(absent) for file in near(name, self.not_read)}
             named = [f"{file} ({guess[file]}?)" if file in guess else file for file in self.not_read]
             yield f"not read: {', '.join(named)}"
 
@@ -266,7 +265,7 @@ class RawTables(Database):
                         self.check_kind(name, column, kind)
         for name, column, sql, problem in progress_bar(iterable=RULES, desc="tables checked", unit=" rules"):
             read = re.findall(r"\b(?:raw|rated)_(\w+)", sql)
-            if self.has(name) and self.broken.isdisjoint(read):
+            if name in self.files and self.broken.isdisjoint(read):
                 with self.noting():
                     self.reject_rows(name, column, sql, problem.format(**self.name))
 
@@ -310,11 +309,8 @@ def is_another_kind(stored, kind, levels):
 
 def levels_of(text):
     """'E=5,S=4,C=3,I=1' -> {"E": 5, "S": 4, "C": 3, "I": 1}; '': None."""
-    levels = {}
-    for part in text.split(",") if text else ():
-        label, equals, level = part.strip().rpartition("=")
-        if not label or level not in ("1", "2", "3", "4", "5") or label.strip() in levels:
-            rule = "write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
-            raise Stop(f"--levels {text}: {rule}")
-        levels[label.strip()] = int(level)
-    return levels or None
+    pairs = [re.fullmatch(r"\s*(\S.*?)\s*=([1-5])\s*", part) for part in text.split(",")] if text else []
+    if not all(pairs) or len({pair[1] for pair in pairs}) < len(pairs):
+        rule = "write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
+        raise Stop(f"--levels {text}: {rule}")
+    return {pair[1]: int(pair[2]) for pair in pairs} or None
