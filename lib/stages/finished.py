@@ -30,9 +30,8 @@ def require_finished(folder, command, reads=("*",)):
         raise Stop(f"{folder}: missing or unfinished; make it with: {remake(folder, command)}")
     about = Finished(read_about(folder, damaged_is_fine=True))
     if not about:
-        raise Stop(
-            f"{folder / 'stage.json'}: {NOT_AS_WRITTEN}; make it again with: {remake(folder, command)}"
-        )
+        how = f"make it again with: {remake(folder, command)}"
+        raise Stop(f"{folder / 'stage.json'}: {NOT_AS_WRITTEN}; {how}")
     about.lock = hold(folder, "read")
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one checks
         check_files(folder, about, reads, command)
@@ -65,13 +64,11 @@ def remake(folder, command, without=()):
     folder = Path(folder)
     finished = os.path.lexists(folder / "stage.json")
     about = read_about(folder, damaged_is_fine=True)
-    if not finished:
-        for begun in sorted(
-            folder.parent.glob(f".{folder.name}{UNFINISHED}*/stage.json"), key=os.path.getmtime
-        ):
-            with contextlib.suppress(ValueError):
-                about = read_json(begun)
-    if "command" in about:
+    begun = [] if finished else folder.parent.glob(f".{folder.name}{UNFINISHED}*/stage.json")
+    for path in sorted(begun, key=lambda path: path.lstat().st_mtime):
+        with contextlib.suppress(ValueError, TypeError, OSError):
+            about = dict(read_json(path))
+    if {"command", "stage"} <= about.keys():
         flags = [word for word in about["command"] if word not in without]
         if about["stage"] != folder.name:  # renamed since, or copied
             flags = [*flags, *command.partition(str(folder.parent))[2].split()]

@@ -73,13 +73,11 @@ class Stage:
             os.replace(self.aside, self.place)
         remove(self.aside)
         if self.place.exists():
-            if settings.overwrite:
-                self.old = self.place
-            else:
+            if not settings.overwrite:
                 self.compare(read_about(self.place))
-            if self.done:
                 self.clear_up()
                 return
+            self.old = self.place
         drop_damaged(self.folder)
         write_json(self.folder / "stage.json", self.about)
 
@@ -87,10 +85,8 @@ class Stage:
         """Is the folder that is there what is asked for? before: its stage.json."""
         if before["identity"] != self.about["identity"]:
             changes = "; ".join(changes_between(before, self.about).values())
-            raise Stop(
-                f"{self.place} was made with other settings or inputs ({changes}); "
-                "--overwrite rebuilds it, another --run keeps both"
-            )
+            advice = "--overwrite rebuilds it, another --run keeps both"
+            raise Stop(f"{self.place} was made with other settings or inputs ({changes}); {advice}")
         check_files(self.place, before, ["*"])
         self.done = True
         same = "finished before with the same arguments and inputs, nothing to do"

@@ -8,8 +8,8 @@ def plain_tag(tag):
 
 def is_spoken(tag, languages):
     """Does a tag of queries.parquet belong to one of these languages, written in any way?"""
-    wanted = [plain_tag(language) for language in languages]
-    return any(tag == language or tag.startswith(f"{language}-") for language in wanted)
+    wanted = [f"{plain_tag(language)}-" for language in languages]
+    return f"{tag}-".startswith(tuple(wanted))
 
 
 def primary(tag):
