@@ -130,20 +130,6 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert (tmp_path / "f").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_fingerprint_sees_every_byte_and_name(tmp_path):
-    folder, seen = tmp_path / "a", set()
-    folder.mkdir()
-    (folder / "x").write_bytes(b"1" * 100)
-    seen.add(fingerprint(folder))
-    assert fingerprint(folder) in seen
-    seen.add(fingerprint(folder / "x"))
-    (folder / "x").write_bytes(b"1" * 99 + b"2")
-    seen.add(fingerprint(folder))
-    (folder / "x").rename(folder / "y")
-    seen.add(fingerprint(folder))
-    assert len(seen) == 4
-
-
 def test_fingerprint_of_a_large_file_sees_a_byte_anywhere(tmp_path):
     """300 MB: earlier only samples of files over 256 MiB were read."""
     path = tmp_path / "large"

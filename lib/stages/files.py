@@ -101,13 +101,9 @@ def read_json(path):
 
 
 def fingerprint(path):
-    """Hash of a file's content, or of a folder's files with their names."""
-    path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return hashed([[str(p.relative_to(path)), fingerprint(p)] for p in files])
+    """Hash of a file's content."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def hashed(value):
@@ -120,11 +116,11 @@ def list_files(folder, without=()):
     names."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder)
-        if name.parts[0] not in without and not str(name).startswith(("stage.json", JOURNAL)):
-            found[name.as_posix()] = {"bytes": path.stat().st_size, "hash": fingerprint(path)}
+        name = path.relative_to(folder).as_posix()
+        if name.split("/")[0] not in without and not name.startswith(("stage.json", JOURNAL)):
+            found[name] = {"bytes": path.stat().st_size, "hash": fingerprint(path)}
             if path.suffix == ".parquet":
-                found[name.as_posix()]["rows"] = pq.read_metadata(path).num_rows
+                found[name]["rows"] = pq.read_metadata(path).num_rows
     return found
 
 
