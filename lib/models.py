@@ -162,24 +162,16 @@ def empty_backbone(config, dtype=torch.float32):
         return random_backbone(config, dtype)
 
 
-def position_limit(config):
-    """Tokens that the model has positions for; None if it sets no limit."""
+def fit_length(max_tokens, config):
+    """max_tokens if the model has positions for as many, or sets no limit; else Stop."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    if limit <= 0:
-        return None
-    if backbone_kind(config) == "encoder":
+    if limit > 0 and backbone_kind(config) == "encoder":
         with contextlib.suppress(Exception):  # what does not come into being is refused when it is loaded
             for name, module in empty_backbone(config).named_modules():
                 counts_from_pad = getattr(module, "padding_idx", None) is not None
                 if name.endswith("position_embeddings") and counts_from_pad:  # RoBERTa, MPNet and their kin
-                    return module.num_embeddings - module.padding_idx - 1
-    return limit
-
-
-def fit_length(max_tokens, config):
-    """max_tokens if the model has as many positions, else Stop."""
-    limit = position_limit(config)
-    if limit is not None and max_tokens > limit:
+                    limit = module.num_embeddings - module.padding_idx - 1
+    if 0 < limit < max_tokens:
         raise Stop(f"--max-tokens {max_tokens}: this model reads at most {limit}")
     return max_tokens
 
@@ -284,7 +276,10 @@ def load_tokenizer(model, config):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known) if usable else tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise Stop(f"{model}: its tokenizer has neither a pad nor an end-of-text token")
-    largest = largest_id(tokenizer)
+    ends = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    # Special tokens never come from text, but those that open, separate and close a pair count.
+    largest = max([tokenizer.vocab_size - 1, *added, *(number for number in ends if number is not None)])
     if largest >= rows:
         raise Stop(f"{model}: its tokenizer makes ids up to {largest:,}, its embedding has {rows:,} rows")
     return tokenizer
@@ -319,14 +314,6 @@ def may_never_end(pattern):
             return True
         plain = plain.replace(group[0], "x+" if repeats or group[2] else "x", 1)
     return len(pattern) > 10_000 or any(len(re.findall(repeat, part)) > 4 for part in plain.split("|"))
-
-
-def largest_id(tokenizer):
-    """The largest token id that a pair's text can have: special tokens never come from text, but those that
-    open, separate and close a pair count."""
-    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    added = [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
-    return max([tokenizer.vocab_size - 1, *added, *(number for number in special if number is not None)])
 
 
 @torch.inference_mode()
