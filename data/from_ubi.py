@@ -24,12 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.stages.settings import ROOT, flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 from lib.tables.additions import add_tables  # noqa: E402
-from lib.tables.files import (  # noqa: E402
-    list_skipped,  # noqa: E402
-    listed,
-    table_name,
-    text_literal,
-)
+from lib.tables.files import list_skipped, listed, table_name, text_literal  # noqa: E402
 from lib.tables.raw import RawTables  # noqa: E402
 
 
