@@ -255,7 +255,8 @@ class RawTables(Database):
 
     def check(self):
         """Everything that data/README.md promises, or Stop."""
-        for name in filter(self.types.get, self.files):
+        there = [name for name in self.files if self.types[name]]
+        for name in progress_bar(iterable=there, desc="tables read", unit=" tables"):
             with self.noting(name):
                 if not self.ask(f"SELECT 1 FROM file_{name} LIMIT 1", self.name[name]):
                     raise Stop(f"{self.name[name]}: the table is empty")
