@@ -549,6 +549,7 @@ def test_cross_validation_is_over_queries(tmp_path, monkeypatch):
 def test_a_student_that_learns_by_heart_is_told(capsys):
     distil.warn_if_by_heart([{"loss": 1.0}, {"loss": 0.9}])  # nothing is held out
     distil.warn_if_by_heart([{"held_out_kl": 1.0}, {"held_out_kl": 0.9}, {"held_out_kl": 0.94}])
+    distil.warn_if_by_heart([{"held_out_kl": 0.0002}, {"held_out_kl": 0.0003}])  # both are next to nothing
     assert not capsys.readouterr().out
     distil.warn_if_by_heart([{"held_out_kl": 1.3}, {"held_out_kl": 1.23}, {"held_out_kl": 1.53}])
     assert "from 1.230 to 1.530" in capsys.readouterr().out
