@@ -1,12 +1,16 @@
 """The toy world: the same bytes every time, and the promises that data/toy/README.md makes of it."""
 
 import datetime
+import json
 
 import make_toy
+import make_toy_captioner
+import make_toy_models
 import numpy as np
 import pyarrow.parquet as pq
 import toy_images
 from PIL import Image
+from transformers import AutoModel, AutoTokenizer
 
 from lib.tables.raw import RawTables
 
@@ -127,3 +131,18 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     except SystemExit as e:
         assert "exists" in str(e.code)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_the_stand_in_models_are_made(tmp_path, monkeypatch):
+    """One step each; what is saved loads as a hub's model does, and the tokenizer knows the world's words."""
+    monkeypatch.setattr(make_toy_models, "PAGES", 1_000)
+    monkeypatch.setattr(make_toy_models, "FRESH_PAGES", 120)
+    monkeypatch.setattr(make_toy_captioner, "EVAL_IMAGES", 4)
+    names = ("llama", "bert", "t5", "blip")
+    make_toy_models.main(["--steps", "0.0005", "--out", str(tmp_path), "--only", *names])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for name in names:
+        AutoModel.from_pretrained(tmp_path / name)
+        assert figures[name]["megabytes"] > 1
+    words = AutoTokenizer.from_pretrained(tmp_path / "llama").tokenize("rotes Kleid für Küche")
+    assert words == ["▁rotes", "▁kleid", "▁für", "▁küche"]
