@@ -2,12 +2,10 @@
 
     python experiments/choose.py --run outputs/toy --queries 100 --pins 20 --out queue.csv
 
-Queries without a human label are drawn by their traffic (impressions), within strata: language, a column of
-queries, popularity; proportionally, so that no stratum is left out by chance. The pins of each are the tops
-of BM25 and of the student, in turn, and a few from further down: what no system finds is seen, too.
-
-Writes  OUT: query_id, pin_id, query, stratum, weight, a line a pair. weight: the share of the traffic that a
-        query stands for, as experiments/judge.py --strata takes it
+Queries without a human label are drawn by their traffic (impressions), proportionally within strata. The pins
+of each are the tops of BM25 and of the student, in turn, and a few from further down: what no system finds is
+seen, too. OUT: query_id, pin_id, query, stratum, weight, a line a pair; weight: the share of the traffic that
+a query stands for, as experiments/judge.py --strata takes it.
 """
 
 import sys
@@ -54,9 +52,8 @@ def strata_of(queries, traffic, names):
     stratum = np.full(len(queries), "", object)
     for name in names:
         if name == "popularity":  # thirds of the traffic, not of the queries
-            order = np.argsort(-traffic, kind="stable")
-            before = np.empty(len(traffic))
-            before[order] = traffic[order].cumsum() - traffic[order]
+            ranked = pd.Series(traffic).sort_values(ascending=False, kind="stable")
+            before = (ranked.cumsum() - ranked).sort_index()
             share = before / max(traffic.sum(), 1)
             values = pd.cut(share, [-1, 1 / 3, 2 / 3, 1], right=False, labels=["head", "torso", "tail"])
         elif name in queries:
@@ -105,14 +102,13 @@ def main(argv=None):
     features, rng = settings.run / "features", np.random.default_rng(settings.seed)
     ranker = Ranker(settings.run)
     queries = pd.read_parquet(features / "queries.parquet")
-    labelled = pq.read_table(features / "labelled.parquet", columns=["query_index"])["query_index"].unique()
+    labelled = pd.read_parquet(features / "labelled.parquet", columns=["query_index"])["query_index"]
     keys = queries["query"].map(query_key)
-    open_to = ~keys.isin(keys[labelled.to_numpy()]).to_numpy()
+    open_to = ~keys.isin(keys[labelled]).to_numpy()
     traffic = traffic_of(settings.run, len(queries))
     stratum = strata_of(queries, traffic, settings.strata)
     rows, weights = draw(stratum, traffic, open_to, settings.queries, rng)
-    shown = open_to & (traffic > 0)
-    print(f"{len(rows):,} of {shown.sum():,} queries that are shown and have no label")
+    print(f"{len(rows):,} of {(open_to & (traffic > 0)).sum():,} queries that are shown and have no label")
     pairs = []
     for row, weight in zip(progress_bar(iterable=rows, desc="queries", unit=""), weights):
         query_id, text = queries.loc[row, ["query_id", "query"]]

@@ -62,11 +62,9 @@ def named_files(results):
     """("control=bm25.run", …) -> {name: path}"""
     files = {}
     for text in results:
-        name, equals, path = text.partition("=")
-        if not equals or not name.isidentifier() or name in files:
-            raise Stop(f"--results {text}: write NAME=FILE, each name once, of letters, digits and _")
-        if not Path(path).is_file():
-            raise Stop(f"--results {text}: no such file")
+        name, _, path = text.partition("=")
+        if not name.isidentifier() or name in files or not Path(path).is_file():
+            raise Stop(f"--results {text}: write NAME=FILE: a file that is there, each name once, of letters")
         files[name] = Path(path)
     if not files:
         raise Stop("--results: give at least one list as NAME=FILE")
@@ -132,15 +130,6 @@ def groups_of(lists, strata):
     return groups
 
 
-def powers(judge, *options):
-    """Of every two lists and metric: estimates.power, with these options."""
-    found = {}
-    for (a, b), metric in product(combinations(judge, 2), METRICS):
-        of_pair = found.setdefault(f"{b} - {a}", {})
-        of_pair[metric] = estimates.power(values_of(judge, metric, b, a), *options)
-    return found
-
-
 def correct(judge, people, covered, weight):
     """The mean of the judge's values [Q], corrected by people's of the covered queries; None: too few."""
     there = np.isfinite(judge)
@@ -188,8 +177,7 @@ def say(result, top):
         print(line)
     if few:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
-    for name, of_metric in result["power"].items():
-        found = of_metric["ndcg"]
+    for name, found in result["power"].items():
         line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
         if found["queries_for_want"]:
             line += f"; the wanted difference takes {found['queries_for_want']:,}"
@@ -234,8 +222,11 @@ def main(argv=None):
         "distance": distance,
         "agreement": agreement,
         "means": compared(judge, people, covered, groups, weight),
-        "power": powers(judge, strata, weight, settings.want, settings.plan),
+        "power": {},
     }
+    for a, b in combinations(judge, 2):  # of nDCG
+        options = strata, weight, settings.want, settings.plan
+        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a), *options)
 
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})
