@@ -32,11 +32,11 @@ from common import FIELDS, PairText, Teacher, linear_warmup_decay, token_batches
 from lib import models
 from lib.inputs.base import bases_of
 from lib.inputs.held_out import scores_of, warn_if_useless
+from lib.inputs.inherited import require
 from lib.inputs.rows import LabelledRows, epoch_batches, hash_rows, micro_batches
 from lib.results import summary
 from lib.stages.checkpoint import CHECKPOINT, Checkpoints, seed_step
 from lib.stages.files import write_jsonl
-from lib.stages.finished import require_finished
 from lib.stages.processes import start_processes, start_stage
 from lib.stages.settings import ROOT, Count, ModelSettings, NonNegative, Positive, Share, Size, Width, parse
 from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
@@ -300,7 +300,7 @@ def main(argv=None):
 
     # 2. The text of the human-labelled pairs: with model and settings it is the teacher's identity
     features = settings.run / "features"
-    about = require_finished(features, f"01_build_features.py --run {settings.run}", reads=READS)
+    about = require(features, READS)
     if settings.model is None:
         settings = replace(settings, model=about["arguments"]["text_encoder"])
         accelerator.print(f"--model {settings.model}: stage 01's text encoder")

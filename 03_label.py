@@ -38,7 +38,7 @@ from torch import nn
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
 from lib.inputs.base import bases_of
-from lib.inputs.inherited import require_teacher, require_trained_on, teacher_identity
+from lib.inputs.inherited import require, require_teacher, require_trained_on, teacher_identity
 from lib.inputs.known import FILE, KnownLabels, label_keys, merge_own, tables_of
 from lib.inputs.match import match_names
 from lib.inputs.pairs import count_rows, read_labelled, write_labels
@@ -46,7 +46,6 @@ from lib.inputs.pool import POOL, fit_pool, read_pool, write_pool
 from lib.inputs.rows import tokenized_shards
 from lib.results import summary
 from lib.stages.files import fingerprint, hashed
-from lib.stages.finished import require_finished
 from lib.stages.processes import of_main, start_processes, start_stage, wait_for_all
 from lib.stages.settings import Count, ModelSettings, parse
 from lib.stages.streams import ahead
@@ -209,7 +208,7 @@ def pool_to_take(settings, trained):
     is_needed = settings.pool == "auto" and not in_hash_split(rows["key"], **trained["held_out"]).any()
     for labels in [run / "labels" for run in bases_of(settings.run)] if is_needed else ():
         if (labels / POOL).exists():
-            made = require_finished(labels, f"03_label.py --run {labels.parent}", [POOL])
+            made = require(labels, [POOL])
             if made["inputs"].get("teacher") == teacher_identity(trained):
                 return labels
     return None

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lib.inputs.inherited import require
 from lib.inputs.match import MATCH_FEATURES, match_names
 from lib.inputs.student_inputs import TABLES, further_columns, read_column
+from lib.levels import side_of
 from lib.stages.files import link_whole
-from lib.stages.finished import read_about, require_finished
+from lib.stages.finished import read_about
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop
@@ -50,7 +52,7 @@ def open_base(settings, inputs):
     run = settings.base.resolve()
     if run == settings.run.resolve():
         raise Stop(f"--base {settings.base}: a run cannot build on itself")
-    about = require_finished(run / "features", f"01_build_features.py --run {run}", READS)
+    about = require(run / "features", READS)
     both = about["inputs"].keys() & inputs.keys()
     meanings = []
     for arguments, found in ((about["arguments"], about["inputs"]), (vars(settings), inputs)):
@@ -84,7 +86,8 @@ class Base:
     def known_texts(self, side, texts, out):
         """Text embeddings of the base [M, D], and for each text of the new table [N] its row there, or -1.
         texts: path of a table -> stream of lists of texts."""
-        here, there = (digests(texts(folder / TABLES[side])) for folder in (out, self.folder))
+        here = digests(texts(out / TABLES[side]))
+        there = digests(texts(self.folder / TABLES[side]))
         vectors = np.load(self.folder / f"{side}_text_embedding.npy", mmap_mode="r")
         return vectors, pc.index_in(here, there).fill_null(-1).to_numpy()
 
@@ -106,7 +109,8 @@ class Base:
             vectors, name = np.load(path, mmap_mode="r"), path.name.removesuffix("_embedding.npy")
             if not (out / path.name).exists():
                 lacking.append(name)
-                with new_matrix(out / path.name, rows[name.split("_")[0]], vectors.shape[1], vectors.dtype):
+                shape = rows[side_of(name)], vectors.shape[1]
+                with new_matrix(out / path.name, *shape, vectors.dtype):
                     pass
             width = np.load(out / path.name, mmap_mode="r").shape[1]
             if width != vectors.shape[1]:
@@ -116,14 +120,17 @@ class Base:
 
     def note_unknown(self, what, path, name):
         """Values of a category, the column `name` of a table, that the base does not have."""
-        now, then = (pc.unique(read_column(table, name)) for table in (path, self.folder / path.name))
-        new = pc.sum(pc.invert(pc.is_in(now.drop_null(), then))).as_py()
-        self.unknown += [f"{new:,} of {what}"] * bool(new)
+        now = pc.unique(read_column(path, name)).drop_null()
+        then = pc.unique(read_column(self.folder / path.name, name))
+        new = pc.sum(pc.invert(pc.is_in(now, then))).as_py()
+        if new:
+            self.unknown.append(f"{new:,} of {what}")
 
     def note_boards(self, raw, titles, explained):
         """Drift of the graph. titles: those that an SVD made today would take (Arrow); explained: share of
         today's matrix that the base's axes hold."""
-        known, today = pa.table({"text": self.graph["board_title"]}), pa.table({"text": titles})
+        known = pa.table({"text": self.graph["board_title"]})
+        today = pa.table({"text": titles})
         missed = "FILTER (text IN (FROM today) AND text NOT IN (FROM known))"
         sql = f"SELECT coalesce(sum(n) {missed} / sum(n), 0) FROM saves SEMI JOIN pin_rows USING (pin_id)"
         then = float(self.graph.schema.metadata[b"explained"])
@@ -140,7 +147,8 @@ class Base:
             verdict = f"not below {DRIFT_LIMIT:.0%}: fit them again (01 without --base, then 02 to 05)"
         new = f"; category values that the base does not have: {', '.join(self.unknown)}" * bool(self.unknown)
         print(f"drift from the statistics of {self.run}: {shares}; {verdict}{new}")
-        return {"base": str(self.run), "drift": {what: round(x, 6) for what, x in self.drift.items()}}
+        drift = {what: round(share, 6) for what, share in self.drift.items()}
+        return {"base": str(self.run), "drift": drift}
 
 
 def digests(texts):

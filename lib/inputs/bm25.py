@@ -111,7 +111,8 @@ class PairBM25(BM25Okapi):
         known = np.array([term in idf for term in self.terms], bool)
         unknown = np.array([term in self.idf for term in self.terms], bool) & ~known
         asked = self.queries.sum(axis=0).A1  # how often queries have each term
-        ours, self.term_idf = self.term_idf, np.array([idf.get(term, 0.0) for term in self.terms])
+        ours = self.term_idf
+        self.term_idf = np.array([idf.get(term, 0.0) for term in self.terms])
         moved = asked[known] @ np.abs(ours - self.term_idf)[known]
         drift = {
             "mean length of a pin's text": abs(self.avgdl / numbers["mean_length"] - 1),
@@ -126,9 +127,11 @@ class PairBM25(BM25Okapi):
     def score(self, query, pin):
         """Query and pin indices [B] -> BM25 [B], and the share of the query's tokens that the pin has [B]."""
         asked, found = self.queries[query], self.pins[pin]
-        norm = self.k1 * (1 - self.b + self.b * self.doc_len[pin] / self.avgdl)
+        length = self.doc_len[pin] / self.avgdl
+        norm = self.k1 * (1 - self.b + self.b * length)
         f = found.data.astype(np.float64)
-        found.data = f * (self.k1 + 1) / (f + np.repeat(norm, np.diff(found.indptr)))
+        norm = np.repeat(norm, np.diff(found.indptr))
+        found.data = f * (self.k1 + 1) / (f + norm)
         score = asked.multiply(found) @ self.term_idf
         found.data = np.ones_like(f)
         matched = asked.multiply(found).sum(axis=1).A1
@@ -139,4 +142,5 @@ def saved_statistics(path):
     """What PairBM25.save() wrote: its numbers {name: value}, and {term: idf}."""
     table = pq.read_table(path)
     numbers = {name.decode(): float(value) for name, value in table.schema.metadata.items()}
-    return numbers, dict(zip(table["token"].to_pylist(), table["idf"].to_pylist()))
+    tokens, idf = (table[name].to_pylist() for name in ("token", "idf"))
+    return numbers, dict(zip(tokens, idf))

@@ -24,8 +24,8 @@ def scores_of(level, p):
 def prior_scores(rows):
     """On the held-out rows, of one that knows the labels' shares alone."""
     shares = np.bincount(rows.levels[rows.train], minlength=NUM_LEVELS).clip(min=0.5)
-    p = np.tile(shares / shares.sum(), (len(rows.held_out), 1))
-    return scores_of(rows.levels[rows.held_out].numpy() + 1, p)
+    level = rows.levels[rows.held_out].numpy() + 1
+    return scores_of(level, np.tile(shares / shares.sum(), (len(level), 1)))
 
 
 def untrained_scores(rows, x):
@@ -40,13 +40,15 @@ def describe_held_out(rows):
     if not len(rows.held_out):
         print("none held out: too few queries")
         return
-    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; there have")
+    n, queries = len(rows.held_out), rows.held_out_queries
+    print(f"held out: {n:,} rows of {queries} queries; there have")
     found = {"the labels' own shares": prior_scores(rows)}
     for name, feature in (("bm25", "bm25"), ("embedding", "text_cosine")):
-        found[f"a regression of the labels on {name}"] = untrained_scores(rows, rows.match[feature][:, None])
+        x = rows.match[feature][:, None]
+        found[f"a regression of the labels on {name}"] = untrained_scores(rows, x)
     for name, scores in found.items():
-        shown = [f"{what.replace('_', ' >= ')} {value:.4f}" for what, value in scores.items()]
-        print(f"  {name}: {', '.join(shown)}")
+        shown = ", ".join(f"{what} {value:.4f}" for what, value in scores.items())
+        print(f"  {name}: {shown.replace('_', ' >= ')}")
 
 
 def warn_if_useless(rows, scores):

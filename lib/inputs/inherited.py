@@ -15,12 +15,32 @@ from lib.stages.finished import read_about, remake, require_finished
 from lib.stages.terminal import Stop
 from lib.tables.languages import is_spoken
 
+SCRIPTS = {"features": "01_build_features.py", "labels": "03_label.py"}  # of a run's folders
+
+
+def command_of(folder):
+    """The command that makes a folder of a run."""
+    script = SCRIPTS.get(folder.name, "02_train_teacher.py")  # a teacher may have any name
+    if not folder.name.startswith("student"):
+        return f"{script} --run {folder.parent}"
+    name = f" --name {folder.name}" * (folder.name != "student")
+    return f"04_train_student.py --run {folder.parent}{name}"
+
+
+def require(folder, reads=("*",)):
+    """stage.json of a folder of a run, finished, whose files that fit the patterns `reads` are whole."""
+    return require_finished(folder, command_of(folder), reads)
+
+
+def refuse(folder, why):
+    """Stop: a folder has to be made again."""
+    raise Stop(f"{folder}: {why}; {remake(folder, command_of(folder))}")
+
 
 def require_teacher(run, folder, model=None):
     """What stage 03 reads, {"features", "teacher": stage.json}; teacher.json; and where the teacher's model
     is (`model`, if it was moved), which must be the one that 02 trained on. folder: the teacher's."""
-    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}")}
-    read["teacher"] = require_finished(folder, f"02_train_teacher.py --run {folder.parent}")
+    read = {"features": require(run / "features"), "teacher": require(folder)}
     about = read_json(folder / "teacher.json")
     if about["finetuning"] == "full":
         return read, about, folder / "backbone"
@@ -40,30 +60,33 @@ def require_trained_on(run, trained, rows):
     """Stop if the teacher was trained on other human labels, or other text, than the features hold now.
     trained: stage.json of 02; rows: token ids of the human-labelled pairs."""
     table = pq.read_table(run / "features" / "labelled.parquet", columns=["label", "split"])
-    train = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "train")
-    rows, levels = [rows[row] for row in train], table["label"].to_numpy().astype(np.int64)[train] - 1
+    split = table["split"].to_numpy(zero_copy_only=False)
+    train = np.flatnonzero(split == "train")
+    labels = table["label"].to_numpy().astype(np.int64)
+    levels = labels[train] - 1
+    rows = [rows[row] for row in train]
     order = content_order(rows, levels)
     if hash_rows([rows[row] for row in order], levels[order]) != trained["inputs"]["rows"]:
-        what = f"trained on other labelled rows than {run / 'features'} holds now"
-        raise Stop(f"{run / 'teacher'}: {what}: {remake(run / 'teacher', '02_train_teacher.py')}")
+        refuse(run / "teacher", f"trained on other labelled rows than {run / 'features'} holds now")
 
 
 def require_pairs(run, reads, labels=True, impressions=False):
     """What stages 04 and 05 read: {"features", "labels": stage.json}. reads: patterns of file names.
     impressions: the labels must be those of impressions too."""
-    read = {"features": require_finished(run / "features", f"01_build_features.py --run {run}", reads)}
-    if labels:
-        folder, command = run / "labels", f"03_label.py --run {run}"
-        read["labels"] = require_finished(run / "labels", command, reads)
-        if read["labels"]["inputs"]["features"] != read["features"]["identity"]:
-            raise Stop(f"{folder}: of other features than those here; {remake(folder, command)}")
-        teacher = Path(read["labels"]["arguments"].get("teacher") or run / "teacher")
-        trained = read_about(teacher, damaged_is_fine=True)
-        if trained and read["labels"]["inputs"].get("teacher") not in (None, teacher_identity(trained)):
-            raise Stop(f"{folder}: of another teacher than {teacher}; {remake(folder, command)}")
-        if impressions and read["labels"]["arguments"].get("only_labelled"):
-            how = remake(folder, command, without=["--only-labelled"])
-            raise Stop(f"{folder}: made with --only-labelled; {how}")
+    read = {"features": require(run / "features", reads)}
+    if not labels:
+        return read
+    folder = run / "labels"
+    made = read["labels"] = require(folder, reads)
+    if made["inputs"]["features"] != read["features"]["identity"]:
+        refuse(folder, "of other features than those here")
+    teacher = Path(made["arguments"].get("teacher") or run / "teacher")
+    trained = read_about(teacher, damaged_is_fine=True)
+    if trained and made["inputs"].get("teacher") not in (None, teacher_identity(trained)):
+        refuse(folder, f"of another teacher than {teacher}")
+    if impressions and made["arguments"].get("only_labelled"):
+        how = remake(folder, command_of(folder), without=["--only-labelled"])
+        raise Stop(f"{folder}: made with --only-labelled; {how}")
     return read
 
 
@@ -92,8 +115,7 @@ def require_systems(run, reads):
             print(f"left out: {why}")
     teacher = Path(read["labels"].get("teacher", {}).get("folder") or run / "teacher")
     if teacher.exists():
-        command = f"02_train_teacher.py --run {teacher.parent}"
-        read["teacher"] = require_finished(teacher, command, ["teacher.json"])
+        read["teacher"] = require(teacher, ["teacher.json"])
     return read
 
 
@@ -101,24 +123,25 @@ def whose_labels(labels):
     """In words, which teacher labels are of: its model, and its folder if that is another run's. labels:
     stage.json of 03."""
     teacher = labels.get("teacher") or {"model": "a teacher", "folder": None}
-    return teacher["model"] + (f", trained in {Path(teacher['folder']).parent}" if teacher["folder"] else "")
+    folder = teacher["folder"]
+    return teacher["model"] + (f", trained in {Path(folder).parent}" if folder else "")
 
 
 def whence(counts):
     """In words, where labels are from: counts of count_labels()."""
-    looked_up = [f"{labels:,} looked up in {run}" for run, labels in counts["looked_up"].items()]
-    made = [f"{counts['passes']:,} by a pass of the teacher", *looked_up]
+    parts = [f"{counts['rows']:,} rows", f"{counts['passes']:,} by a pass of the teacher"]
+    for run, labels in counts["looked_up"].items():
+        parts.append(f"{labels:,} looked up in {run}")
     again = counts["rows"] - counts["passes"] - sum(counts["looked_up"].values())
-    return f"{counts['rows']:,} rows, {', '.join(made)}, {again:,} of pairs that stand several times"
+    return ", ".join([*parts, f"{again:,} of pairs that stand several times"])
 
 
 def require_student(run, name, read):
     """stage.json of a student, whose features and labels must be those that were read."""
-    command = f"04_train_student.py --run {run}" + f" --name {name}" * (name != "student")
-    student = require_finished(run / name, command)
+    student = require(run / name)
     for folder, identity in student["inputs"].items():
         if identity != read[folder]["identity"]:
-            raise Stop(f"{run / name}: trained on other {folder}; {remake(run / name, command)}")
+            refuse(run / name, f"trained on other {folder}")
     return student
 
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from common import NUM_LEVELS
 from lib.inputs.base import bases_of
+from lib.inputs.inherited import require
 from lib.stages.files import whole_file
-from lib.stages.finished import check_files, read_about, require_finished
+from lib.stages.finished import check_files, read_about
 from lib.stages.streams import slices, vector_column
 from lib.stages.terminal import Stop
 
@@ -35,14 +36,16 @@ def label_keys(rows, decided_by):
 
 def batch_of(keys, labels):
     """Keys [n] and labels [n, C] -> an Arrow batch of a table."""
-    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), [None, pa.py_buffer(keys)])
+    buffers = [None, pa.py_buffer(keys)]
+    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), buffers)
     return pa.record_batch([keys, vector_column(np.ascontiguousarray(labels))], ["key", "label"])
 
 
 def write_table(path, batches, decided_by):
     """A stream of batches in the order of their keys -> a table. The same rows give the same bytes."""
     with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        schema = batch_of(np.empty(0, KEY), np.empty((0, NUM_LEVELS), np.float32)).schema
+        no_labels = np.empty((0, NUM_LEVELS), np.float32)
+        schema = batch_of(np.empty(0, KEY), no_labels).schema
         with pa.ipc.new_file(file, schema.with_metadata({DECIDED_BY: decided_by})) as writer:
             for rows in slices(batches, BATCH):
                 writer.write_batch(rows.combine_chunks().to_batches()[0])
@@ -76,15 +79,17 @@ class LabelTable:
         for number, start, end in zip(range(len(self.firsts)), [0, *ends], ends):
             if start < end:
                 known, of_known = self.read(number)
-                place = np.minimum(np.searchsorted(known, keys[start:end]), len(known) - 1)
-                hit = np.flatnonzero(known[place] == keys[start:end])
+                wanted = keys[start:end]
+                place = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+                hit = np.flatnonzero(known[place] == wanted)
                 labels[start + hit] = of_known[place[hit]]
                 found[start + hit] = True
         return found
 
     def between(self, low, high):
         """Copies of the keys from `low` to below `high`, and of their labels."""
-        keys, labels = [np.empty(0, KEY)], [np.empty((0, NUM_LEVELS), np.float32)]
+        keys = [np.empty(0, KEY)]
+        labels = [np.empty((0, NUM_LEVELS), np.float32)]
         for number, first in enumerate(self.firsts):
             if first < high and (self.firsts[number + 1 : number + 2] >= low).all():
                 known, of_known = self.read(number)
@@ -97,7 +102,8 @@ class LabelTable:
 def merge(tables, path):
     """Tables -> one at `path`; of a key that stands in several of them the label of the first counts."""
     parts = math.ceil(sum(table.rows for table in tables) / BATCH) or 1
-    bounds = [((2**128 - 1) * part // parts).to_bytes(16, "big") for part in range(parts + 1)]
+    last = 2**128 - 1
+    bounds = [(last * part // parts).to_bytes(16, "big") for part in range(parts + 1)]
 
     def batches():
         for low, high in zip(bounds, bounds[1:]):
@@ -123,7 +129,8 @@ class KnownLabels:
     def find(self, keys):
         """Looks n sorted keys up. Returns labels [n, C], and where each is from [n]: 0, this run; i, the i-th
         earlier one; -1: it is not known."""
-        labels, source = np.zeros((len(keys), NUM_LEVELS), np.float32), np.full(len(keys), -1, np.int32)
+        labels = np.zeros((len(keys), NUM_LEVELS), np.float32)
+        source = np.full(len(keys), -1, np.int32)
         tables = [(0, table) for table in self.tables]
         for number, table in [*tables, *enumerate(self.earlier.values(), 1)]:
             missing = np.flatnonzero(source < 0)
@@ -159,7 +166,7 @@ def tables_of(runs, run, decided_by, say):
             if folder == own:  # which is locked already, by this process
                 check_files(folder, about := read_about(folder), [FILE])
             else:
-                about = require_finished(folder, f"03_label.py --run {earlier}", [FILE])
+                about = require(folder, [FILE])
             table = LabelTable(folder / FILE) if FILE in about["outputs"] else None
             if not table or table.decided_by != decided_by:
                 raise Stop(f"{folder}: of another teacher, template, precision or version of stage 03")

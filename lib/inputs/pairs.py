@@ -38,7 +38,8 @@ def write_labels(path, labels, counts):
     bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "--precision fp32, or another teacher"
-        raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {bad[:5].tolist()}…: {advice}")
+        first = bad[:5].tolist()
+        raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {first}…: {advice}")
     table = pa.table(dict(zip(COLUMNS, labels.T)))
     write_parquet(path, table.replace_schema_metadata({"counts": json.dumps(counts)}))
 
@@ -47,7 +48,8 @@ def read_labels(path, rows=None):
     """Soft labels [N, C] of a file. Stop if it has not so many rows, or some are no finite numbers."""
     table = pq.read_table(path)
     if rows is not None and len(table) != rows:
-        raise Stop(f"{path}: {len(table):,} rows of labels for {rows:,} pairs; {label_again(path)}")
+        found = f"{len(table):,} rows of labels for {rows:,} pairs"
+        raise Stop(f"{path}: {found}; {label_again(path)}")
     p = np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
     is_finite = np.isfinite(p).all(axis=1)
     bad = np.count_nonzero(~is_finite)
@@ -99,7 +101,8 @@ def read_labelled(run, labels="labels"):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
     rows["language"] = np.array([primary(tag) for tag in rows["language"]], dtype=object)
     if labels:
-        p, pool = read_labels(run / labels / "labelled.parquet", len(table)), read_pool(run / labels)
+        folder = run / labels
+        p, pool = read_labels(folder / "labelled.parquet", len(table)), read_pool(folder)
         rows["teacher"] = rows["learnt"] = p.astype(np.float64)
         if pool:
             rows["pooled"] = rows["learnt"] = pool(p, stacked(rows, pool.names), rows["language"])
@@ -143,7 +146,8 @@ class PairFiles:
 
     def soft_labels(self, name, rows):
         """What is learnt of the rows of a file: the teacher's labels [N, C], pooled where 03 says so."""
-        p, pool = read_labels(self.run / "labels" / name, len(rows)), read_pool(self.run / "labels")
+        folder = self.run / "labels"
+        p, pool = read_labels(folder / name, len(rows)), read_pool(folder)
         return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
 
     def labelled(self):
@@ -200,7 +204,8 @@ class TrainingRows:
         for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
             rows = self.files.impressions(path)
             is_held_out = self.is_held_out[rows["query"]]
-            held_out.append(rows[is_held_out][: math.ceil(HELD_OUT_ROWS / len(self.shards))])
+            share = math.ceil(HELD_OUT_ROWS / len(self.shards))
+            held_out.append(rows[is_held_out][:share])
             counts.append(np.count_nonzero(~is_held_out))
             found.append(statistics_of(rows["match"][~is_held_out]))
         if not sum(counts) + len(self.human):
@@ -235,7 +240,8 @@ class TrainingRows:
 
     def read_window(self, shards, human):
         """The training rows of some shards and some of the human-labelled rows, one after another."""
-        window = np.empty(sum(self.counts[shard] for shard in shards) + len(human), self.files.row)
+        size = sum(self.counts[shard] for shard in shards) + len(human)
+        window = np.empty(size, self.files.row)
         window[: len(human)] = self.human[human]
         start = len(human)
         for shard in shards:
@@ -248,10 +254,12 @@ class TrainingRows:
         size, step = self.settings.batch_size, self.settings.shuffle_window
         rng = np.random.default_rng([self.settings.seed, 3, epoch])
         order = rng.permutation(len(self.shards))
-        windows = [order[start : start + step] for start in range(0, len(order), step)] or [order]
+        starts = range(0, max(len(order), 1), step)
+        windows = [order[start : start + step] for start in starts]
         human = np.array_split(rng.permutation(len(self.human)), len(windows))
         for shards, few in zip(windows, human):
-            shuffled = rng.permutation(sum(self.counts[shard] for shard in shards) + len(few))
+            rows = sum(self.counts[shard] for shard in shards) + len(few)
+            shuffled = rng.permutation(rows)
             in_window = math.ceil(len(shuffled) / size)
             if skip >= in_window:
                 skip -= in_window
@@ -268,8 +276,10 @@ def statistics_of(match):
     greatest times -1."""
     known = np.isfinite(match)
     values = np.where(known, match, 0).astype(np.float64)
-    ends = [np.where(known, sign * match, np.inf).min(axis=0, initial=np.inf) for sign in (1, -1)]
-    return np.stack([known.sum(0), values.sum(0), (values**2).sum(0), *ends])
+    squares = values**2
+    least = np.where(known, match, np.inf).min(axis=0, initial=np.inf)
+    greatest = np.where(known, -match, np.inf).min(axis=0, initial=np.inf)
+    return np.stack([known.sum(0), values.sum(0), squares.sum(0), least, greatest])
 
 
 def moments_of(statistics):
@@ -280,4 +290,6 @@ def moments_of(statistics):
     mean = total / n
     std = np.sqrt(np.maximum(squares / n - mean**2, 0))
     moments = {"mean": mean, "std": np.where(std > 1e-6, std, 1.0)}
-    return moments | {"low": np.where(known, low, mean), "high": np.where(known, -high, mean)}
+    moments["low"] = np.where(known, low, mean)
+    moments["high"] = np.where(known, -high, mean)
+    return moments

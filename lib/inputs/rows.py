@@ -26,9 +26,11 @@ class LabelledRows:
         self.queries = queries.to_pylist()  # of all rows and impressions
         ids = token_ids_of(features, text, queries, table)
         order = content_order(ids, table["label"].to_numpy())
-        table, self.ids = table.take(order), [ids[row] for row in order]
+        table = table.take(order)
+        self.ids = [ids[row] for row in order]
         self.lengths = np.array([len(row) for row in self.ids])
-        self.levels = torch.from_numpy(table["label"].to_numpy().astype(np.int64) - 1)
+        labels = table["label"].to_numpy().astype(np.int64)
+        self.levels = torch.from_numpy(labels - 1)
         self.pad_id = text.tokenizer.pad_token_id
         keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
         self.train, self.held_out, self.split = split_rows(keys, settings)
@@ -45,7 +47,8 @@ class LabelledRows:
 def split_rows(keys, settings):
     """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
     in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
-    is_held_out, split = held_out(keys, 0.1, f"teacher:{settings.seed}", np.ones(len(keys)))
+    salt, rows = f"teacher:{settings.seed}", np.ones(len(keys))
+    is_held_out, split = held_out(keys, 0.1, salt, rows)
     train = np.flatnonzero(~is_held_out)
     if settings.rows:
         shuffled = np.random.default_rng(settings.seed).permutation(train)
@@ -61,7 +64,8 @@ def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
     pins, which_pin = np.unique(pin_index, return_inverse=True)
     query_ids = text.queries(query_texts.take(queries).to_pylist())
     pin_ids = text.pins(read_pins(pins))
-    return [text.pair(query_ids[q], pin_ids[p]) for q, p in zip(which_query, which_pin)]
+    pairs = zip(which_query, which_pin)
+    return [text.pair(query_ids[query], pin_ids[pin]) for query, pin in pairs]
 
 
 def token_ids_of(features, text, queries, pairs):
@@ -98,12 +102,14 @@ def read_fields(path, fields, pins):
 
 def content_order(rows, labels):
     """The order of N rows of token ids and labels [N] by what they are, wherever they stand in a table."""
-    return sorted(range(len(rows)), key=lambda row: (rows[row].tobytes(), labels[row]))
+    content = [(row.tobytes(), label) for row, label in zip(rows, labels)]
+    return sorted(range(len(content)), key=content.__getitem__)
 
 
 def hash_rows(rows, *columns):
     """Hash of rows of token ids (N arrays [T]) in their order, and of further columns [N]."""
-    digest = hashlib.blake2b(np.array([len(row) for row in rows], np.int64).tobytes(), digest_size=16)
+    lengths = np.array([len(row) for row in rows], np.int64)
+    digest = hashlib.blake2b(lengths.tobytes(), digest_size=16)
     for row in rows:
         digest.update(row.tobytes())
     for column in columns:
@@ -121,7 +127,8 @@ def epoch_batches(lengths, batch_size, seed, epoch, pool=16):
     for start in range(0, len(order), pool * batch_size):
         block = order[start : start + pool * batch_size]
         block = block[np.argsort(lengths[block], kind="stable")]
-        batches += [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+        for first in range(0, len(block), batch_size):
+            batches.append(block[first : first + batch_size])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

@@ -40,7 +40,8 @@ class StudentInputs:
             raise Stop(f"{trained}, {features} has {self.dims}: it cannot read these features")
         self.match = spec["match"] if spec else match_names(features / "labelled.parquet")
         for side, table in TABLES.items():
-            columns |= {f"{side}_{name}": name for name in further_columns(features / table, side)}
+            for name in further_columns(features / table, side):
+                columns[f"{side}_{name}"] = name
         for name in columns if spec is None else (*spec["categories"], *spec["numbers"]):
             column = read_column(features / TABLES[side_of(name)], columns.get(name))
             self.add(name, column, spec, max_values)
@@ -56,8 +57,8 @@ class StudentInputs:
             column = column.cast(pa.string())
             known = spec["categories"][name] if spec else frequent_values(column, max_values)
             self.categories[name] = known
-            codes = pc.index_in(column, pa.array(known, pa.string()))
-            self.codes[name] = (codes.fill_null(-1).to_numpy() + 1).astype(np.int64)
+            codes = pc.index_in(column, pa.array(known, pa.string())).fill_null(-1)
+            self.codes[name] = codes.to_numpy().astype(np.int64) + 1
 
     def to(self, device, share=0.5):
         """On a GPU: moves the embeddings there if they take at most `share` of its free memory."""
@@ -94,8 +95,11 @@ def is_numeric(kind):
 
 def further_columns(path, side):
     """The columns of a table of queries or pins beyond the contract's: {name: "number" or "category"}."""
-    fields = [field for field in pq.read_schema(path) if field.name not in OUR_COLUMNS[side]]
-    return {field.name: "number" if is_numeric(field.type) else "category" for field in fields}
+    kinds = {}
+    for field in pq.read_schema(path):
+        if field.name not in OUR_COLUMNS[side]:
+            kinds[field.name] = "number" if is_numeric(field.type) else "category"
+    return kinds
 
 
 def read_column(path, name):
@@ -116,13 +120,13 @@ def moments(values):
     known = values[np.isfinite(values)].astype(np.float64)
     if not len(known):
         return [0.0, 1.0, 0.0, 0.0]
-    std = float(known.std())
-    return [float(known.mean()), std if std > 1e-6 else 1.0, float(known.min()), float(known.max())]
+    std = known.std()
+    numbers = known.mean(), std if std > 1e-6 else 1.0, known.min(), known.max()
+    return [float(number) for number in numbers]
 
 
 def frequent_values(column, n):
     """The n most frequent values of an Arrow text column, ties by value."""
-    counts = column.drop_null().value_counts()
-    pairs = zip(counts.field("counts").to_pylist(), counts.field("values").to_pylist())
-    ranked = sorted((-count, value) for count, value in pairs)
+    counts = column.drop_null().value_counts().to_pylist()
+    ranked = sorted((-row["counts"], row["values"]) for row in counts)
     return [value for _, value in ranked[:n]]
