@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from common import FIELDS
 from lib.inputs.match import MATCH_FEATURES
-from lib.stages.files import read_json
+from lib.stages.files import read_json, write_parquet
 from lib.stages.terminal import Stop
 from lib.tables.database import Database
 from lib.tables.raw import RawTables
@@ -1005,6 +1005,21 @@ def test_lines_of_json_after_a_byte_order_mark(tmp_path, packing, folder):
         ]
     else:
         assert rows(opened(data), "boards", "pin_id, board_title") == [("007", "Kitchen")]
+
+
+def test_a_small_file_of_very_many_rows_is_never_read_whole(tmp_path, monkeypatch):
+    """632 kB of Parquet can be 200 million rows: they are counted and checked in SQL, a rule at a time."""
+    folder, rows = write_dataset(tmp_path / "d", small_dataset()), 1_000_000
+    same = {"pin_id": ["p2"], "board_title": ["Red"]}
+    write_parquet(folder / "boards.parquet", pa.table(same).take(pa.array(np.zeros(rows, np.int32))))
+    assert (folder / "boards.parquet").stat().st_size < 10_000
+    raw, largest = RawTables(folder), []
+    ask = raw.ask
+    monkeypatch.setattr(raw, "ask", lambda *args: largest.append(len(found := ask(*args))) or found)
+    raw.check()
+    assert raw.count_rows()["boards"] == rows and max(largest) == 1
+    (folder / "boards.parquet").rename(folder / "pins.parquet")
+    assert "stands more than once, the first: 'p2'" in stop_line(RawTables(folder).check)
 
 
 @pytest.mark.parametrize("content", ["{", "[", "x", '"'])
