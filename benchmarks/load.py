@@ -31,12 +31,12 @@ LARGE = json.dumps({"query": "red chair " * 1_000_000})
 
 
 def busy(url, bodies, clients, seconds):
-    """Milliseconds of all answers to /rank that so many clients get in these seconds."""
+    """Milliseconds of all answers to /rank that so many clients get in these seconds, at least one each."""
     end = time.perf_counter() + seconds
 
     def work(turn):
         connection, times = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600), []
-        while time.perf_counter() < end:
+        while not times or time.perf_counter() < end:
             before = time.perf_counter()
             body = bodies[turn % len(bodies)]
             connection.request("POST", "/rank", body, {"content-type": "application/json"})
@@ -60,7 +60,7 @@ def ask_too_much(url, done):
         try:
             connection.request("POST", "/rank", LARGE, {"content-type": "application/json"})
             status = connection.getresponse().status
-        except OSError as error:  # refused before all of it was sent
+        except (OSError, http.client.HTTPException) as error:  # refused before all of it was sent
             status = type(error).__name__
         said = said or f"{status} after {time.perf_counter() - start:.1f} s"
     print(f"{url}: {len(LARGE):,} bytes: {said}", file=sys.stderr)
