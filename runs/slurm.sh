@@ -13,22 +13,26 @@
 #
 #     sbatch --nodes=4 runs/slurm.sh DATASET_DIR RUN_DIR        from the project's folder; absolute paths
 #
-# Before      the virtual environment is active when you submit (`bash runs/toy.sh` makes one in .venv), the models
-#             are in the cache of the hub (HF_HOME): nodes often have no network.
-# Shared      by all nodes, under the same path: this folder, the virtual environment, DATASET_DIR, RUN_DIR, HF_HOME.
-#             A file that one node has closed must be seen on the others: so do Lustre, GPFS, and NFS after a minute,
-#             for which the stages wait two. SQLite, which holds RUN_DIR's lock, needs a file system with locks.
-# Tasks       one a node: it is accelerate launch, which starts a process a GPU. The first node's first process is
-#             the main one: it reads tables, counts logs, computes match features, and says what is done. The others
-#             caption pictures and embed texts (01), train (02), label shards (03).
-# 01 alone    on CPU work most of the time: on a large cluster run it first, with --nodes=1, if pictures are few.
+# Before      the virtual environment is active when you submit (`bash runs/toy.sh` makes one in .venv), the
+#             models are in the cache of the hub (HF_HOME): nodes often have no network.
+# Shared      by all nodes, under the same path: this folder, the virtual environment, DATASET_DIR, RUN_DIR,
+#             HF_HOME. A file that one node has closed must be seen on the others: so do Lustre, GPFS, and NFS
+#             after a minute, for which the stages wait two. SQLite, which holds RUN_DIR's lock, needs a file
+#             system with locks.
+# Tasks       one a node: it is accelerate launch, which starts a process a GPU. The first node's first
+#             process is the main one: it reads tables, counts logs, computes match features, and says what is
+#             done. The others caption pictures and embed texts (01), train (02), label shards (03).
+# 01 alone    on CPU work most of the time: on a large cluster run it first, with --nodes=1, if pictures are
+#             few.
 # A dead node, process or GPU
-#             srun ends the step on every node as soon as one task fails (--kill-on-bad-exit); where Slurm finds a node
-#             dead it puts the job back into the queue (--requeue) and begins this script again, with any other node.
-#             Each stage then says that it is finished, or continues: 01 after its last whole chunk of pictures or
-#             texts, 02 after its last checkpoint, 03 after its last whole shard. The results are the same. A step
-#             that failed for another reason than a node: sbatch the same line again; also with other --nodes.
-# Time limit  too short: the same line again. Nothing is lost but the last chunk, steps since a checkpoint, or shard.
+#             srun ends the step on every node as soon as one task fails (--kill-on-bad-exit); where Slurm
+#             finds a node dead it puts the job back into the queue (--requeue) and begins this script again,
+#             with any other node. Each stage then says that it is finished, or continues: 01 after its last
+#             whole chunk of pictures or texts, 02 after its last checkpoint, 03 after its last whole shard.
+#             The results are the same. A step that failed for another reason than a node: sbatch the same
+#             line again; also with other --nodes.
+# Time limit  too short: the same line again. Nothing is lost but the last chunk, steps since a checkpoint, or
+#             shard.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: sbatch --nodes=N runs/slurm.sh DATASET_DIR RUN_DIR"; exit 2; }
 DATA="$1" RUN="$2"
@@ -43,14 +47,15 @@ launch() {  # a stage on every GPU of every node
     echo "+ $*"
     # shellcheck disable=SC2016  # each node puts its own SLURM_NODEID in
     srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --multi_gpu \
-        --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \
-        --main_process_ip "$MAIN" --main_process_port "$PORT" --mixed_precision no --dynamo_backend no "$@"' launch "$@"
+        --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" \
+        --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN" --main_process_port "$PORT" \
+        --mixed_precision no --dynamo_backend no "$@"' launch "$@"
 }
 alone() {  # a stage on the first node
     echo "+ $*"
     srun --nodes=1 --ntasks=1 --nodelist="$MAIN" python "$@"
 }
-launch 01_build_features.py --preset paper --run "$RUN" --data "$DATA"    # captions and embeddings are dealt out
+launch 01_build_features.py --preset paper --run "$RUN" --data "$DATA"    # pictures and texts are dealt out
 launch 02_train_teacher.py --preset paper --run "$RUN"                    # a batch is dealt out
 launch 03_label.py --preset paper --run "$RUN"                            # shards are dealt out
 alone 04_train_student.py --preset paper --run "$RUN" --labels human      # what the teacher must beat

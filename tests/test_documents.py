@@ -50,6 +50,11 @@ def test_prose_is_at_most_110_wide(name):
     assert [line for line in lines if len(line) > 110] == []
 
 
+def test_recipes_are_at_most_110_wide():
+    for path in (ROOT / "runs").glob("*.sh"):
+        assert [line for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 110] == [], path
+
+
 @pytest.mark.parametrize("name", HELD_IN_LENGTH)
 def test_length(name):
     assert len(text_of(name).splitlines()) <= HELD_IN_LENGTH[name]
