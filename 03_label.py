@@ -6,7 +6,7 @@ other languages.
 
     1  settings; what is inherited
     2  the text of the pairs; which shards are left to label, and which labels are known
-    3  the teacher, LoRA merged
+    3  the teacher, LoRA merged; its layers compiled with --compile
     4  soft labels, one output shard an input shard
     5  --pool (ours): they are weighed against a regression on the match features; where human labels are
        few, the teacher alone is worse than that, and where it is clearly better it stays alone
