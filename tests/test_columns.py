@@ -81,6 +81,8 @@ def test_columns_all_of_whose_values_differ_are_named_in_one_line(tmp_path):
     (line,) = (line for line in lines if "share a value" in line)
     assert "'at', 'id', 'session'" in line and "price" not in line and roles["price"] == "number"
     assert not any("share a value" in line for line in judged(dataset(tmp_path / "few", 3, id=[1, 2, 3]))[1])
+    twice = [f"t{max(i, 1)}" for i in range(200)]  # two of two hundred times are the same
+    assert any("'time'" in line for line in judged(dataset(tmp_path / "many", 200, time=twice))[1])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])

@@ -77,10 +77,11 @@ def test_a_table_that_is_not_there_hides_no_fault_of_another(tmp_path, capsys, g
     assert f"{gone}.parquet" in missing and "'board_title' is missing; it has 'pin_id', 'title'" in column
 
 
-def test_columns_missing_in_one_table_are_one_line(tmp_path):
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_columns_missing_in_one_table_are_one_line(tmp_path, kind):
     tables = small_dataset()
     tables["labels"] = {"term": ["q1"], "sku": ["007"], "rating": [3]}
-    line = stop_line(RawTables, write_dataset(tmp_path, tables))
+    line = stop_line(RawTables, write_dataset(tmp_path, tables, kind))
     assert "columns 'query_id', 'pin_id', 'label' are missing" in line
     assert "is 'sku' 'pin_id'?" in line and "is 'rating' 'label'?" in line
     assert near("pin_id", ["title", "article_id"]) == ["article_id"] and near("label", ["id"]) == []
@@ -158,6 +159,7 @@ def test_every_column_has_a_role_and_what_is_odd_is_said(tmp_path, capsys):
         "body": lambda i: f"<p>A long text that says something of the thing</p> {i % 30}",
     }
     tables = many(columns)
+    tables["pins"]["description"] = [f"<b>{i}</b>" if i % 2 else "plain" for i in range(43)]
     tables["labels"] |= {"position": [1, 2, 3], "note": ["a", "b", "c"]}
     tables["impressions"]["position"] = [1, 2, 3]
     check(write_dataset(tmp_path, tables, "csv"))
@@ -172,7 +174,8 @@ def test_every_column_has_a_role_and_what_is_odd_is_said(tmp_path, capsys):
     assert odd == {
         "pins.price": "a category, for 40 of 40 cells are no plain number, the first",
         "pins.euro": "a category, for 40 of 40 cells are no plain number, the first",
-        "pins": "no two rows share a value of 'euro', 'price', 'sku'",
+        "pins.description": "HTML in 21 of 43 cells",
+        "pins": "(next to) no two rows share a value of 'euro', 'price', 'sku'",
         "pins.attributes": "JSON",
         "pins.body": "long texts as a category",
     }

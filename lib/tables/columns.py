@@ -32,7 +32,7 @@ def nested_in(column, stored, one=False):
 
 class Column(NamedTuple):
     """role: "number", "category" or "left out"; why it is left out, or what is odd about it (text, or None);
-    differs: all of its values differ, and they are no measurements."""
+    differs: (nearly) all of its values differ, and they are no measurements."""
 
     role: str
     odd: str | None = None
@@ -59,7 +59,7 @@ def survey(raw, table, names):
         unlike = [column for column in some if facts[column].may_differ(stored[column])]
         values = of_all({column: f"count(DISTINCT {texts[column]})" for column in unlike})
         for column in some:
-            differs = values.get(column) == facts[column].filled
+            differs = values.get(column, 0) >= max(1, 0.99 * facts[column].filled)
             found[column] = judge(column, stored[column], facts[column], rows, nested.get(column), differs)
     return found
 
@@ -108,7 +108,7 @@ def facts_of(texts):
 
 def judge(column, stored, about, rows, nested, differs):
     """What becomes of a column of so many rows, stored as this type: a Column. about: its Facts; nested: does
-    a cell hold more than texts; differs: do all values differ?"""
+    a cell hold more than texts; differs: as Column has it."""
     run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == rows == about.filled
     if ROW_NUMBERS.fullmatch(column.lower()) or (column.lower() in ROW_NAMES and run):
         return Column("left out", "row numbers, or without a name")
@@ -136,4 +136,5 @@ def oddities(raw, table):
             yield f"{table}.{name}: {'left out: ' * (about.role == 'left out')}{about.odd}"
     names = [repr(name) for name, about in columns.items() if about.differs]
     if names:
-        yield f"{table}: no two rows share a value of {', '.join(names)}: an id, a time? It teaches nothing"
+        named = ", ".join(names)
+        yield f"{table}: (next to) no two rows share a value of {named}: an id, a time? It teaches nothing"

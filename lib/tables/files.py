@@ -180,7 +180,8 @@ def json_reader(db, files, options, contract, sample):
     described = db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
     types = {row[0]: row[1] for row in described}
     begun = {column.strip().lower() for column in types}
-    wanted = [*types, *(column for column in contract if column not in begun)]
+    unmet = contract if sample != -1 else ()  # a sample of the rows may not have met a column
+    wanted = [*types, *(column for column in unmet if column not in begun)]
     columns = {}
     for column in wanted:
         kind, numeric = types.get(column, "VARCHAR"), column.lower() not in contract

@@ -17,7 +17,8 @@ PICTURES = 200  # opened for a check
 LONG = 40  # characters of a category's value, mean
 SOUGHT = {"pins": ("title", "description", "image"), "queries": ("query", "language"), "labels": ("label",)}
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
-JSON = "ltrim(v)[1] IN ('{', '[')"  # in SQL, of a value v
+HTML = "regexp_matches(v, '</?[a-zA-Z][^>]*>')"  # in SQL, of a value v
+JSON = "ltrim(v)[1] IN ('{', '[')"
 
 
 class Column(NamedTuple):
@@ -39,7 +40,8 @@ def look_at(raw):
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    counts = f"count(*) FILTER (NOT is_blank(v)), count(*) FILTER ({JSON}), avg(length(v))"
+    shares = f"count(*) FILTER ({JSON}), count(*) FILTER ({HTML})"
+    counts = f"count(*) FILTER (NOT is_blank(v)), {shares}, avg(length(v))"
     texts = ", ".join(f"{quoted(column)}::VARCHAR AS {quoted(column)}" for column in columns)
     some = f"UNPIVOT (SELECT {texts} FROM raw_{table} LIMIT {ROWS}) ON * INTO NAME name VALUE v"
     sql = (
@@ -47,7 +49,7 @@ def look_at_table(raw, table, columns):
     )
     found = {name: facts for name, *facts in raw.ask(sql)} if columns else {}
     for column in columns:
-        filled, json, length, values, example = found.get(column, (0, 0, 0, 0, None))
+        filled, json, html, length, values, example = found.get(column, (0, 0, 0, 0, 0, None))
         example = raw.labels_found() if column == "label" and table == "labels" else example
         role, is_category = role_of(raw, table, column, values)
         odd = None
@@ -55,6 +57,8 @@ def look_at_table(raw, table, columns):
             odd = "JSON: a column of its own for each thing in it says more"
         elif is_category and length > LONG:
             odd = "long texts as a category: nobody reads them; into title or description, or leave them out"
+        elif role == "text" and html > 0.1 * filled:
+            odd = f"HTML in {html:,} of {filled:,} cells: tags are read as words; take them out"
         yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], odd)
 
 
