@@ -42,7 +42,8 @@ def held_out(keys, share, salt, rows=None):
         rows_of, found = Counter(), 0
         for key, count in zip(keys, rows):
             rows_of[key] += int(count)
-        for position, count in sorted((hash_position(key, salt), n) for key, n in rows_of.items() if n):
+        places = [(hash_position(key, salt), n) for key, n in rows_of.items() if n]
+        for position, count in sorted(places):
             found += count
             if position >= share or found > MOST_ROWS * rows_of.total():
                 share = min(position, share)
@@ -63,6 +64,7 @@ def split_of(keys, given, share, name):
     sides = [f"{rows[side]:,} rows of {queries[side]:,} queries {side}" for side in ("train", "eval")]
     print("labelled:", ", ".join(sides))
     if queries["eval"] < ENOUGH_EVAL:
-        width = f"intervals of AUROC and nDCG will be some ±{ROUGH_WIDTH / queries['eval'] ** 0.5:.2f}"
-        print(f"only {queries['eval']} evaluation queries: {width}; --eval-share holds out more")
+        width = ROUGH_WIDTH / queries["eval"] ** 0.5
+        wide = f"intervals of AUROC and nDCG will be some ±{width:.2f}"
+        print(f"only {queries['eval']} evaluation queries: {wide}; --eval-share holds out more")
     return split, dict(rows)
