@@ -170,7 +170,7 @@ def test_a_teacher_that_learned_nothing_is_named(features, models, tmp_path, cap
     monkeypatch.setattr("lib.results.summary.TOY_WEIGHTS", 90_000)
     trainer.main([*argv, "--encoder-lr", "1e-9", "--head-lr", "1e-9"])
     said = capsys.readouterr().out
-    assert "the labels' own shares have loss" in said and "does not beat the labels' own shares" in said
+    assert "the labels' own shares: loss" in said and "does not beat the labels' own shares" in said
     assert "--preset small" in said  # the toy's settings on a model that is too large for them
 
 
@@ -182,7 +182,7 @@ def test_the_small_presets_teacher_is_stage_01s_text_encoder(features, models, t
     said = capsys.readouterr().out
     assert f"--model {models['bert']}: stage 01's text encoder" in said
     assert read_json(tmp_path / "run" / "teacher" / "teacher.json")["model"] == str(models["bert"])
-    assert "bm25 there" in said and "embedding there" in said and "queries train" in said
+    assert "labels on bm25: loss" in said and "labels on embedding: loss" in said and "queries train" in said
 
 
 def test_what_a_feature_says_of_held_out_rows_by_hand():

@@ -188,7 +188,7 @@ def test_report_names_every_system_and_picture(pipeline):
     for system in read_json(folder / "metrics.json")["systems"]:
         assert f"| {system} |" in text
     pictures = [line.split("](")[1].split(")")[0] for line in text.splitlines() if line.startswith("![")]
-    assert len(pictures) == 6
+    assert len(pictures) == 5
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 

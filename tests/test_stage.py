@@ -40,7 +40,7 @@ class Settings(StageSettings):
     warmup: Share = 0.1  # share of the steps
     rows: Count | None = None  # rows (default: all)
     merge: bool = True  # merge
-    compile: bool = False  # compile
+    balance: bool = False  # balance
     workers: Size = 0  # cannot change a result
     seed: Size = 0  # seed
 
@@ -182,8 +182,8 @@ def test_finished_once_is_finished(tmp_path, capsys):
 
 def test_other_settings_and_inputs_are_named(tmp_path):
     folder = make(tmp_path)
-    line = stop_line(Stage, folder, settings_of(tmp_path, epochs=4, compile=True), {"data": "e"})
-    assert "--epochs was 3, is 4" in line and "--compile was False, is True" in line
+    line = stop_line(Stage, folder, settings_of(tmp_path, epochs=4, balance=True), {"data": "e"})
+    assert "--epochs was 3, is 4" in line and "--balance was False, is True" in line
     assert "data was 'd', is 'e'" in line and "--overwrite" in line
 
 
@@ -195,7 +195,7 @@ def test_settings_that_cannot_change_a_result_are_free(tmp_path):
 def test_a_switch_of_a_later_version_changes_nothing_while_it_is_off(tmp_path):
     folder = make(tmp_path)
     about = read_json(folder / "stage.json")
-    assert about["arguments"].pop("compile") is False  # an earlier version had no --compile
+    assert about["arguments"].pop("balance") is False  # an earlier version had no --balance
     write_json(folder / "stage.json", sealed(about))
     assert Stage(folder, settings_of(tmp_path), {"data": "d"}).done
 
