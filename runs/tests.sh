@@ -5,6 +5,7 @@
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT-1000}"
 run ruff check --quiet .
 run ruff format --check --quiet .
-# Two files of tests at a time, a thread each (`-n 0`: one after another, in this process).
+# Two files of tests at a time, a thread each (`-n 0`: one after another, in this process), by their names: no
+# long one is left for the end.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS-1}"
-run python -m pytest -n 2 --dist loadfile "$@"
+run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
