@@ -5,7 +5,6 @@
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT-1000}"
 run ruff check --quiet .
 run ruff format --check --quiet .
-# Two files of tests at a time, a thread each (`-n 0`: one after another, in this process), by their names: no
-# long one is left for the end.
+# Two files of tests at a time, a thread each (`-n 0`: one after another, in this process).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS-1}"
-run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+run python -m pytest -n 2 --dist loadfile "$@"
