@@ -333,7 +333,7 @@ class Student(nn.Module):
         parts |= {f"{pin} * {query}": parts[query] * parts[pin] for query, pin in self.alike}
         parts = {name: self.input_dropout(part) for name, part in parts.items()}
         for name, table in zip(spec["categories"], self.tables):
-            parts[name] = table(inputs[name].clamp(min=0))
+            parts[name] = table(inputs[name].clamp(min=0))  # below 0: unknown, as features.json says
         for name, moments in zip(spec["numbers"], self.number_moments):
             parts[name] = normalized(inputs[name], *moments)[:, None]
         match = torch.stack([inputs[name] for name in spec["match"]], dim=1)

@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
+from lib.tables.splits import query_key
 
 LEVEL = {"0": 1, "1": 5}  # grade -> level
 SOURCE = "github.com/elastic/elasticsearch-labs, notebooks/search/sample_data/learning-to-rank/"
@@ -77,7 +78,7 @@ def judgment_tables(judgments, movies, settings):
             skipped.append((query, pin, grade, "no such movie"))
             continue
         queries[query] = row["query"]
-        dealt = first_id.setdefault(row["query"].strip().lower(), query)  # one text, one side
+        dealt = first_id.setdefault(query_key(row["query"]), query)  # one text, one side
         side = conversion.side_of(dealt, settings.train_share, settings.eval_share, "msrd")
         if side == "hidden":
             impressions.append((query, pin))

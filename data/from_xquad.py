@@ -28,7 +28,6 @@ equally frequent and languages can be compared. Two questions of the same text i
 import hashlib
 import json
 import random
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,6 +37,7 @@ from tyro.conf import Positional
 
 from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
+from lib.tables.splits import query_key
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
 TRAIN_LANGUAGE = "en"
@@ -106,16 +106,16 @@ def without_twins(by_language):
     Question}}. A question that some language lacks is left out; of two of one text the later id."""
     used, left_out, taken = [], [], set()
     for question in sorted(set().union(*by_language.values())):
-        texts = []
+        texts = {}
         for language, questions in by_language.items():
-            text = questions[question].text if question in questions else ""
-            texts.append((language, unicodedata.normalize("NFC", text).strip().lower()))
-        problems = [(language, text) for language, text in texts if not text or (language, text) in taken]
+            texts[language] = questions[question].text if question in questions else ""
+        keys = {language: (language, query_key(text)) for language, text in texts.items()}
+        problems = [language for language in texts if not texts[language] or keys[language] in taken]
         if problems:
-            left_out.append((question, *problems[0], PROBLEM))
+            left_out.append((question, problems[0], texts[problems[0]], PROBLEM))
         else:
             used.append(question)
-            taken.update(texts)
+            taken.update(keys.values())
     return used, left_out
 
 

@@ -164,7 +164,8 @@ def say(result, top):
     agrees = [f"{name} {overall[name]:.3f}" for name in ("exact", "within_one", "kappa", "tau", "rho")]
     of_pairs = f"{overall['pairs']:,} pairs of {overall['queries']:,} queries"
     print(f"judge beside people, {of_pairs}: {', '.join(agrees)}")
-    print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance {result['distance']})")
+    far = ", ".join(f"{how} {distance:.3f}" for how, distance in result["distance"].items())
+    print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance: {far})")
     few = True
     for name, metric in product(result["means"], METRICS):
         groups = result["means"][name][metric]

@@ -50,10 +50,8 @@ def backbone_kind(config):
         return "encoder"
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
-    kinds = (
-        "text encoder, encoder-decoder or decoder: give --model a BERT-, DeBERTa-, T5- or Llama-like model"
-    )
-    raise Stop(f"a model of type {name!r} is no {kinds}")
+    kinds = "text encoder, encoder-decoder or decoder"
+    raise Stop(f"a model of type {name!r} is no {kinds}: give --model one like BERT, DeBERTa, T5 or Llama")
 
 
 def load_config(model):
@@ -65,9 +63,7 @@ def load_config(model):
     advice = "give a folder written by save_pretrained, or a hub id"
     with stop_on_error(f"{model}: no usable model config here", advice):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    if file_of(
-        model, "adapter_config.json"
-    ):  # transformers would hand it to peft, which imports what it names
+    if file_of(model, "adapter_config.json"):  # transformers hands it to peft, which imports what it names
         what = f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model"
         raise Stop(f"{what}; give the model's folder without them, or merge them into it first")
     config._attn_implementation = config._experts_implementation = None

@@ -143,7 +143,8 @@ def test_twins_and_fragments(tmp_path):
     def change(language, data):
         first, second = data[0]["paragraphs"][0]["qas"]
         if language == "de":
-            second["question"] = f"  {first['question'].upper()} "
+            second["question"] = f"  i{first['question'].upper()} "
+            first["question"] = f"İ{first['question']}"  # one letter to query_key, two to lower()
         paragraph = data[1]["paragraphs"][0]
         end = len(paragraph["context"])
         paragraph["context"] += "  "
