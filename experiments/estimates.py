@@ -1,5 +1,5 @@
 """What a judge's labels of result lists say: metrics of a list, means with intervals, means corrected by
-people's labels, how far the judge agrees with people, how many queries a difference takes.
+people's labels, how far the judge agrees with people, which difference so many queries detect.
 
 Wang et al., 2025 (arXiv 2509.03764) measure experiments so; the correction is prediction-powered inference
 (Angelopoulos et al., 2023; power tuning: arXiv 2311.01453), on ranking metrics as PRECISE has it (arXiv
@@ -127,13 +127,17 @@ def agreement(level, p, query, how):
     distance = np.abs(likeliest - level)
     ours = mean_gains(p, query, how)
     theirs = mean_gains(certain(level), query, how)
-    found = {"pairs": len(level), "queries": len(ours)}
-    found |= {"kappa": np.nan, "tau": np.nan, "rho": np.nan}
-    found["exact"] = float((distance == 0).mean())
-    found["within_one"] = float((distance <= 1).mean())
+    found = {
+        "pairs": len(level),
+        "queries": len(ours),
+        "exact": float((distance == 0).mean()),
+        "within_one": float((distance <= 1).mean()),
+        "kappa": np.nan,
+        "tau": np.nan,
+        "rho": np.nan,
+    }
     if len(np.union1d(level, likeliest)) > 1:
-        levels = [*LEVELS]
-        kappa = cohen_kappa_score(level, likeliest, labels=levels, weights="quadratic")
+        kappa = cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic")
         found["kappa"] = float(kappa)
     if min(np.ptp(ours), np.ptp(theirs)) > 0:
         found["tau"] = float(stats.kendalltau(ours, theirs).statistic)
@@ -162,46 +166,10 @@ def trust(level, p, query, language):
     return how, distance, agrees
 
 
-def detectable(deviation, n):
-    """The smallest mean difference that n queries detect (two-sided 5 %, 80 % power); its values have this
-    standard deviation."""
-    return float(DETECTED * deviation / np.sqrt(n))
-
-
-def queries_for(deviation, difference):
-    """How many queries detect a mean difference."""
-    needed = (DETECTED * deviation / difference) ** 2
-    return int(np.ceil(needed))
-
-
-def allocation(values, stratum, weight, n):
-    """How to draw n queries from strata: proportionally to their traffic, or optimally (Neyman, 1934: to
-    traffic times standard deviation). values, stratum, weight [Q] -> {stratum: (proportional, optimal)}, and
-    what n queries detect so: (proportional, optimal)."""
-    share = pd.Series(weight).groupby(stratum).sum() / weight.sum()
-    deviation = pd.Series(values).groupby(stratum).std().fillna(0)  # of one query: 0
-    product = share * deviation
-    optimal = share
-    if product.sum() > 0:
-        optimal = product / product.sum()
-    drawn = {}
-    for name in share.index:
-        drawn[str(name)] = round(n * share[name]), round(n * optimal[name])
-    proportional = np.sqrt(share @ deviation**2)
-    return drawn, (detectable(proportional, n), detectable(product.sum(), n))
-
-
-def power(values, stratum, weight, want, plan):
-    """What the queries at hand detect by these differences [Q], how many detect the difference `want`, and
-    how to draw `plan` queries from the strata next time."""
-    at = np.isfinite(values)
-    values = values[at]
+def power(values):
+    """The smallest mean difference that so many queries detect (two-sided 5 %, 80 % power) where their
+    differences [Q] scatter so; of a smaller one the number of queries grows by the square."""
+    values = values[np.isfinite(values)]
     deviation = float(values.std(ddof=1)) if len(values) > 1 else np.nan
-    drawn, detects = allocation(values, stratum[at], weight[at], plan)
-    return {
-        "queries": len(values),
-        "deviation": deviation,
-        "detects": detectable(deviation, len(values)),
-        "queries_for_want": want and queries_for(deviation, want),
-        "plan": {"queries": plan, "proportional_optimal": drawn, "detects": detects},
-    }
+    detects = float(DETECTED * deviation / np.sqrt(len(values)))
+    return {"queries": len(values), "deviation": deviation, "detects": detects}

@@ -5,7 +5,7 @@ Wang et al., 2025, "LLM-based Relevance Assessment for Web-Scale Search Evaluati
 (experiments/estimates.py). Beside every result stands how far this judge agrees with people.
 
     python experiments/judge.py --run outputs/toy --results control=bm25.run treatment=student.csv --top 10
-    python experiments/judge.py --run RUN --results a=a.parquet b=b.parquet --strata interest --want 0.01
+    python experiments/judge.py --run RUN --results a=a.parquet b=b.parquet --strata interest
 
 Reads   RUN/features, RUN/teacher, RUN/labels; result lists: a TREC run (.run), or a table (Parquet, CSV, TSV,
         JSONL) with query_id or query, pin_id, and rank or score
@@ -34,7 +34,7 @@ from lib.models import quiet_libraries  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
-from lib.stages.settings import ROOT, Count, DeviceSettings, NonNegative, parse  # noqa: E402
+from lib.stages.settings import ROOT, Count, DeviceSettings, parse  # noqa: E402
 from lib.stages.stage import Stage  # noqa: E402
 from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 
@@ -53,8 +53,6 @@ class Settings(DeviceSettings):
     name: str = "experiment"  # folder below RUN/judged
     top: Count = 10  # places of a list that count
     strata: str = ""  # a column of `queries`, or a table with query_id or query, stratum, perhaps weight
-    want: NonNegative = 0.0  # a difference of interest: how many queries detect it?
-    plan: Count = 1_000  # queries to be drawn from the strata next time
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
 
 
@@ -179,10 +177,7 @@ def say(result, top):
     if few:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
-        line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
-        if found["queries_for_want"]:
-            line += f"; the wanted difference takes {found['queries_for_want']:,}"
-        print(line)
+        print(f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG")
 
 
 def main(argv=None):
@@ -225,9 +220,8 @@ def main(argv=None):
         "means": compared(judge, people, covered, groups, weight),
         "power": {},
     }
-    for a, b in combinations(judge, 2):  # of nDCG
-        options = strata, weight, settings.want, settings.plan
-        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a), *options)
+    for a, b in combinations(judge, 2):
+        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a))
 
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})

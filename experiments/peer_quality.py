@@ -1,11 +1,10 @@
 """Quality beside what a user would use instead, on the same rows: paired intervals of the differences.
 
     pip install -r benchmarks/requirements.txt
-    python experiments/peer_quality.py --run outputs/msrd                   minutes: a CrossEncoder is trained
-    python experiments/peer_quality.py --run outputs/msrd --without-peer    seconds: what needs no training
+    python experiments/peer_quality.py --run outputs/msrd      minutes: a CrossEncoder is trained
 
-Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labelled.parquet, RUN/student*/
-Writes  two tables; with --json FILE also there
+Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labelled.parquet, RUN/student*/;
+        prints two tables
 
     cross_encoder   sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base model,
                     training rows, text fields, greatest length, epochs, batch size, warm-up, decay and
@@ -31,13 +30,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import NUM_LEVELS, expected_level  # noqa: E402
 from experiments import comparison  # noqa: E402
+from lib.inputs.inherited import require  # noqa: E402
 from lib.inputs.pairs import read_labelled  # noqa: E402
 from lib.inputs.rows import split_rows  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
-from lib.stages.files import read_json, write_json  # noqa: E402
-from lib.stages.finished import require_finished  # noqa: E402
+from lib.stages.files import read_json  # noqa: E402
 from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
-from lib.stages.settings import ROOT, Count, Positive, Size, parse  # noqa: E402
+from lib.stages.settings import ROOT, Count, parse  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 
 PEER = "cross_encoder"
@@ -49,11 +48,7 @@ class Settings:
 
     run: Path = ROOT / "outputs" / "toy"  # a run that has been through 03 or 04
     model: str | None = None  # the peer's base model (default: the teacher's, if it is an encoder)
-    learning_rate: Positive | None = None  # the peer's (default: its own)
-    seed: Size | None = None  # the peer's (default: the teacher's)
-    without_peer: bool = False  # train nothing
     resamples: Count = 1_000  # of the queries
-    json: Path | None = None  # write the figures there as well
 
 
 def pair_texts(features, fields, rows):
@@ -73,21 +68,19 @@ def train_peer(model, pairs, labels, settings):
         from datasets import Dataset
         from sentence_transformers import cross_encoder
     except ImportError as error:
-        line = "pip install -r benchmarks/requirements.txt, or --without-peer"
-        raise Stop(f"{error.name}: not installed; {line}") from None
+        raise Stop(f"{error.name}: pip install -r benchmarks/requirements.txt") from None
     from transformers import set_seed
 
     set_seed(settings["seed"])  # of the new head
     encoder = cross_encoder.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=settings["max_tokens"])
     queries, pins = zip(*pairs)
     columns = {"query": queries, "pin": pins, "label": [int(label) - 1 for label in labels]}
-    rate = settings["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = cross_encoder.CrossEncoderTrainingArguments(
             output_dir=folder,
             num_train_epochs=settings["epochs"],
             per_device_train_batch_size=settings["batch_size"],
-            **({"learning_rate": rate} if rate else {}),
+            learning_rate=settings["learning_rate"],
             warmup_steps=settings["warmup"],  # below 1: a share of the steps
             weight_decay=settings["weight_decay"],
             bf16=settings["bf16"],
@@ -109,14 +102,12 @@ def peer_system(encoder, pairs):
     return p, expected_level(p)
 
 
-def peer_settings(made, about, settings):
-    """Settings for train_peer. made: stage 02's arguments; about: teacher.json; flags win."""
+def peer_settings(made, about):
+    """Settings for train_peer. made: stage 02's arguments; about: teacher.json."""
     found = {name: made[name] for name in ("epochs", "batch_size", "warmup", "weight_decay", "seed")}
-    if settings.seed is not None:
-        found["seed"] = settings.seed
-    found |= {"max_tokens": about["max_tokens"], "learning_rate": settings.learning_rate}
-    found["bf16"] = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
-    return found
+    is_bf16 = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
+    found |= {"max_tokens": about["max_tokens"], "learning_rate": 5e-5}  # its trainer's own
+    return {**found, "bf16": is_bf16}
 
 
 def teacher_rows(train, made):
@@ -133,40 +124,29 @@ def measure(systems, rows, resamples):
 
 
 def main(argv=None):
-    # 1. The run's rows and systems
+    # 1. The run's rows, and the peer on the teacher's
     settings = parse({"toy": Settings()}, argv, __doc__)
     quiet_libraries()
-    run = settings.run
-    require_finished(run / "features", f"01_build_features.py --run {run}")
-    require_finished(run / "labels", f"03_label.py --run {run}", reads=("labelled.parquet",))
+    run, features = settings.run, settings.run / "features"
+    read = [require(run / name, comparison.evaluate.READS) for name in ("features", "labels", "teacher")]
     train, evaluation = read_labelled(run)
+    made, about = read[-1]["arguments"], read_json(run / "teacher" / "teacher.json")
+    if about["kind"] == "decoder" and not settings.model:
+        raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
+    of_peer, model = peer_settings(made, about), settings.model or about["model"]
+    rows = teacher_rows(train, made)
+    print(f"{PEER}: {model}, {len(rows['label']):,} rows, {json.dumps(of_peer)}")
+    encoder = train_peer(model, pair_texts(features, about["fields"], rows), rows["label"], of_peer)
+    systems = {PEER: peer_system(encoder, pair_texts(features, about["fields"], evaluation))}
+
+    # 2. Beside the run's systems: metrics, and the differences with their intervals
     students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
-    systems = comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
-
-    # 2. The peer, on the teacher's rows
-    made = require_finished(run / "teacher", f"02_train_teacher.py --run {run}", reads=())["arguments"]
-    about = read_json(run / "teacher" / "teacher.json")
-    of_peer, model = peer_settings(made, about, settings), settings.model or about["model"]
-    if not settings.without_peer:
-        if about["kind"] == "decoder" and not settings.model:
-            raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
-        rows = teacher_rows(train, made)
-        print(f"{PEER}: {model}, {len(rows['label']):,} rows, {json.dumps(of_peer)}")
-        pairs = pair_texts(run / "features", about["fields"], rows)
-        encoder = train_peer(model, pairs, rows["label"], of_peer)
-        peer = peer_system(encoder, pair_texts(run / "features", about["fields"], evaluation))
-        systems = {"majority": systems.pop("majority"), PEER: peer, **systems}
-
-    # 3. Metrics, and the differences with their intervals
+    systems |= comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
     values, differences = measure(systems, evaluation, settings.resamples)
     queries = len(np.unique(evaluation["query_index"]))
     print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
     print(comparison.flat_table("system", values, ["condition"]))
     print(comparison.flat_table("difference", differences, ["condition", "minus"]))
-    if settings.json:
-        figures = {"peer": of_peer, "model": model, "systems": values, "differences": differences}
-        write_json(settings.json, figures)
-        print(f"wrote {settings.json}")
 
 
 if __name__ == "__main__":

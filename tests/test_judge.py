@@ -1,4 +1,4 @@
-"""The teacher as judge of result lists: experiments/estimates.py, lists.py, judge.py, judge_coverage.py."""
+"""The teacher as judge of result lists: experiments/estimates.py, lists.py, judge.py."""
 
 import json
 
@@ -13,7 +13,7 @@ from helpers import stop_line
 from scipy import stats
 from sklearn.metrics import ndcg_score
 
-from experiments import estimates, judge, judge_coverage
+from experiments import estimates, judge
 from lib.tables.result_lists import read_results, rows_of_queries
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,17 +78,13 @@ def test_a_judge_that_knows_nothing_costs_nothing():
     assert tuned == 0 and constant.value == pytest.approx(people.mean())
 
 
-def test_power_and_allocation():
+def test_power():
     """The detected difference is the one that a t test finds four times of five."""
-    rng, n, deviation = np.random.default_rng(0), 400, 0.3
-    difference = estimates.detectable(deviation, n)
-    found = [stats.ttest_1samp(rng.normal(difference, deviation, n), 0).pvalue < 0.05 for _ in range(500)]
+    rng, n = np.random.default_rng(0), 400
+    difference = estimates.power(rng.normal(1, 0.3, n))["detects"]
+    found = [stats.ttest_1samp(rng.normal(difference, 0.3, n), 0).pvalue < 0.05 for _ in range(500)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
-    assert estimates.queries_for(deviation, difference) == pytest.approx(n, abs=1)
-    values = np.concatenate([np.tile([-1.0, 1.0], 50), np.tile([-3.0, 3.0], 50)])
-    stratum = np.repeat(["calm", "wild"], 100)
-    drawn, (proportional, optimal) = estimates.allocation(values, stratum, np.ones(200), 100)
-    assert drawn == {"calm": (50, 25), "wild": (50, 75)} and optimal < proportional
+    assert estimates.power(np.array([1.0, np.nan]))["queries"] == 1
 
 
 def test_agreement():
@@ -161,7 +157,7 @@ def write_list(run, path, feature, top=8):
 
 def test_two_lists_of_a_run(run, tmp_path, capsys):
     lists = [f"{name}={write_list(run, tmp_path / f'{name}.csv', name)}" for name in ("bm25", "text_cosine")]
-    argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest", "--want", "0.01"]
+    argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest"]
     judge.main([*argv, "--name", "two"])
     folder, said = run / "judged" / "two", capsys.readouterr().out
     result = json.loads((folder / "metrics.json").read_text())
@@ -179,9 +175,3 @@ def test_two_lists_of_a_run(run, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     (tmp_path / "bm25.csv").write_text("query_id,pin_id,rank\nnobody,nothing,1\n")
     assert "no row with a query and a pin of this run" in stop_line(judge.main, [*argv, "--name", "three"])
-
-
-def test_coverage_of_a_run(run, capsys):
-    judge_coverage.main(["--run", str(run), "--people", "8", "--repetitions", "20", "--top", "5"])
-    said = capsys.readouterr().out
-    assert said.count("corrected") == 1 and "people alone" in said

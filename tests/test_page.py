@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from finished_run import finished_run
 from helpers import ROOT, stop_line
 
-from experiments import choose, choose_measure
+from experiments import choose
 from lib.stages.terminal import Stop
 from serving.labels import Labels
 from serving.page import Page, application
@@ -75,18 +75,6 @@ def test_strata():
     popular = choose.strata_of(queries, np.array([1.0, 1.0, 1.0]), ("popularity",)).tolist()
     assert sorted(popular) == ["head", "tail", "torso"]
     assert "no column" in stop_line(choose.strata_of, queries, traffic, ("shop",))
-
-
-def test_what_is_known_least(run):
-    """Queries by the mean entropy of the teacher's labels; teacher and student differ on the same queries."""
-    ids = pq.read_table(run / "features" / "queries.parquet")["query_id"].to_pylist()
-    query = pq.read_table(run / "features" / "impressions")["query_index"].to_pylist()
-    p = pq.read_table(run / "labels" / "impressions").to_pandas().to_numpy(float)
-    entropy = pd.Series(-(p * np.log(p)).sum(axis=1)).groupby(query).mean()
-    found = choose_measure.least_known(run, "uncertainty")
-    assert [*found] == [ids[row] for row in entropy.sort_values(ascending=False).index]
-    other = choose_measure.least_known(run, "disagreement")
-    assert {*other} == {*found} and [*other] != [*found]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """experiments/peer_quality.py: the same rows for the peer, and paired intervals."""
 
 import importlib.util
-import json
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -53,16 +52,11 @@ def test_the_peer_gets_the_teachers_rows(labelled_run):
     assert len(peer_quality.teacher_rows(train, {**TRAINED, "rows": 20})["label"]) == 20
 
 
-def test_settings_are_the_teachers(labelled_run):
+def test_settings_are_the_teachers():
     about = {"max_tokens": 32}
-    args = peer_quality.Settings()
-    found = peer_quality.peer_settings(TRAINED, about, args)
-    assert found["learning_rate"] is None and found["seed"] == 3 and found["max_tokens"] == 32
-    fast = {**TRAINED, "precision": "bf16"}
-    assert not found["bf16"] and peer_quality.peer_settings(fast, about, args)["bf16"]
-    args = peer_quality.Settings(learning_rate=5e-5, seed=0)
-    found = peer_quality.peer_settings(TRAINED, about, args)
-    assert found["learning_rate"] == 5e-5 and found["seed"] == 0
+    found = peer_quality.peer_settings(TRAINED, about)
+    assert found["seed"] == 3 and found["max_tokens"] == 32 and not found["bf16"]
+    assert peer_quality.peer_settings({**TRAINED, "precision": "bf16"}, about)["bf16"]
 
 
 def test_pair_texts(labelled_run):
@@ -96,16 +90,20 @@ def test_differences_are_paired():
     assert found["low"] == 0 and found["high"] < 0.1 < wide["high"] - wide["low"]
 
 
-def test_without_peer(labelled_run, capsys):
-    out = labelled_run / "out.json"
-    argv = ["--run", str(labelled_run), "--without-peer", "--resamples", "20", "--json", str(out)]
-    peer_quality.main(argv)
-    found = json.loads(out.read_text())
-    assert [row["condition"] for row in found["systems"][::3]] == [
-        "majority", "bm25", "embedding", "match", "teacher",
-    ]  # fmt: skip
-    assert {row["metric"] for row in found["systems"]} == {"auroc_4", "accuracy", "ndcg_20"}
-    assert "| teacher − bm25 | " in capsys.readouterr().out
+def test_the_tables(labelled_run, capsys, monkeypatch):
+    """All systems of stage 05 stand beside the peer, here one that says the same of every pair."""
+    same = np.full(5, 0.2)
+    monkeypatch.setattr(peer_quality, "train_peer", lambda model, pairs, labels, settings: None)
+    monkeypatch.setattr(
+        peer_quality,
+        "peer_system",
+        lambda encoder, pairs: (np.tile(same, (len(pairs), 1)), np.zeros(len(pairs))),
+    )
+    peer_quality.main(["--run", str(labelled_run), "--resamples", "20"])
+    out = capsys.readouterr().out
+    for system in ("cross_encoder", "majority", "bm25", "embedding", "match", "teacher"):
+        assert f"\n| {system} | " in out
+    assert "| teacher − cross_encoder | " in out
 
 
 def test_a_decoder_is_no_peer(labelled_run):

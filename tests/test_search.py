@@ -1,5 +1,5 @@
 """The student at work: a new query or pin gets the features that stage 01 would give it, the ONNX files say
-what PyTorch says, and the command and the service do what they promise."""
+what PyTorch says, and the service by uvicorn answers."""
 
 import json
 import socket
@@ -28,10 +28,7 @@ from lib.stages.files import read_json, write_json
 from lib.stages.terminal import Stop
 from lib.tables.raw import RawTables
 from serving import ranker as ranker_module
-from serving import search
 from serving.ranker import Pin, Query, Ranker
-
-LANGUAGES = ("en", "es", "fr", "de")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def scored(ranker, queries, labelled):
     pairs = []
     for query, pin in zip(labelled["query_index"], labelled["pin_index"]):
         pairs.append((queries[query], ranker.ids[pin]))
-    return ranker.score(pairs, engaged=np.expm1(labelled["engagement"]))
+    return ranker.score(pairs)
 
 
 def same_order(a, b, tolerance=1e-5):
@@ -347,10 +344,6 @@ def test_a_student_of_other_statistics_is_refused(run, tmp_path):
     mark_finished(tmp_path / "student")
     line = stop_line(Ranker, tmp_path)
     assert "another graph.parquet" in line and "--overwrite" in line
-    del spec["sources"]
-    write_json(tmp_path / "student" / "features.json", spec)
-    mark_finished(tmp_path / "student")
-    assert "no ONNX file" in stop_line(Ranker, tmp_path)
 
 
 def test_models_that_moved_or_changed(run, models):
@@ -360,60 +353,7 @@ def test_models_that_moved_or_changed(run, models):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command, the service
-
-
-QUERIES = {"en": "red chair", "es": "silla roja", "fr": "chaise rouge", "de": "roter Stuhl"}
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_the_command_in_every_language(run, ranker, language, tmp_path, capsys):
-    picture = tmp_path / "found.png"
-    where = ["--run", str(run), "--language", language, "--top", "7", "--picture", str(picture)]
-    search.main([QUERIES[language], *where])
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line[:4].strip().isdigit()]
-    found = ranker.rank(QUERIES[language], top=7)
-    assert [line.split()[8] for line in lines] == found.pins
-    assert [float(line.split()[1]) for line in lines] == [round(float(x), 2) for x in found.expected_level]
-    assert f"({language})" in out
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10_000
-
-
-def test_the_command_scores_a_new_pin(run, ranker, toy, capsys):
-    image = next((toy / "images").iterdir())
-    columns = ["--query-columns", "interest=furniture"]
-    given = ["--pin-title", "Red chair", "--pin-image", str(image), "--pin-boards", "Kitchen", "Red things"]
-    search.main(["red chair", "--run", str(run), "--top", "2", *columns, *given])
-    line = capsys.readouterr().out.splitlines()[-1].split()
-    pin = Pin("Red chair", "", image, ("Kitchen", "Red things"))
-    query = Query("red chair", {"interest": "furniture"})
-    expected = ranker.score([(query, pin)])
-    above = (ranker.rank(query).expected_level > expected.expected_level[0]).sum()
-    assert int(line[0]) == above + 1 and float(line[1]) == round(float(expected.expected_level[0]), 2)
-
-
-def test_the_command_says_in_one_line_what_is_wrong(run, tmp_path, capsys):
-    assert "01_build_features.py" in stop_line(search.main, ["red chair", "--run", str(tmp_path)])
-    line = stop_line(search.main, ["red chair", "--run", str(run), "--student", "student_x"])
-    assert "04_train_student.py" in line
-    where = ["--run", str(run)]
-    for wrong in ([], ["red chair", "--top", "0"], ["red chair", "--tpo", "3"]):
-        with pytest.raises(SystemExit) as ended:
-            search.main([*wrong, *where])
-        assert ended.value.code == 2
-    capsys.readouterr()
-
-
-def test_it_runs_from_anywhere(run, tmp_path):
-    command = [sys.executable, "-m", "serving.search", "red chair", "--run", str(run), "--top", "1"]
-    left_out = ("ORT_DISABLE_TELEMETRY", "CI")
-    env = {name: value for name, value in environment(1).items() if name not in left_out}
-    env["HOME"] = str(tmp_path)  # onnxruntime would leave what it is going to report there
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "best first" in done.stdout, done.stderr
-    assert not done.stderr.strip()
-    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
+# The service
 
 
 def free_port():
