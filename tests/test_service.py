@@ -444,7 +444,9 @@ def test_limits(client, ranker):
 
 
 def test_more_than_a_ranking(client, ranker, toy):
-    plain, why = (client.post("/rank", json={"query": "lampe", "match": match}).json() for match in (False, True))
+    plain, why = (
+        client.post("/rank", json={"query": "lampe", "match": match}).json() for match in (False, True)
+    )
     assert set(why[0]["match"]) == set(ranker.spec["match"]) and "match" not in plain[0]
     picture = next((toy / "images").iterdir()).read_bytes()
     pins = [{"title": "Red chair", "boards": ["Kitchen"]}, {"image": base64.b64encode(picture).decode()}]
