@@ -3,9 +3,9 @@
     python experiments/choose.py --run outputs/toy --queries 100 --pins 20 --out queue.csv
 
 Queries without a human label are drawn by their traffic (impressions), proportionally within strata. The pins
-of each are the tops of BM25 and of the student, in turn, and a few from further down: what no system finds is
-seen, too. OUT: query_id, pin_id, query, stratum, weight, a line a pair; weight: the share of the traffic that
-a query stands for, as experiments/judge.py --strata takes it.
+of each are the tops of BM25 and of the student, in turn, and a few from further down. OUT, a line a pair:
+query_id, pin_id, query, stratum, and weight, the share of the traffic that a query stands for, as
+experiments/judge.py --strata takes it.
 """
 
 import sys
@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.models import quiet_libraries  # noqa: E402
-from lib.stages.files import whole_file  # noqa: E402
 from lib.stages.settings import ROOT, Count, Share, Size, parse  # noqa: E402
-from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
 from lib.tables.splits import query_key  # noqa: E402
 from serving.ranker import Ranker  # noqa: E402
 
@@ -53,9 +52,8 @@ def strata_of(queries, traffic, names):
     for name in names:
         if name == "popularity":  # thirds of the traffic, not of the queries
             ranked = pd.Series(traffic).sort_values(ascending=False, kind="stable")
-            before = (ranked.cumsum() - ranked).sort_index()
-            share = before / max(traffic.sum(), 1)
-            values = pd.cut(share, [-1, 1 / 3, 2 / 3, 1], right=False, labels=["head", "torso", "tail"])
+            before = (ranked.cumsum() - ranked).sort_index() / max(traffic.sum(), 1)
+            values = pd.cut(before, [-1, 1 / 3, 2 / 3, 1], right=False, labels=["head", "torso", "tail"])
         elif name in queries:
             values = queries[name]
         else:
@@ -65,9 +63,8 @@ def strata_of(queries, traffic, names):
 
 
 def draw(stratum, traffic, open_to, n, rng):
-    """Draws n of the queries [Q] that are `open_to` labelling: of each stratum its share of the traffic,
-    rounded so that they sum to n (largest remainders), in it by traffic. Returns row numbers, and the share
-    of the traffic that each stands for."""
+    """Draws n of the queries [Q] that are `open_to` labelling: of each stratum its share of the traffic (by
+    largest remainders), in it by traffic. Returns row numbers, and each one's share of the traffic."""
     traffic = np.where(open_to, traffic, 0)
     names, which = np.unique(stratum, return_inverse=True)
     share = np.bincount(which, traffic) / max(traffic.sum(), 1)
@@ -87,11 +84,8 @@ def draw(stratum, traffic, open_to, n, rng):
 def pins_of(found, settings, rng):
     """Pins of a query for people: the tops of BM25 and student in turn, and some from further down. found:
     the ranker's Scores of all pins, best first."""
-    by_bm25 = np.argsort(-found.match["bm25"], kind="stable").tolist()
-    tops = [row for both in zip(range(len(found.pins)), by_bm25) for row in both]
-    order = np.array(list(dict.fromkeys(tops)))
     below = round(settings.further * settings.pins)
-    top, rest = np.split(order, [settings.pins - below])
+    top, rest = np.split(np.array(found.in_turn()), [settings.pins - below])
     chosen = [*top, *rng.permutation(rest)[:below]]
     return [found.pins[row] for row in rng.permutation(chosen)]  # people must not see the order of a system
 
@@ -110,13 +104,12 @@ def main(argv=None):
     rows, weights = draw(stratum, traffic, open_to, settings.queries, rng)
     print(f"{len(rows):,} of {(open_to & (traffic > 0)).sum():,} queries that are shown and have no label")
     pairs = []
-    for row, weight in zip(progress_bar(iterable=rows, desc="queries", unit=""), weights):
+    for row, weight in zip(rows, weights):
         query_id, text = queries.loc[row, ["query_id", "query"]]
         for pin_id in pins_of(ranker.rank(text), settings, rng):
             pairs.append((query_id, pin_id, text, stratum[row], weight))
     table = pd.DataFrame(pairs, columns=["query_id", "pin_id", "query", "stratum", "weight"])
-    with whole_file(settings.out) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+    table.to_csv(settings.out, index=False, float_format="%.6g")
     print(f"wrote {settings.out}")
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common import RELEVANT
+from lib.inputs.inherited import refuse, require
 from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, picture_file
 from lib.results.report import ALL, cell, escaped, markdown_table, signed
 from lib.stages.files import read_json, whole_file, write_json
-from lib.stages.finished import remake, require_finished
 from lib.stages.terminal import Stop
 
 evaluate = importlib.import_module("05_evaluate")
@@ -53,13 +53,10 @@ def read_system(run, name):
     folder."""
     run, is_teacher = Path(run), name == "teacher"
     features, folder = run / "features", run / ("labels" if is_teacher else name)
-    command = f"04_train_student.py --run {run} --name {name}"
-    if is_teacher:
-        command = f"03_label.py --run {run} --only-labelled"
-    made = require_finished(features, f"01_build_features.py --run {run}", evaluate.READS)
-    about = require_finished(folder, command, ("labelled.parquet", "model.safetensors"))
+    made = require(features, evaluate.READS)
+    about = require(folder, ("labelled.parquet", "model.safetensors"))
     if about["inputs"]["features"] != made["identity"]:
-        raise Stop(f"{folder}: of other features than {features} holds now; {remake(folder, command)}")
+        refuse(folder, f"of other features than {features} holds now")
     train, rows = read_labelled(run, "labels" if is_teacher else None)
     p, score = evaluate.trained_system(run, name, rows)
     ids = []
@@ -188,12 +185,12 @@ def finding_text(key, entry):
         *markdown_table(head, body),
     ]
     tags = languages_of(entry)
-    for metric, title in COMPARED.items() if tags else ():
+    if tags:
         body = []
         for label in labels:
-            found = [find(table, condition=label, language=tag, metric=metric) for tag in tags]
-            body.append([escaped(label), *(cell(m, metric == "accuracy") for m in found)])
-        lines += markdown_table([f"{title} by language", *map(escaped, tags)], body)
+            found = [find(table, condition=label, language=tag, metric=shown) for tag in tags]
+            body.append([escaped(label), *(cell(m, shown == "accuracy") for m in found)])
+        lines += markdown_table([f"{COMPARED[shown]} by language", *map(escaped, tags)], body)
     return lines
 
 

@@ -67,17 +67,13 @@ class Estimate(NamedTuple):
 
 def estimate(value, error, n):
     """The Estimate of a mean with this standard error over n queries: Student's t, n - 1 degrees."""
-    width = np.nan
-    if n > 1:
-        width = error * stats.t.ppf(0.975, n - 1)
+    width = error * stats.t.ppf(0.975, n - 1)  # NaN for one query
     return Estimate(*map(float, (value, error, value - width, value + width)))
 
 
-def mean(values, weight=None):
+def mean(values, weight):
     """Mean of values [Q] over queries; weight [Q]: each one's share of the traffic. NaN does not count."""
     known = np.isfinite(values)
-    if weight is None:
-        weight = np.ones(len(values))
     values, weight = values[known], weight[known]
     n = len(values)
     share = weight / weight.sum()

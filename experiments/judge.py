@@ -31,6 +31,7 @@ from lib.inputs.known import KnownLabels, tables_of  # noqa: E402
 from lib.inputs.pairs import COLUMNS, count_labels, count_rows, read_labelled, read_labels  # noqa: E402
 from lib.inputs.rows import tokenized_shards  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
+from lib.results.report import signed  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
@@ -151,11 +152,6 @@ def plot_differences(means, groups, path):
     plot_intervals(path, panels)
 
 
-def shown(found):
-    """An Estimate in words."""
-    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-
-
 def say(result, top):
     """The result on the terminal."""
     overall = result["agreement"][""]
@@ -164,17 +160,16 @@ def say(result, top):
     print(f"judge beside people, {of_pairs}: {', '.join(agrees)}")
     far = ", ".join(f"{how} {distance:.3f}" for how, distance in result["distance"].items())
     print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance: {far})")
-    few = True
     for name, metric in product(result["means"], METRICS):
         groups = result["means"][name][metric]
-        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {shown(groups['all'])}"
-        corrected = groups["corrected"]
+        overall, corrected = SimpleNamespace(**groups["all"]), groups["corrected"]
+        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {signed(overall)}"
         if corrected:
-            few = False
-            by = f"{corrected['people']:,} queries of people (as {corrected['people_alone']:,} alone)"
-            line += f"; corrected {shown(corrected)} by {by}"
+            by = SimpleNamespace(**corrected)
+            line += f"; corrected {signed(by)} by {by.people:,} queries of people"
+            line += f" (as {by.people_alone:,} alone)"
         print(line)
-    if few:
+    if not corrected:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
         print(f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG")
@@ -190,7 +185,8 @@ def main(argv=None):
     of_03 = parse(stage_03.PRESETS, labels["command"])  # the flags that the run's labels were made with
     of_03 = replace(of_03, run=run, model=settings.model, device=settings.device)
     inputs = {f"list {name}": fingerprint(path) for name, path in files.items()}
-    inputs |= {"features": read["features"]["identity"], "teacher": teacher_identity(read["teacher"])}
+    inputs["features"] = read["features"]["identity"]
+    inputs["teacher"] = teacher_identity(read["teacher"])
     inputs["precision"] = pick_hardware(of_03)[2]
     if Path(settings.strata).is_file():
         inputs["strata"] = fingerprint(settings.strata)

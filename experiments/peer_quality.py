@@ -117,12 +117,6 @@ def teacher_rows(train, made):
     return {name: column[learned] for name, column in train.items()}
 
 
-def measure(systems, rows, resamples):
-    """(values, differences) of {name: (p, score)}, two lists of flat rows, as comparison.measure has them."""
-    read = {name: [comparison.System(rows, [], p, score, {})] for name, (p, score) in systems.items()}
-    return comparison.measure(read, resamples)
-
-
 def main(argv=None):
     # 1. The run's rows, and the peer on the teacher's
     settings = parse({"toy": Settings()}, argv, __doc__)
@@ -142,7 +136,8 @@ def main(argv=None):
     # 2. Beside the run's systems: metrics, and the differences with their intervals
     students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
     systems |= comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
-    values, differences = measure(systems, evaluation, settings.resamples)
+    found = {name: [comparison.System(evaluation, [], *system, {})] for name, system in systems.items()}
+    values, differences = comparison.measure(found, settings.resamples)
     queries = len(np.unique(evaluation["query_index"]))
     print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
     print(comparison.flat_table("system", values, ["condition"]))

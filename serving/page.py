@@ -53,9 +53,8 @@ def human_labels(run, ids):
     queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
     rows = pq.read_table(run / "features" / "labelled.parquet", columns=["query_index", "pin_index", "label"])
     texts = queries.take(rows["query_index"]).to_pylist()
-    return dict(
-        zip(zip(texts, (ids[pin] for pin in rows["pin_index"].to_pylist())), rows["label"].to_pylist())
-    )
+    pins = [ids[pin] for pin in rows["pin_index"].to_pylist()]
+    return dict(zip(zip(texts, pins), rows["label"].to_pylist()))
 
 
 class Page:
@@ -79,7 +78,7 @@ class Page:
         shown = []
         for row in order:
             pin_id = found.pins[row]
-            about = self.pins.slice(self.ranker.row_of[pin_id], 1).to_pylist()[0]
+            [about] = self.pins.slice(self.ranker.row_of[pin_id], 1).to_pylist()
             why = {name: round(float(x[row]), 3) for name, x in found.match.items() if np.isfinite(x[row])}
             p = [round(float(x), 4) for x in found.probabilities[row]]
             text = about["title"] or about["caption"] or "no text"
@@ -94,8 +93,7 @@ class Page:
         made = {"BM25": self.column(query, found, by_bm25[:top])}
         made["student"] = self.column(query, found, range(min(top, len(found.pins))))
         if teacher:
-            in_turn = (row for both in zip(by_bm25.tolist(), range(len(by_bm25))) for row in both)
-            rows = list(dict.fromkeys(in_turn))[:SLOW]
+            rows = found.in_turn()[:SLOW]
             p = self.teacher(query, self.ranker.rows([found.pins[row] for row in rows]))
             found.probabilities[rows] = p
             best = np.argsort(-expected_level(p), kind="stable")[:top]
@@ -111,13 +109,8 @@ class Page:
         query, pin = self.queries.get(pair[0]), self.ranker.row_of.get(pair[1])
         if query is None or pin is None:
             raise Stop(f"{pair}: not in this run")
-        return {
-            **about,
-            "query_id": pair[0],
-            "pin_id": pair[1],
-            **query,
-            **self.pins.slice(pin, 1).to_pylist()[0],
-        }
+        [of_pin] = self.pins.slice(pin, 1).to_pylist()
+        return {**about, "query_id": pair[0], "pin_id": pair[1], **query, **of_pin}
 
 
 def application(page):

@@ -40,6 +40,11 @@ class Scores:
     expected_level: np.ndarray
     match: dict
 
+    def in_turn(self):
+        """Rows as they are, which from rank() is the student's order, and by BM25, in turn, each once."""
+        by_bm25 = np.argsort(-self.match["bm25"], kind="stable").tolist()
+        return list(dict.fromkeys(row for both in zip(range(len(by_bm25)), by_bm25) for row in both))
+
     def take(self, rows):
         """Those of some rows."""
         pins = [self.pins[row] for row in rows.tolist()]

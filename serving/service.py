@@ -91,11 +91,9 @@ def answer(found, names, match):
     """Scores -> a list of Found. names: of the pins; match: with the match features?"""
     rows = []
     for row, name in enumerate(names):
-        p = found.probabilities[row].tolist()
-        one = Found(pin_id=name, expected_level=found.expected_level[row], probabilities=p)
-        if match:
-            one.match = {feature: column[row] for feature, column in found.match.items()}
-        rows.append(one)
+        p, level = found.probabilities[row].tolist(), found.expected_level[row]
+        why = {feature: column[row] for feature, column in found.match.items()} if match else None
+        rows.append(Found(pin_id=name, expected_level=level, probabilities=p, match=why))
     return rows
 
 
@@ -172,7 +170,7 @@ def application(settings):
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(Stop, refused)
     for address in (service.rank, service.score):
-        options = {"response_model": list[Found], "response_model_exclude_unset": True}
+        options = {"response_model": list[Found], "response_model_exclude_none": True}
         app.post(f"/{address.__name__}", **options)(address)
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)

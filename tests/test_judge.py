@@ -47,7 +47,7 @@ def test_expected_gain():
 
 def test_mean_and_its_interval():
     values = np.random.default_rng(0).normal(1, 2, 40)
-    found = estimates.mean(np.append(values, np.nan))
+    found = estimates.mean(np.append(values, np.nan), np.ones(41))
     reference = stats.ttest_1samp(values, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
     twice = estimates.mean(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 2.0]))
@@ -65,7 +65,7 @@ def test_corrected_mean_is_that_of_ppi_python():
     found, tuned = estimates.corrected_mean(people, judge[:n], judge[n:])
     assert found.value == pytest.approx(-0.0290468, abs=1e-3)
     assert 1.959964 * found.error == pytest.approx((0.09872262 + 0.15681623) / 2, rel=0.01)
-    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people).error
+    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people, np.ones(n)).error
     assert estimates.queries_as_good(people, found.error) > n
 
 

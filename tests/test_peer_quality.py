@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import mark_finished, stop_line, synthetic
 
-from experiments import peer_quality
+from experiments import comparison, peer_quality
 from lib.inputs.pairs import read_labelled
 from lib.stages.files import write_json
 from lib.tables.splits import held_out
@@ -79,9 +79,11 @@ def test_differences_are_paired():
     right = np.eye(5)[y - 1]
     p[query % 2 == 0] = right[query % 2 == 0]  # every second query: all right
     better = np.where((query == 1)[:, None], right, p)
-    systems = {"bm25": (p, p @ np.arange(1, 6)), "teacher": (better, better @ np.arange(1, 6))}
     rows = {"label": y, "query_index": query, "language": np.array([""] * len(y), object)}
-    values, differences = peer_quality.measure(systems, rows, 200)
+    systems = {}
+    for name, of_rows in (("bm25", p), ("teacher", better)):
+        systems[name] = [comparison.System(rows, [], of_rows, of_rows @ np.arange(1, 6), {})]
+    values, differences = comparison.measure(systems, 200)
     assert {(row["condition"], row["minus"]) for row in differences} == {("teacher", "bm25")}
     wide = next(row for row in values if (row["condition"], row["metric"]) == ("bm25", "accuracy"))
     found = next(row for row in differences if row["metric"] == "accuracy")
