@@ -1,30 +1,20 @@
-"""Rows per second and peak memory of stages 01, 03 and 04 on synthetic tables, beside the naive way.
+"""Rows per second and peak memory of stages 01, 03 and 04 on synthetic tables.
 
     python benchmarks/scale.py --impressions 300000 3000000 --pins 1000000            one line a size
     python benchmarks/scale.py --stages 01 --impressions 3000000 --pins 100000 1000000 10000000
     python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000
-    python benchmarks/scale.py --stages logs --engagements 100000000 --pins 1000000 --impressions 300000
-    python benchmarks/scale.py --stages match --naive --pins 1000000 --impressions 3000000
+    python benchmarks/scale.py --stages 01 --naive          beside pandas, everything in one DataFrame
 
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200
 thousand, an engagement log. Query and pin embeddings are random and given as the user's own, so stage 01
 needs no model. 03 runs a one-layer teacher of width 64: its reading, tokenizing, batching and writing are
-measured, not the model. The stages are run as a user would, as processes; memory is the sum of RssAnon over a
-stage's processes, sampled every 0.1 s: memory-mapped embeddings are the page cache's, which the kernel may
-drop at any time.
-
-`logs` is 01's aggregation of the engagement log alone (its rows a second are the log's), `match` its match
-features alone. 04 trains the paper preset's network unless --hidden. The tables are written to the system's
+measured, not the model. 04 trains the paper preset's network unless --hidden. The stages are run as a user
+would, as processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
+embeddings are the page cache's, which the kernel may drop at any time. The tables are written to the system's
 temporary folder (TMPDIR).
-
-Naive ways (--naive): pandas with everything in one DataFrame for 01's joins; rank-bm25's get_batch_scores.
 """
 
 import contextlib
-import dataclasses
-import importlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,14 +26,10 @@ from typing import Literal
 
 import duckdb
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from lib.inputs.bm25 import tokenize  # noqa: E402
-from lib.inputs.student_inputs import StudentInputs  # noqa: E402
 from lib.stages.settings import flags_read  # noqa: E402
 
 
@@ -56,10 +42,10 @@ class Settings:
     queries: int = 100_000
     engagements: int = 1_000_000  # rows of the engagement log
     width: int = 1_100  # columns of all embeddings together
-    stages: tuple[Literal["01", "03", "04", "logs", "match"], ...] = ("01", "03", "04")
+    stages: tuple[Literal["01", "03", "04"], ...] = ("01", "03", "04")
     hidden: tuple[int, ...] = (1024, 512, 256)  # widths of 04's hidden layers
     memory: str = "4GB"  # DuckDB's limit in 01
-    naive: bool = False  # also the naive ways
+    naive: bool = False  # also 01's joins in pandas
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -162,7 +148,7 @@ def measured(command):
     done.set()
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed: {error.strip().splitlines()[-1]}")
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {error.strip()[-200:]}")
     return time.time() - start, peak[0] / 1e6
 
 
@@ -181,91 +167,6 @@ def tiny_encoder(folder):
     shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
     config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)
     BertModel(config).save_pretrained(folder)
-
-
-LOGS = """
-import importlib, sys
-from pathlib import Path
-from lib.tables.raw import RawTables
-data, memory = Path(sys.argv[1]), sys.argv[2]
-raw = RawTables(data, memory, spill=data / "spill")
-importlib.import_module("01_build_features").text_from_logs(raw, None, 6)
-"""
-
-
-def match_rate(run, naive, pairs=4_000_000):
-    """Pairs/s of 01's match features alone (BM25, terms matched, cosine), and of rank-bm25's
-    get_batch_scores on the same texts, or None."""
-    stage = importlib.import_module("01_build_features")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "features"
-        shutil.copytree(run / "features", out, copy_function=os.symlink)
-        (out / "bm25.parquet").unlink()
-        match = stage.open_match_features(out, os.cpu_count())
-    bm25 = match.bm25
-    rng = np.random.default_rng(0)
-    queries, pins = bm25.queries.shape[0], bm25.corpus_size
-    query, pin = rng.integers(0, queries, pairs), rng.integers(0, pins, pairs)
-    seconds = []
-    for _ in range(2):  # the first brings the embeddings into the page cache
-        start = time.time()
-        match(query, pin, np.zeros(pairs, np.int64))
-        seconds.append(time.time() - start)
-    peer = rank_bm25_rate(run, rng) if naive and pins <= 1_000_000 else None
-    return pairs / min(seconds), peer
-
-
-def calls_a_second(call, seconds):
-    """How often a function can be called, by as many seconds."""
-    start, calls = time.time(), 0
-    while time.time() - start < seconds:
-        call()
-        calls += 1
-    return calls / (time.time() - start)
-
-
-def rank_bm25_rate(run, rng, pins_a_query=20, seconds=10):
-    """Pairs/s of rank-bm25's get_batch_scores, BM25 alone."""
-    from rank_bm25 import BM25Okapi
-
-    stage = importlib.import_module("01_build_features")
-    queries = pq.read_table(run / "features/queries.parquet", columns=["query"])["query"].to_pylist()
-    documents = []
-    for chunk in stage.pin_texts(run / "features/pins.parquet"):
-        documents += [tokenize(text) for text in chunk]
-    okapi = BM25Okapi(documents)
-
-    def score():
-        pins = rng.integers(0, okapi.corpus_size, pins_a_query).tolist()
-        okapi.get_batch_scores(tokenize(queries[rng.integers(len(queries))]), pins)
-
-    return pins_a_query * calls_a_second(score, seconds)
-
-
-def bare_student_rate(run, hidden, batch=4_096, seconds=20):
-    """Rows/s of the same network stepping on one batch held in memory: what the hardware allows."""
-    stage = importlib.import_module("04_train_student")
-    inputs = StudentInputs(run / "features")
-    shares = dict(zip(("input_dropout", "dropout"), stage.DROPOUTS[0]))  # of many rows
-    settings = dataclasses.replace(stage.PRESETS["paper"], hidden=tuple(hidden), **shares)
-    F = len(inputs.match)
-    ends = {"mean": 0.0, "std": 1.0, "low": -9.0, "high": 9.0}
-    spec = stage.student_spec(settings, inputs, {name: np.full(F, end) for name, end in ends.items()})
-    student = common.Student(spec)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, len(next(iter(inputs.codes.values()))), batch)
-    columns = inputs.gather(rows, rows, rng.normal(size=(batch, F)).astype(np.float32))
-    target = torch.randn(batch, 5).softmax(1)
-
-    def step():
-        loss = stage.distillation_loss(student(columns), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    step()  # the first is slow
-    return batch * calls_a_second(step, seconds)
 
 
 PANDAS = """
@@ -288,41 +189,22 @@ print(len(pairs.merge(log, on=["query", "pin_id"], how="left")))
 
 
 def measure(settings, impressions, pins, folder):
-    """All that is asked for at one size, in a folder of its own. Yields (what, rows/s, seconds, peak GB), the
-    last two 0 where a part of a stage is measured inside this process."""
+    """All that is asked for at one size, in a folder of its own. Yields (what, seconds, peak GB)."""
     data, run, model = folder / "data", folder / "run", folder / "model"
     make_dataset(data, settings, impressions, pins)
     tiny_encoder(model)
-    if "logs" in settings.stages:
-        seconds, peak = measured(["-c", LOGS, data, settings.memory])
-        what = f"01, its logs alone: {settings.engagements:,} engagements"
-        yield what, settings.engagements / seconds, seconds, peak
-        if settings.stages == ("logs",):
-            return
     flags = ["--data", data, "--text-encoder", model, "--memory", settings.memory]
-    seconds, peak = measured(["01_build_features.py", "--run", run, *flags, "--shard-rows", 250_000])
-    yield "01, all of it", impressions / seconds, seconds, peak
-    if "match" in settings.stages:
-        ours, peer = match_rate(run, settings.naive)
-        yield "01, match features alone", ours, 0, 0
-        if peer:
-            yield "naive: rank-bm25 get_batch_scores, 20 pins a query", peer, 0, 0
+    yield "01", *measured(["01_build_features.py", "--run", run, *flags, "--shard-rows", 250_000])
     if "03" in settings.stages or "04" in settings.stages:
         few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
         measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
-        seconds, peak = measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
-        yield "03, one-layer teacher", impressions / seconds, seconds, peak
+        yield "03, one-layer teacher", *measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
     if "04" in settings.stages:
         flags = ["--preset", "paper", "--epochs", 1, "--hidden", *settings.hidden]
-        seconds, peak = measured(["04_train_student.py", "--run", run, *flags])
-        yield f"04, one epoch, hidden layers of {settings.hidden}", impressions / seconds, seconds, peak
-        yield "its network alone, on one batch in memory", bare_student_rate(run, settings.hidden), 0, 0
-    if settings.naive and "01" in settings.stages:
-        try:
-            seconds, peak = measured(["-c", PANDAS, data])
-            yield "naive: 01's joins in pandas", impressions / seconds, seconds, peak
-        except SystemExit as end:
-            print(f"naive: pandas did not finish: {str(end)[-200:]}")
+        made = measured(["04_train_student.py", "--run", run, *flags])
+        yield f"04, one epoch, hidden layers of {settings.hidden}", *made
+    if settings.naive:
+        yield "naive: 01's joins in pandas", *measured(["-c", PANDAS, data])
 
 
 def main(argv=None):
@@ -331,9 +213,9 @@ def main(argv=None):
     for pins in settings.pins:
         for impressions in settings.impressions:
             with tempfile.TemporaryDirectory() as folder:
-                for what, rate, seconds, peak in measure(settings, impressions, pins, Path(folder)):
-                    whole = f"{seconds:,.0f} | {peak:.2f}" if seconds else "|"
-                    print(f"| {what} | {impressions:,} | {pins:,} | {rate:,.0f} | {whole} |", flush=True)
+                for what, seconds, peak in measure(settings, impressions, pins, Path(folder)):
+                    cells = [what, f"{impressions:,}", f"{pins:,}", f"{impressions / seconds:,.0f}"]
+                    print(f"| {' | '.join(cells)} | {seconds:,.0f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

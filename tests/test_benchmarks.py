@@ -1,10 +1,8 @@
 """The benchmark scripts run at a tiny size, and what they compare agrees."""
 
-import functools
 import json
 import sys
 
-import known_labels
 import pytest
 import scale
 import teacher
@@ -41,8 +39,8 @@ def bert(tmp_path_factory):
 
 def test_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher.stage03, "compile_layers", lambda *_: None)  # tests/test_inference.py does
-    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4", "--profile"]
-    argv += ["--images", "16", "--texts", "8", "--caption-tokens", "3", "--peak-tflops", "1"]
+    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4"]
+    argv += ["--peak-tflops", "1"]
     teacher.main([*argv, "--json", str(tmp_path / "out.json")])
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["linear_weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
@@ -52,7 +50,6 @@ def test_teacher(tmp_path, monkeypatch):
         )
     train = out["train"]["activations kept"]
     assert train["share_of_bound"] == pytest.approx(6 * out["linear_weights"] * train["per_second"] / 1e12)
-    assert sum(train["profile"].values()) == pytest.approx(1) and train["profile"]["matrix products"] > 0
 
 
 def test_peers_of_the_teacher_agree(bert, features, tmp_path, monkeypatch):
@@ -67,21 +64,12 @@ def test_peers_of_the_teacher_agree(bert, features, tmp_path, monkeypatch):
 
 def test_scale(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scale.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scale, "bare_student_rate", functools.partial(scale.bare_student_rate, seconds=0.1))
     sizes = "--impressions 2000 --pins 300 --queries 50 --engagements 4000 --width 60 --hidden 8"
-    scale.main(["--stages", "01", "04", "logs", "match", *sizes.split()])
+    scale.main(["--stages", "01", "04", *sizes.split()])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {what: cells for what, *cells in rows}
-    assert len(found) == 6  # each stage, 03 for 04's sake, and 04's network alone
+    assert len(found) == 3  # 03 for 04's sake
     for cells in found.values():
         assert cells[0] == "2,000" and float(cells[2].replace(",", "")) > 0
-    assert all(float(found[what][4]) > 0.05 for what in found if what.startswith(("01, all", "03", "04")))
+    assert all(float(cells[4]) > 0.05 for cells in found.values())
     assert not list(tmp_path.glob("tmp*"))  # the tables are gone
-
-
-def test_known_labels_are_found_and_counted(monkeypatch, capsys):
-    monkeypatch.setattr(known_labels, "SHARD", 1_000)
-    monkeypatch.setattr(known_labels, "NEW", 0.1)
-    known_labels.main(["--known", "5000"])
-    said = capsys.readouterr().out
-    assert "table: 5,000 pairs" in said and "found 4,500 of 5,000" in said
