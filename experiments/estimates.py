@@ -141,20 +141,15 @@ def agreement(level, p, query, how):
     return found
 
 
-def nearer(level, p, query):
-    """The one of HOW whose mean gains of queries lie nearer to people's, and the mean distance of each."""
+def trust(level, p, query, language):
+    """Which one of HOW gives mean gains of queries nearer to people's, the mean distance of each, and how far
+    the judge agrees with people, overall ("") and by language, on pairs with a person's label [N]."""
     theirs = mean_gains(certain(level), query, "probable")
     distance = {}
     for how in HOW:
         ours = mean_gains(p, query, how)
         distance[how] = float(np.abs(ours - theirs).mean())
-    return min(HOW, key=distance.get), distance
-
-
-def trust(level, p, query, language):
-    """Which gain is nearer to people's, both distances, and how far the judge agrees with people, overall
-    ("") and by language, on pairs with a person's label [N]."""
-    how, distance = nearer(level, p, query)
+    how = min(HOW, key=distance.get)
     agrees = {"": agreement(level, p, query, how)}
     for name in sorted(set(language)):
         at = language == name

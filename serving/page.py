@@ -65,7 +65,7 @@ class Page:
         self.ranker, self.teacher = Ranker(run), PairTeacher(run)
         of_query = (item for item in self.ranker.spec["categories"].items() if item[0].startswith("query_"))
         self.columns = {name.removeprefix("query_"): values for name, values in of_query}
-        self.pins = self.ranker.texts
+        self.pins = pq.read_table(features / "pins.parquet", columns=["title", "caption", "image"])
         self.dataset = Path(read_json(features / "stage.json")["dataset"])
         self.human = human_labels(run, self.ranker.ids)
         queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query", "language"])

@@ -12,7 +12,6 @@ runs in onnxruntime.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,10 @@ class Scores:
     def in_turn(self):
         """Rows as they are, which from rank() is the student's order, and by BM25, in turn, each once."""
         by_bm25 = np.argsort(-self.match["bm25"], kind="stable").tolist()
-        return list(dict.fromkeys(row for both in zip(range(len(by_bm25)), by_bm25) for row in both))
+        rows = []
+        for two in enumerate(by_bm25):
+            rows += two
+        return list(dict.fromkeys(rows))
 
     def take(self, rows):
         """Those of some rows."""
@@ -72,16 +74,10 @@ class Ranker:
             problem = f"trained on features of another {other} than those here"
             raise Stop(f"{folder}: {problem}; {remake(folder, command)}")
         self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
-        self.table = features / "pins.parquet"
-        self.ids = pq.read_table(self.table, columns=["pin_id"])["pin_id"].to_pylist()
+        self.ids = pq.read_table(features / "pins.parquet", columns=["pin_id"])["pin_id"].to_pylist()
         self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
         self.new = NewFeatures(features, self.made, self.spec, models)
         self.pins = self.new.known_pins()
-
-    @cached_property
-    def texts(self):
-        """Title, description, caption and image of the run's pins (Arrow), in index order."""
-        return pq.read_table(self.table, columns=["title", "description", "caption", "image"])
 
     def rows(self, pin_ids):
         """Row numbers of pins by id."""
@@ -145,12 +141,13 @@ class Ranker:
         What a query or a new pin needs is made once."""
         pairs = list(pairs)
         pins = [pin for _, pin in pairs]
-        new = list(dict.fromkeys(pin for pin in pins if isinstance(pin, Pin)))
+        new = [pin for pin in dict.fromkeys(pins) if isinstance(pin, Pin)]
         new_row = {pin: row for row, pin in enumerate(new)}
         new_pins = self.new.pins(new) if new else None
         scores, places = self.no_scores(pins), {}  # of each query: places of known pins, and of new ones
         for place, (query, pin) in enumerate(pairs):
-            places.setdefault(query, ([], []))[isinstance(pin, Pin)].append(place)
+            known, unknown = places.setdefault(query, ([], []))
+            (unknown if isinstance(pin, Pin) else known).append(place)
         for query, (known, unknown) in places.items():
             side = self.new.query(query)
             rows = self.rows([pins[place] for place in known])

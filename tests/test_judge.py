@@ -97,7 +97,9 @@ def test_agreement():
     two = estimates.agreement(level, np.eye(5)[likeliest - 1], np.array([0, 1]), "probable")
     assert two["kappa"] == pytest.approx(1 - 0.5 / (26 / 4))  # Cohen, 1968
     level = np.array([1, 2, 5, 5, 3, 3])
-    assert estimates.nearer(level, np.eye(5)[level - 1], query)[1] == {"expected": 0, "probable": 0}
+    language = np.array(["en", "en", "de", "de", "de", "de"])
+    how, distance, agrees = estimates.trust(level, np.eye(5)[level - 1], query, language)
+    assert distance == {"expected": 0, "probable": 0} and agrees["de"]["queries"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------------
