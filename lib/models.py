@@ -66,6 +66,8 @@ def load_config(model):
     if file_of(model, "adapter_config.json"):  # transformers hands it to peft, which imports what it names
         what = f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model"
         raise Stop(f"{what}; give the model's folder without them, or merge them into it first")
+    if getattr(config, "quantization_config", None) is not None:
+        raise Stop(f"{model}: its config has a quantization_config; give a model with plain weights")
     config._attn_implementation = config._experts_implementation = None
     refuse_huge(model, config.to_dict())
     for part in (config, *vars(config).values()):  # what decides the form of what comes out
@@ -110,19 +112,6 @@ def weights_of(model):
         if not re.fullmatch(r"[^/\\]+\.safetensors", name):
             raise Stop(f"{index}: names {name!r}, which is no safetensors file of this folder")
     return [index, *filter(None, (file_of(model, name) for name in names))]
-
-
-def refuse_quantization(model, config):
-    """Stop if a config says that its weights are quantized, and they are not."""
-    if getattr(config, "quantization_config", None) is None:
-        return
-    dtypes = set()
-    for path in weights_of(model):
-        if path.suffix == ".safetensors":
-            with stop_on_error(f"{path}: cannot be read"), safe_open(path, "pt") as file:
-                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    if dtypes <= {"F64", "F32", "F16", "BF16"}:
-        raise Stop(f"{model}: its config has a quantization_config, its weights are not quantized: remove it")
 
 
 def model_fingerprint(model):
@@ -196,7 +185,6 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
         options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": str(device)}
     weights_of(model)
-    refuse_quantization(model, config)
     with stop_on_error(what, advice):
         backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))

@@ -5,17 +5,12 @@
 #
 #   bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL
 #
-# MSRD:         folder with movies-corpus.jsonl.gz and movies-judgments.tsv.gz   (data/from_msrd.py)
-# XQUAD:        the folder xquad-r, one JSON file a language                     (data/from_xquad.py)
-# ENCODER:      sentence-transformers/all-MiniLM-L6-v2, or its folder
-# LLAMA:        HuggingFaceTB/SmolLM2-135M-Instruct, or its folder
-# MULTILINGUAL: google/gemma-3-270m, or its folder
-#
-# Environment: RUN, parent of the runs (default: outputs/real); SEEDS (default: 0 1 2); JOBS,
-# experiments at a time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some
-# minutes; on two CPU cores a step of SmolLM2 takes a quarter of a minute, so all of it takes days, and
-# SEEDS=0 one.
-# Figures: experiments/RESULTS.md, notebooks/paper_findings.ipynb.
+# MSRD, XQUAD: as of runs/msrd.sh and runs/xquad.sh. Models, ids or folders: ENCODER,
+# sentence-transformers/all-MiniLM-L6-v2; LLAMA, HuggingFaceTB/SmolLM2-135M-Instruct; MULTILINGUAL,
+# google/gemma-3-270m.
+# Environment: RUN, parent of the runs (default: outputs/real); SEEDS (default: 0 1 2); JOBS, experiments at a
+# time (default: 1; a GPU of 40 GB takes 8). Findings: RUN/findings. Hardware: a GPU, some minutes; two CPU
+# cores, days. Figures: experiments/RESULTS.md, notebooks/paper_findings.ipynb.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/real_findings.sh MSRD XQUAD ENCODER LLAMA MULTILINGUAL"
 MSRD="$(from_here "${1:?$USAGE}")"; XQUAD="$(from_here "${2:?$USAGE}")"; ENCODER="$(from_here "${3:?$USAGE}")"

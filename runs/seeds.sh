@@ -13,11 +13,7 @@ for SEED in "$@"; do
     NEXT="$FIRST.seed$SEED"
     mkdir -p "$NEXT"
     [ -e "$NEXT/features" ] || ln -s "$(realpath "$FIRST/features")" "$NEXT/features"
-    run python 02_train_teacher.py --preset "$PRESET" --run "$NEXT" --seed "$SEED" ${OF_02[@]+"${OF_02[@]}"}
-    run python 03_label.py --preset "$PRESET" --run "$NEXT"
-    run python 04_train_student.py --preset "$PRESET" --run "$NEXT" --seed "$SEED" --labels human
-    run python 04_train_student.py --preset "$PRESET" --run "$NEXT" --seed "$SEED"
-    run python 05_evaluate.py --preset "$PRESET" --run "$NEXT"
+    the_stages "$PRESET" "$NEXT" ${OF_02[@]+"${OF_02[@]}"}
 done
 for EACH in "$FIRST" "$FIRST".seed*; do
     echo; echo "$EACH"

@@ -25,7 +25,7 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 run() { echo; echo "+ $*"; "$@"; }
-launch() {  # a script, one process a GPU
+launch() {  # a script, one process a GPU (GPUS: how many)
     GPUS="${GPUS:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
     if [ "$GPUS" -gt 1 ]; then
         run accelerate launch --multi_gpu --num_processes "$GPUS" --num_machines 1 --mixed_precision no \
@@ -36,12 +36,14 @@ launch() {  # a script, one process a GPU
 }
 
 # 02 to 05 over the features of a run: the_stages PRESET RUN FLAG_OF_02 …
+# SEED: of 02 and 04; OF_05: an array of flags of 05.
 the_stages() {
     local preset=$1 folder=$2
     shift 2
-    run python 02_train_teacher.py --preset "$preset" --run "$folder" "$@"
-    run python 03_label.py --preset "$preset" --run "$folder"
-    run python 04_train_student.py --preset "$preset" --run "$folder" --labels human  # human labels alone
-    run python 04_train_student.py --preset "$preset" --run "$folder"
-    run python 05_evaluate.py --preset "$preset" --run "$folder"
+    launch 02_train_teacher.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"} "$@"
+    launch 03_label.py --preset "$preset" --run "$folder"
+    # the baseline, human labels alone; then the student
+    run python 04_train_student.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"} --labels human
+    run python 04_train_student.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"}
+    run python 05_evaluate.py --preset "$preset" --run "$folder" ${OF_05[@]+"${OF_05[@]}"}
 }

@@ -16,23 +16,12 @@
 # Before      the virtual environment is active when you submit (`bash runs/toy.sh` makes one in .venv), the
 #             models are in the cache of the hub (HF_HOME): nodes often have no network.
 # Shared      by all nodes, under the same path: this folder, the virtual environment, DATASET_DIR, RUN_DIR,
-#             HF_HOME. A file that one node has closed must be seen on the others: so do Lustre, GPFS, and NFS
-#             after a minute, for which the stages wait two. SQLite, which holds RUN_DIR's lock, needs a file
-#             system with locks.
-# Tasks       one a node: it is accelerate launch, which starts a process a GPU. The first node's first
-#             process is the main one: it reads tables, counts logs, computes match features, and says what is
-#             done. The others caption pictures and embed texts (01), train (02), label shards (03).
-# 01 alone    on CPU work most of the time: on a large cluster run it first, with --nodes=1, if pictures are
-#             few.
-# A dead node, process or GPU
-#             srun ends the step on every node as soon as one task fails (--kill-on-bad-exit); where Slurm
-#             finds a node dead it puts the job back into the queue (--requeue) and begins this script again,
-#             with any other node. Each stage then says that it is finished, or continues: 01 after its last
-#             whole chunk of pictures or texts, 02 after its last checkpoint, 03 after its last whole shard.
-#             The results are the same. A step that failed for another reason than a node: sbatch the same
-#             line again; also with other --nodes.
-# Time limit  too short: the same line again. Nothing is lost but the last chunk, steps since a checkpoint, or
-#             shard.
+#             HF_HOME; on a file system with locks.
+# Tasks       one a node: it is accelerate launch, which starts a process a GPU. 01 alone is CPU work most of
+#             the time: run it first, with --nodes=1, if pictures are few.
+# A dead node, process or GPU ends the step (--kill-on-bad-exit), and Slurm begins this script again
+#             (--requeue). Each stage then continues, with equal results. After another fault, or a time limit
+#             too short: sbatch the same line again, also with other --nodes.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: sbatch --nodes=N runs/slurm.sh DATASET_DIR RUN_DIR"; exit 2; }
 DATA="$1" RUN="$2"

@@ -28,7 +28,6 @@ class Captioner:
         }
         models.weights_of(model)
         models.refuse_endless(model)
-        models.refuse_quantization(model, options["config"])
         with stop_on_error(f"{model}: cannot be loaded as a BLIP captioner"):
             self.processor = AutoProcessor.from_pretrained(model, use_fast=False, trust_remote_code=False)
             self.model = BlipForConditionalGeneration.from_pretrained(model, **options).to(device).eval()

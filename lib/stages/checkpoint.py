@@ -44,30 +44,9 @@ def seed_step(seed, step, process=0):
 def save_checkpoint(path, model, optimizer, train_state):
     """Trainable weights, the optimizer's state and `train_state` (plain values) in one file."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    with whole_file(path) as temporary, open(temporary, "wb") as f:
-        saved = {"weights": weights, "optimizer": optimizer.state_dict(), "train_state": train_state}
-        file = RememberingFile(f)
-        try:
-            torch.save(saved, file)
-        except Exception as error:
-            raise file.error or error from None  # PyTorch reports a full disk in ways of its own
-
-
-class RememberingFile:
-    """A file for torch.save, which hides what went wrong in a write."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, content):
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
+    saved = {"weights": weights, "optimizer": optimizer.state_dict(), "train_state": train_state}
+    with whole_file(path) as temporary, stop_on_error(f"{path}: not written", "is the disk full?"):
+        torch.save(saved, temporary)  # which reports a full disk in ways of its own
 
 
 @torch.no_grad()

@@ -35,10 +35,8 @@ def run_main(main):
         kinds = ("MemoryError", "OutOfMemoryError")
         if type(error).__name__ in kinds or "can't allocate memory" in str(error):
             sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if number and getattr(error, "filename", None):
             sys.exit(f"error: {error.filename}: cannot be read or written ({error.strerror})")
-        if number in (errno.ENAMETOOLONG, errno.ELOOP):
-            sys.exit(f"error: {error.filename}: no usable path ({error.strerror})")
         raise
 
 
