@@ -7,8 +7,8 @@
 # Hardware    one GPU of 24 GB or more with bf16, or eight; 64 GB of memory, 200 GB of disk.
 # Before      `DRY=1 bash runs/paper.sh DATASET_DIR` prints parameters, memory, hours, cost and disk for your
 #             rows (benchmarks/plan.py).
-# Expected    for 280,000 labels, two epochs, 30 million impressions of 200 tokens, as the dry run reckons of
-#             speeds measured on one H200 (benchmarks/RESULTS.md): 02 5.3 hours, 03 54.2 hours.
+# Expected    for 280,000 labels, two epochs, 30 million impressions of 200 tokens, as the dry run reckons
+#             from speeds measured on one H200 (benchmarks/RESULTS.md): 02 5.3 hours, 03 54.2 hours.
 # Memory      too small: 02 --batch-tokens 4096 (same result up to rounding); 03 --batch-tokens 8192, or
 #             --no-merge (NF4, slower).
 # Machines    several: runs/slurm.sh. Two processes on CPUs, of 01 to 03:
