@@ -6,7 +6,7 @@ other languages.
 
     1  settings; what is inherited
     2  the text of the pairs; which shards are left to label, and which labels are known
-    3  the teacher, LoRA merged; its layers compiled with --compile
+    3  the teacher, LoRA merged, loaded for the first pair that nobody has labelled; --compile its layers
     4  soft labels, one output shard an input shard
     5  --pool (ours): they are weighed against a regression on the match features; where human labels are
        few, the teacher alone is worse than that, and where it is clearly better it stays alone
@@ -25,6 +25,7 @@ Paper   accelerate launch 03_label.py --preset paper --run /runs/search      sha
 Shapes: N rows of a shard, B rows of a batch, T tokens, C = 5 levels.
 """
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ SMALL = replace(TOY, preset="small", precision="auto")
 # Our choice but for the pool, which the paper does not have; labels depend on that and the precision alone.
 PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, compile="auto", pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
-CHECKED_ROWS = 256  # rows labelled before and after merging LoRA, and compiling: how far do labels move?
+CHECKED_ROWS = 256  # rows labelled before and after compiling: how far do labels move?
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a probability, that compiling may move it by
 
 
@@ -103,13 +104,16 @@ def soft_labels(teacher, rows, pad_id, token_budget, on_batch=None):
 
 def label_shard(teacher, rows, name, known, pad_id, token_budget, on_batch=None):
     """Soft labels [N, C] of the rows of a shard of this name: looked up where a pair is known, else by one
-    pass of the teacher for each different pair. Returns also where they are from (write_labels)."""
+    pass of the teacher for each different pair. Returns also where they are from (write_labels). teacher():
+    the Teacher, asked for only if a pair is new."""
     keys = label_keys(rows, known.decided_by)
     keys, first, which = np.unique(keys, return_index=True, return_inverse=True)
     labels, source = known.find(keys)
     new = np.flatnonzero(source < 0)
     new = new[np.argsort(first[new])]  # in the rows' order
-    labels[new] = soft_labels(teacher, [rows[row] for row in first[new]], pad_id, token_budget, on_batch)
+    if len(new):
+        rows_of_new = [rows[row] for row in first[new]]
+        labels[new] = soft_labels(teacher(), rows_of_new, pad_id, token_budget, on_batch)
     known.add(name, keys[source != 0], labels[source != 0])
     looked_up = {run: int((source == number).sum()) for number, run in enumerate(known.earlier, 1)}
     return labels[which], {"rows": len(rows), "passes": len(new), "looked_up": looked_up}
@@ -154,19 +158,20 @@ def layers_of(module):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_teacher(folder, settings, sample, text, device, dtype):
-    """The teacher in `folder`, ready to label, and how far merging LoRA moved the labels of `sample`, rows of
-    token ids (None: nothing was merged)."""
+def load_teacher(folder, settings, device, dtype):
+    """The teacher in `folder`, its LoRA merged if wanted."""
     teacher, about = Teacher.load(folder, dtype, device, settings.model)
-    if about["finetuning"] == "full" or not settings.merge:
-        return teacher, None
-    pad_id = text.tokenizer.pad_token_id
-    before = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
-    with stop_on_error("LoRA cannot be merged", "--no-merge labels without"):
-        merge_lora(teacher, folder / "adapter")
-    after = soft_labels(teacher, sample, pad_id, settings.batch_tokens)
-    moved = {"rows": len(sample), "max_difference": float(np.abs(after - before).max())}
-    return teacher, {**moved, "same_level": float((after.argmax(1) == before.argmax(1)).mean())}
+    if about["finetuning"] != "full" and settings.merge:
+        with stop_on_error("LoRA cannot be merged", "--no-merge labels without"):
+            merge_lora(teacher, folder / "adapter")
+    return teacher
+
+
+def ready_teacher(folder, settings, sample, pad_id, accelerator, dtype):
+    """load_teacher()'s, its layers compiled if wanted (compile_layers)."""
+    teacher = load_teacher(folder, settings, accelerator.device, dtype)
+    compile_layers(teacher, sample, pad_id, settings, accelerator)
+    return teacher
 
 
 def open_text(folder, settings, about, model):
@@ -193,7 +198,8 @@ def shard_paths(settings):
 
 
 def label_shards(teacher, shards, known, text, settings, bar):
-    """Labels shards, pairs of (path to write to, rows), each written whole or not at all."""
+    """Labels shards, pairs of (path to write to, rows), each written whole or not at all. teacher: of
+    label_shard()."""
     for path, rows in ahead(shards, depth=1):
         of_rows = path.stem, known, text.tokenizer.pad_token_id, settings.batch_tokens
         labels, counts = label_shard(teacher, rows, *of_rows, bar.update)
@@ -248,7 +254,7 @@ def main(argv=None):
     if work is None:
         return
 
-    # 2. The text of the pairs, the shards that are left to label, and labels that are known
+    # 2. The text of the pairs, the shards left to label, and labels that are known
     text, paths = open_text(folder, settings, about, model), shard_paths(settings)
     target = {path: work / path.relative_to(features) for path in paths}
     unwritten = of_main({path.stem for path in paths if not target[path].exists()})
@@ -257,18 +263,18 @@ def main(argv=None):
     known = KnownLabels(earlier, own, decided_by, unwritten)
     todo = of_main([path for path in paths if path.stem in unwritten or path.stem not in known.covered])
 
-    # 3. The teacher, LoRA merged
+    # 3. The teacher, LoRA merged; a day on which no pair is new needs none
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     if settings.teacher is None:
         require_trained_on(run, read["teacher"], rows)
-    teacher, moved = load_teacher(folder, settings, rows[:CHECKED_ROWS], text, accelerator.device, dtype)
-    compile_layers(teacher, rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, settings, accelerator)
     if is_main:
-        summary.describe_labelling(about, moved, paths, todo, hardware, accelerator.num_processes)
+        summary.describe_labelling(about, paths, todo, hardware, accelerator.num_processes)
+    sample, pad_id = rows[:CHECKED_ROWS], text.tokenizer.pad_token_id
+    teacher = functools.cache(lambda: ready_teacher(folder, settings, sample, pad_id, accelerator, dtype))
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, mine))
+    shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, mine, {paths[0]: rows}))
     with progress_bar(total=count_rows(mine), unit=" rows", disable=not is_main) as bar:
         label_shards(teacher, shards, known, text, settings, bar)
     wait_for_all(accelerator, target.values())
@@ -278,9 +284,9 @@ def main(argv=None):
         if settings.pool == "auto":
             pool_labels(run, work, read["teacher"]["held_out"], taken)
         counts = summary.describe_labels([*target.values()], merge_own(own, work / FILE))
-        facts = {"rows": {"impressions": count_rows(paths[1:]), "labelled": len(rows)}, "merge": moved}
-        facts["teacher"] = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
-        stage.finish(["known"], labels=counts, **facts)
+        rows_of = {"impressions": count_rows(paths[1:]), "labelled": len(rows)}
+        whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
+        stage.finish(["known"], labels=counts, teacher=whose, rows=rows_of)
     accelerator.wait_for_everyone()
 
 

@@ -13,6 +13,7 @@ Writes  RUN/judged/NAME/    pairs.parquet (every pair, its rank in each list, p1
         differences.png
 """
 
+import functools
 import importlib
 import sys
 from dataclasses import dataclass, replace
@@ -86,9 +87,7 @@ def label_pairs(settings, pairs, read, about, model, work):
     earlier, _locks = tables_of((settings.run,), settings.run, decided_by, print)
     unwritten = {target[path].stem for path in todo}
     known = KnownLabels(earlier, work / "work" / "known", decided_by, unwritten)
-    [(_, rows)] = tokenized_shards(features, text, [*target][:1])
-    sample = rows[: stage_03.CHECKED_ROWS]
-    teacher, _ = stage_03.load_teacher(folder, settings, sample, text, device, dtype)
+    teacher = functools.cache(lambda: stage_03.load_teacher(folder, settings, device, dtype))
     with progress_bar(total=count_rows(todo), desc="pairs", unit=" rows") as bar:
         shards = ((target[path], ids) for path, ids in tokenized_shards(features, text, todo))
         stage_03.label_shards(teacher, shards, known, text, settings, bar)

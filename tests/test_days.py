@@ -164,6 +164,23 @@ def test_four_days(shop, models, toy, tmp_path, capsys):
     assert {"match", "student", "teacher"} <= systems.keys()
 
 
+def test_a_day_without_a_new_pair_loads_no_teacher_and_tokenizes_once(shop, tmp_path, monkeypatch):
+    run, tokenized, tokens = tmp_path / "run", [], labeller.tokenized_shards
+    run.mkdir()
+    (run / "features").symlink_to(shop / "monday" / "features")
+
+    def counted(features, text, paths, made=()):
+        tokenized.extend(path for path in paths if path not in made)
+        return tokens(features, text, paths, made)
+
+    monkeypatch.setattr(labeller, "load_teacher", None)
+    monkeypatch.setattr(labeller, "tokenized_shards", counted)
+    assert label(run, "--teacher", shop / "monday" / "teacher", "--known", shop / "monday") == []
+    assert len(tokenized) == len(set(tokenized)) > 2
+    one, other = labels_of(run), labels_of(shop / "monday")
+    assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
 def test_yesterdays_student_reads_todays_features(shop, capsys):
     """Without a column that it knows, and with one that it does not."""
     for name in ("tuesday", "wednesday"):

@@ -83,6 +83,7 @@ def test_a_process_finds_its_own_and_earlier_labels(tmp_path):
         _, source = process.find(keys[rows])
         assert source.tolist() == [1] * 50 * (shard == 0) + [-1] * (50 if shard == 0 else 100)
         process.add(f"part-{shard:05d}", keys[rows], labels[rows])
+    assert len(process.tables) < 5  # of nine shards: tables of one size are joined
     assert (process.find(keys)[1] == 0).all()
     again = KnownLabels(earlier, own, DECIDED_BY, {"part-00008"})
     assert again.covered == {f"part-{shard:05d}" for shard in range(8)}

@@ -8,6 +8,7 @@ Shapes: N keys of 16 bytes (KEY) [N]; C = 5 levels.
 
 import hashlib
 import math
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -124,7 +125,9 @@ class KnownLabels:
         one. Of the others all labels are here if they are `covered`: a damaged table is gone."""
         self.earlier, self.own, self.decided_by = earlier, own, decided_by
         self.covered = {path.stem for path in own.glob("*.arrow")} - unwritten
-        self.tables = [LabelTable(own / f"{shard}.arrow") for shard in sorted(self.covered)]
+        self.tables = []
+        for shard in sorted(self.covered):
+            self.look_in(LabelTable(own / f"{shard}.arrow"))
 
     def find(self, keys):
         """Looks n sorted keys up. Returns labels [n, C], and where each is from [n]: 0, this run; i, the i-th
@@ -142,7 +145,18 @@ class KnownLabels:
     def add(self, shard, keys, labels):
         """Keeps n sorted keys and their labels, under the name of a shard that is going to be written."""
         batches = [batch_of(keys, labels)] if len(keys) else []
-        self.tables.append(write_table(self.own / f"{shard}.arrow", batches, self.decided_by))
+        self.look_in(write_table(self.own / f"{shard}.arrow", batches, self.decided_by))
+
+    def look_in(self, table):
+        """Joins tables of about one size: those to look through grow as the logarithm of the shards."""
+        while self.tables and self.tables[-1].rows <= 2 * table.rows:
+            pair = [self.tables.pop(), table]
+            merged = self.own / f"merged{os.environ.get('RANK', '0')}"  # each process has its own
+            table = merge(pair, merged / table.path.name)
+            for joined in pair:
+                if joined.path.parent != self.own and joined.path != table.path:
+                    joined.path.unlink()
+        self.tables.append(table)
 
 
 def merge_own(own, path):

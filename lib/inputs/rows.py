@@ -75,14 +75,16 @@ def token_ids_of(features, text, queries, pairs):
     return tokenize_pairs(text, queries, read_pins, *indices)
 
 
-def tokenized_shards(features, text, paths):
-    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs."""
+def tokenized_shards(features, text, paths, made=()):
+    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs; those in `made` {path: token
+    ids} are there."""
     queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
     for path in paths:
-        yield (
-            path,
-            token_ids_of(features, text, queries, pq.read_table(path, columns=["query_index", "pin_index"])),
-        )
+        if path in made:
+            yield path, made[path]
+        else:
+            pairs = pq.read_table(path, columns=["query_index", "pin_index"])
+            yield path, token_ids_of(features, text, queries, pairs)
 
 
 def read_fields(path, fields, pins):

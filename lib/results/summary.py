@@ -67,12 +67,11 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"parameters: {weights:,}")
 
 
-def describe_labelling(about, moved, paths, todo, hardware, processes):
-    """What is going to be labelled, by which teacher. about: teacher.json; moved: by merging LoRA; paths,
-    todo: all shards, and those left."""
+def describe_labelling(about, paths, todo, hardware, processes):
+    """What is going to be labelled, by which teacher. about: teacher.json; paths, todo: all shards,
+    and those left."""
     fields = ", ".join(about["fields"])
     print(f"teacher: {about['model']}, trained on {fields}")
-    print("LoRA merged:", moved or "nothing")
     print(f"shards: {len(paths)}, of which {len(todo)} to label")
     print(f"{hardware}, {processes} process(es)")
 
