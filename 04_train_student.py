@@ -37,7 +37,7 @@ from lib.inputs.pairs import PairFiles, TrainingRows
 from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
-from lib.results import summary
+from lib.results import report, summary
 from lib.results.export import CHECKED_ROWS, save_for_serving
 from lib.stages.checkpoint import CHECKPOINT, Checkpoints
 from lib.stages.files import write_jsonl
@@ -227,39 +227,52 @@ def finite(loss, epoch):
 
 def with_dropout(settings, rows, inputs, moments, device):
     """The settings with both shares of dropout: as given, or those of DROPOUTS with which students learn most
-    from some queries' human labels about other queries'."""
+    from some queries' human labels about other queries'. Where they were compared, also learning_curve()."""
     if None not in (settings.input_dropout, settings.dropout):
-        return settings
+        return settings, None
     choices = []
     for input_dropout, dropout in DROPOUTS:
         given = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
         given = {name: share for name, share in given.items() if share is not None}
         choices.append(replace(settings, **{"input_dropout": input_dropout, "dropout": dropout, **given}))
     if settings.labels == "teacher" or rows.total > FEW_ROWS:
-        return choices[0]
+        return choices[0], None
     if len(np.unique(rows.human["query"])) < ENOUGH_QUERIES:
-        return choices[-1]
-    found = []
+        return choices[-1], None
+    found, data = [], (rows, inputs, moments, device)
     for choice in progress_bar(iterable=choices, desc="cross-validation", unit=" dropouts"):
-        found.append(cross_validated(choice, rows, inputs, moments, device))
-        print(f"dropout {choice.input_dropout}, {choice.dropout}: KL on other queries {found[-1]:.4f}")
-    return choices[int(np.argmin(found))]
+        found.append(cross_validated(choice, FOLDS - 1, *data))
+        print(f"dropout {choice.input_dropout}, {choice.dropout}: KL on other queries {found[-1][1]:.4f}")
+    best = int(np.argmin([student for _, student in found]))
+    fewer = cross_validated(choices[best], 1, *data)
+    return choices[best], learning_curve(rows, fewer, found[best])
 
 
-def cross_validated(settings, rows, inputs, moments, device):
-    """Mean KL(target || student) of human-labelled rows, each under a student trained on the queries of the
-    other folds."""
+def learning_curve(rows, fewer, more):
+    """KL on queries left out, of the regression and of the student, from a third and two thirds of the other
+    queries: {"queries": [n, n], "match": [KL, KL], "student": [KL, KL]}. fewer, more: of cross_validated().
+    """
+    queries = len(np.unique(rows.human["query"]))
+    match, student = ([float(before), float(after)] for before, after in zip(fewer, more))
+    return {"queries": [queries // FOLDS, queries * (FOLDS - 1) // FOLDS], "match": match, "student": student}
+
+
+def cross_validated(settings, folds, rows, inputs, moments, device):
+    """Mean KL(target || student) of human-labelled rows, each under a student trained on the queries of so
+    many other folds: [before its training, when it is the regression, and after]."""
     keys = np.array(rows.files.keys, dtype=object)[rows.human["query"]]
     fold_of = np.array([int(FOLDS * hash_position(key, "folds")) for key in keys])
-    loss, part = 0.0, copy.copy(rows)
+    losses, part = np.zeros(2), copy.copy(rows)
     for fold in range(FOLDS):
-        part.human, left_out = rows.human[fold_of != fold], rows.human[fold_of == fold]
+        distance = (fold_of - fold) % FOLDS  # from the fold that is left out
+        part.human, left_out = rows.human[(distance > 0) & (distance <= folds)], rows.human[distance == 0]
         if len(part.human) and len(left_out):
             student = new_student(settings, inputs, moments, part.human, device)
+            before = held_out_scores(student, inputs, left_out, device)["held_out_kl"]
             train_at_once(student, part, inputs, settings, device)
-            scores = held_out_scores(student, inputs, left_out, device)
-            loss += scores["held_out_kl"] * len(left_out)
-    return loss / len(rows.human)
+            after = held_out_scores(student, inputs, left_out, device)["held_out_kl"]
+            losses += np.array([before, after]) * len(left_out)
+    return losses / len(rows.human)
 
 
 def train_at_once(student, rows, inputs, settings, device):
@@ -347,8 +360,10 @@ def main(argv=None):
     inputs = StudentInputs(features).to(device)
 
     # 3. The network
-    settings = with_dropout(settings, rows, inputs, moments, device)
+    settings, curve = with_dropout(settings, rows, inputs, moments, device)
     student = new_student(settings, inputs, moments, rows.human, device)
+    if curve:
+        print(report.more_labels(curve))
     summary.describe_student(student, rows, held_out, settings, device)
     if "labels" in read:
         print(f"the teacher: {whose_labels(read['labels'])}")

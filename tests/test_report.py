@@ -355,3 +355,14 @@ def test_somebodys_own_report_is_not_touched(run):
 def test_no_page_of_search_results_is_fine(run, no_pictures):
     text = measure(run, "--search-pages", "0")
     assert "search_1.png" not in text
+
+
+@pytest.mark.parametrize(
+    "after, expected", [(0.90, "worth most"), (0.99, "bring little"), (1.1, "bring little")]
+)
+def test_whether_more_labels_help_is_one_sentence(after, expected):
+    curve = {"queries": [1_100, 2_200], "match": [1.2, 1.19], "student": [1.0, after]}
+    line = report.more_labels(curve)
+    assert (
+        expected in line and "1,100 to 2,200" in line and f"1.000 -> {after:.3f}" in line and "1.190" in line
+    )

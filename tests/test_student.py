@@ -489,7 +489,7 @@ def test_dropout_follows_the_rows(tmp_path, monkeypatch):
     teacher, the first; a flag wins."""
     synthetic(tmp_path, shards=1)
     losses = {0.4: 0.9, 0.6: 0.7, 0.9: 0.8}
-    monkeypatch.setattr(distil, "cross_validated", lambda choice, *rest: losses[choice.input_dropout])
+    monkeypatch.setattr(distil, "cross_validated", lambda choice, *rest: (0.1, losses[choice.input_dropout]))
     human = ("--labels", "human")
     for flags, expected in (
         (human, (0.6, 0.3)),
@@ -518,21 +518,32 @@ def test_cross_validation_is_over_queries(tmp_path, monkeypatch):
         folds.append((left_out, score(student, inputs, left_out, device)["held_out_kl"]))
         return {"held_out_kl": folds[-1][1]}
 
+    choose, chosen = distil.with_dropout, []
+    monkeypatch.setattr(distil, "with_dropout", lambda *given: chosen.append(choose(*given)) or chosen[-1])
     monkeypatch.setattr(distil, "new_student", lambda *given: learnt.append(given[3]) or make(*given))
     monkeypatch.setattr(distil, "held_out_scores", recorded)
     flags = ("--labels", "human", "--epochs", "2", "--hidden", "8")
     settings, rows = trained_on(tmp_path, monkeypatch, *flags)
-    assert len(folds) == distil.FOLDS * len(distil.DROPOUTS) and len(learnt) == len(folds) + 1
-    first = list(zip(learnt, folds))[: distil.FOLDS]
+    before, after = folds[::2], folds[1::2]  # of each student's training
+    assert len(after) == distil.FOLDS * (len(distil.DROPOUTS) + 1) and len(learnt) == len(after) + 1
+    first = list(zip(learnt, after))[: distil.FOLDS]
     for trained, (left_out, _) in first:
         assert not set(trained["query"]) & set(left_out["query"])
         assert len(trained) + len(left_out) == len(rows.human)
     assert sum(len(left_out) for _, (left_out, _) in first) == len(rows.human)
     sums = []
-    for start in range(0, len(folds), distil.FOLDS):
-        sums.append(sum(len(left_out) * loss for left_out, loss in folds[start : start + distil.FOLDS]))
-    best = int(np.argmin(sums))
+    for start in range(0, len(after), distil.FOLDS):
+        sums.append(sum(len(left_out) * loss for left_out, loss in after[start : start + distil.FOLDS]))
+    best = int(np.argmin(sums[:-1]))
     assert settings.input_dropout == distil.DROPOUTS[best][0]
+    for trained, (left_out, _) in list(zip(learnt, after))[-distil.FOLDS :]:  # of the curve: one fold alone
+        assert len(trained) + len(left_out) < len(rows.human)
+        assert not set(trained["query"]) & set(left_out["query"])
+    (_, curve) = chosen[0]
+    n = len(rows.human)
+    assert curve["student"] == pytest.approx([sums[-1] / n, sums[best] / n], abs=1e-4)
+    regression = sum(len(left_out) * loss for left_out, loss in before[: distil.FOLDS]) / n
+    assert curve["match"][1] == pytest.approx(regression)
 
 
 def test_a_student_that_learns_by_heart_is_told(capsys):

@@ -194,6 +194,15 @@ def in_short(compared):
     return ["## In short", "", *lines, ""] if lines else []
 
 
+def more_labels(curve):
+    """One sentence on whether more labels would help. curve: learning_curve() of stage 04."""
+    (few, many), (before, after) = curve["queries"], curve["student"]
+    learned = f"from {few:,} to {many:,} labelled queries its KL on others goes {before:.3f} -> {after:.3f}"
+    beside = f"(the regression's {curve['match'][0]:.3f} -> {curve['match'][1]:.3f})"
+    help = "labels of more queries are worth most" if after < 0.98 * before else "more labels bring little"
+    return f"student on human labels: {learned} {beside}: {help}"
+
+
 def few_queries(n):
     """A line where so few queries were judged that an interval says little; or none."""
     line = f"only {n} evaluation queries: an interval of fewer than {FEW_QUERIES} is a rough guess"
@@ -242,6 +251,8 @@ def facts(read, evaluation):
             if told["labels"] == "teacher":
                 learnt += f"; {rows.get('human', 0):,} of them human-labelled rows too, half and half"
             known.append((f"{name} learnt from", learnt))
+            if about.get("curve"):
+                known.append(("would more labels help", more_labels(about["curve"])))
     known += [("made", f"{time.strftime('%Y-%m-%d')} by `{shlex.join(command)}`")]
     return [(name, str(value)) for name, value in known if value]
 
