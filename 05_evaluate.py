@@ -5,7 +5,8 @@ relevance metric. Intervals are 95 % bootstrap intervals over queries.
 
 Reads   RUN/features/, RUN/labels/labelled.parquet, RUN/teacher/stage.json, every RUN/student*/
 Writes  RUN/report/     metrics.json, temperatures.json, report.md, plots as PNG;
-                        queries.csv, every evaluation query by every system
+                        queries.csv, every evaluation query by every system;
+                        cards/NAME.md, the models' cards with their metrics
 
 Toy     python 05_evaluate.py
 Paper   python 05_evaluate.py --preset paper --run /runs/search
@@ -28,7 +29,7 @@ from lib.inputs.pairs import read_labelled
 from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
-from lib.results import pictures, queries, report
+from lib.results import cards, pictures, queries, report
 from lib.results.temperatures import fit_temperatures
 from lib.stages.files import write_json
 from lib.stages.settings import Range, Size, StageSettings, parse
@@ -381,6 +382,7 @@ def main(argv=None):
     one_by_one = queries.worst(each, systems)
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.folder / "report.md").write_text(text, encoding="utf-8")
+    cards.write_cards(run, read, table, stage.folder / "cards")
     stage.finish(rows=counts)
     print(f"report: {stage.place / 'report.md'}")
 

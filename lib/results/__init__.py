@@ -1,1 +1,1 @@
-"""What a run leaves: report, plots, ONNX files. May import lib.inputs and what stands below it."""
+"""What a run leaves: report, plots, cards, ONNX files. May import lib.inputs and what stands below it."""
