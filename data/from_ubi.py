@@ -23,7 +23,7 @@ from tyro.conf import Positional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.stages.settings import ROOT, flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.additions import TEXTS, add_tables  # noqa: E402
+from lib.tables.additions import add_tables  # noqa: E402
 from lib.tables.files import list_skipped, listed, table_name, text_literal  # noqa: E402
 from lib.tables.raw import RawTables  # noqa: E402
 
@@ -56,9 +56,14 @@ DOCUMENTS = """
 # One text a search: rather that of ubi_queries than an event's, rather user_query than a message.
 SEARCHES = """
     CREATE TABLE searches AS
-    SELECT search, NULL::VARCHAR AS query_id, trim(text) AS text, query_key(text) AS key FROM documents
+    SELECT search, trim(text) AS text, query_key(text) AS key FROM documents
     WHERE search IS NOT NULL AND NOT is_blank(text)
     QUALIFY row_number() OVER (PARTITION BY search ORDER BY doubt, moment, text) = 1"""
+QUERIES = """
+    CREATE TABLE texts AS
+    SELECT key, min(text) AS text, min(known.query_id) AS old, coalesce(old, md5(key)[:16]) AS query_id
+    FROM searches LEFT JOIN (SELECT query_id, query_key(query) AS key FROM raw_queries) known USING (key)
+    GROUP BY key"""
 EVENTS = """
     CREATE TABLE events AS
     WITH each AS (
@@ -66,7 +71,7 @@ EVENTS = """
         UNION ALL SELECT search, 'a hit', unnest(hits), moment FROM documents WHERE action IS NULL)
     SELECT each.*, texts.query_id, searches.text, CASE
         WHEN action NOT IN ({shown}, {actions}) THEN 'an action that does not count'
-        WHEN texts.query_id IS NULL THEN 'no text of its search' WHEN pin_id IS NULL THEN 'no object'
+        WHEN query_id IS NULL THEN 'no text of its search' WHEN pin_id IS NULL THEN 'no object'
         WHEN pin_id NOT IN (SELECT pin_id FROM raw_pins) THEN 'no such pin'
         WHEN moment IS NULL AND action IN ({actions}) THEN 'no time' END AS problem
     FROM each LEFT JOIN searches USING (search) LEFT JOIN texts USING (key)"""
@@ -88,7 +93,7 @@ def convert(raw, settings):
     told = {name: ", ".join(map(text_literal, actions)) for name, actions in names.items()}
     told |= {"files": listed(settings.source), "language": text_literal(settings.language)}
     raw.ask("SET TimeZone = 'UTC'")
-    for sql in (DOCUMENTS, SEARCHES, TEXTS, EVENTS):
+    for sql in (DOCUMENTS, SEARCHES, QUERIES, EVENTS):
         raw.ask(sql.format(**told))
     skipped, skips = raw.ask(SKIPPED), settings.out / "skipped_events.csv"
     list_skipped(skips, ("action", "reason", "events", "first search"), skipped)

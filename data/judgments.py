@@ -1,10 +1,13 @@
-"""Judgment lists and result lists of search teams -> tables of a dataset that holds its pins.
+"""Judgment lists and result lists of search teams <-> raw tables; labels out of a run.
 
-    python data/judgments.py ratings.csv data/mine       ratings -> labels/, and queries that are new there
-    python data/judgments.py bm25.run data/mine          a result list -> impressions/
+    python data/judgments.py ratings.csv data/mine           ratings -> labels, and queries that are new there
+    python data/judgments.py bm25.run data/mine              a result list -> impressions
+    python data/judgments.py outputs/toy teacher.json        03's labels -> a file; --labels human: people's
+    python data/judgments.py data/mine ratings.qrels         labels of a dataset -> a file
+    python data/judgments.py ratings.csv ratings.txt         a file -> another
 
-Files: lib/tables/result_lists.py. What the dataset has no pin or no query for, and what has no rating, is
-listed in its skipped_judgments.csv.
+Formats: lib/tables/judgment_files.py. A dataset must hold its pins; judgments that it has no pin or no query
+for are listed in its skipped_judgments.csv.
 """
 
 import sys
@@ -12,96 +15,172 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import expected_level  # noqa: E402
+from lib.inputs.inherited import require_pairs  # noqa: E402
+from lib.inputs.pairs import read_labels  # noqa: E402
+from lib.stages.files import whole_file  # noqa: E402
 from lib.stages.settings import flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.additions import TEXTS, add_tables  # noqa: E402
+from lib.tables.additions import add_tables  # noqa: E402
 from lib.tables.files import list_skipped  # noqa: E402
+from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_judgments  # noqa: E402
 from lib.tables.raw import RawTables, levels_of  # noqa: E402
-from lib.tables.result_lists import read_list  # noqa: E402
+from lib.tables.splits import query_key  # noqa: E402
+
+READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "impressions/*")  # of features/ and labels/
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is added, and as what."""
+    """What is converted, and how."""
 
-    source: Positional[Annotated[Path, arg(metavar="FROM")]]  # .qrels, .run, or a table
-    target: Positional[Annotated[Path, arg(metavar="TO")]]  # dataset folder, with pins
-    levels: str = ""  # what ratings mean, such as 100=5,10=4,1=3,0=1 (default: they are levels)
-    split: Literal["train", "eval"] | None = None  # of the labels (default: by a hash of the query)
-    language: str = "en"  # of queries that are new
-
-
-SEARCHES = """
-    CREATE TABLE searches AS
-    SELECT row_number() OVER () AS place, query_id, nullif(trim(pin_id), '') AS pin_id,
-        CASE WHEN NOT is_blank(query) THEN trim(query) END AS text, query_key(text) AS key, {value} AS value
-    FROM listed"""
-# A query is its text; where the list has none, its id must be one of the dataset's.
-FOUND = """
-    CREATE TABLE found AS
-    SELECT place, coalesce(texts.query_id, known.query_id) AS query_id, searches.pin_id, value,
-        coalesce(searches.text, searches.query_id) AS query, CASE
-        WHEN NOT coalesce(isfinite(value), false) THEN 'no rating'
-        WHEN coalesce(texts.query_id, known.query_id) IS NULL THEN 'no such query'
-        WHEN searches.pin_id IS NULL OR raw_pins.pin_id IS NULL THEN 'no such pin' END AS problem
-    FROM searches LEFT JOIN texts USING (key) LEFT JOIN raw_pins USING (pin_id)
-    LEFT JOIN raw_queries known ON searches.key IS NULL AND known.query_id = searches.query_id"""
-SKIPPED = """
-    SELECT coalesce(query, ''), coalesce(pin_id, ''), coalesce(digits(value), ''), problem FROM found
-    WHERE problem IS NOT NULL ORDER BY place"""
-USED = """
-    SELECT query_id, pin_id, value FROM found WHERE problem IS NULL GROUP BY ALL ORDER BY min(place)"""
-NEW = """
-    SELECT query_id, text AS query FROM texts WHERE old IS NULL AND query_id IN
-    (SELECT query_id FROM found WHERE problem IS NULL) ORDER BY ALL"""
+    source: Positional[Annotated[Path, arg(metavar="FROM")]]  # a file, a run, or a dataset with labels
+    target: Positional[Annotated[Path, arg(metavar="TO")]]  # a file, or a dataset with pins
+    format: Literal[tuple(FORMATS)] | None = None  # of a file whose name does not say it; of two: the source
+    labels: Literal["teacher", "human"] = "teacher"  # of a run: 03's, or people's
+    levels: str = ""  # what ratings in a file mean, such as 100=5,10=4,1=3,0=1 (default: they are levels)
+    queries: Path | None = None  # dataset by which queries in a file have their ids and texts
+    split: Literal["train", "eval"] | None = None  # of labels in a dataset (default: by a hash of the query)
+    language: str = "en"  # of queries that are new in a dataset
 
 
-def as_levels(ratings, text):
-    """Ratings [N] -> levels [N], as --levels says."""
+def of_run(run, which, expected):
+    """Judgments of a run, each pair once, best first: people's labels, or 03's of every labelled and shown
+    pair, its most probable level or its expected one."""
+    made = require_pairs(run, READS, labels=which == "teacher")
+    features, keys, ratings = run / "features", [], []
+    paths = [features / "labelled.parquet"]
+    if which != "human" and not made.get("labels", {"arguments": {}})["arguments"].get("only_labelled"):
+        paths += sorted(features.glob("impressions/part-*.parquet"))
+    for path in paths:
+        rows = pq.read_table(path)
+        keys.append(rows["query_index"].to_numpy().astype(np.int64) << 32 | rows["pin_index"].to_numpy())
+        if which == "human":
+            ratings.append(rows["label"].to_numpy())
+            continue
+        p = read_labels(run / "labels" / path.relative_to(features), len(rows))
+        ratings.append(expected_level(p) if expected else p.argmax(1) + 1)
+    keys, first = np.unique(np.concatenate(keys), return_index=True)
+    rating = np.concatenate(ratings)[first]
+    queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query"]).to_pylist()
+    pins = pq.read_table(features / "pins.parquet", columns=["pin_id", "title"])
+    print(f"{run}: {len(keys):,} pairs of {len(np.unique(keys >> 32)):,} queries")
+    for row in np.lexsort((-rating, keys >> 32)):
+        query, pin = queries[keys[row] >> 32], int(keys[row] & 0xFFFFFFFF)
+        texts = pins["pin_id"][pin].as_py(), float(rating[row]), pins["title"][pin].as_py()
+        yield Judgment(*query.values(), *texts)
+
+
+def of_dataset(folder):
+    """The labels of a dataset as Judgments."""
+    raw = RawTables(folder, required=("pins", "queries", "labels"))
+    raw.check()
+    sql = """
+        SELECT query_id, query, pin_id, label, coalesce(title, '') FROM raw_labels
+        JOIN raw_queries USING (query_id) JOIN raw_pins USING (pin_id) ORDER BY query_id, pin_id"""
+    return (Judgment(*row) for row in raw.ask(sql))
+
+
+def known_queries(judgments, raw):
+    """Judgments under the ids and texts that a dataset gives their queries; those it does not have as they
+    are."""
+    texts = dict(raw.ask("SELECT query_id, query FROM raw_queries ORDER BY query_id DESC"))
+    ids = {query_key(text): query_id for query_id, text in texts.items()}
+    for found in judgments:
+        if found.query is not None and query_key(found.query) in ids:
+            found = found._replace(query_id=ids[query_key(found.query)])
+        elif found.query is not None and found.query_id in texts:
+            raise Stop(
+                f"{raw.folder}: query {found.query_id!r} is {texts[found.query_id]!r}, not {found.query!r}"
+            )
+        yield found._replace(query=texts.get(found.query_id, found.query))
+
+
+def translated(judgments, levels, back):
+    """Ratings of a file -> levels as --levels says; back: levels -> ratings."""
     try:
-        meaning = {float(rating): level for rating, level in (levels_of(text) or {}).items()}
+        meaning = {float(rating): level for rating, level in levels_of(levels).items()}
     except ValueError as error:
-        raise Stop(f"--levels {text}: ratings are numbers ({error})") from None
-    for rating in ratings if meaning else ():
-        if rating not in meaning:
-            raise Stop(f"--levels {text}: says nothing of {rating:g}")
-    return [meaning.get(rating, rating) for rating in ratings]
+        raise Stop(f"--levels {levels}: ratings are numbers ({error})") from None
+    if back:
+        meaning = {level: rating for rating, level in meaning.items()}
+    for found in judgments:
+        if found.rating not in meaning:
+            raise Stop(f"--levels {levels}: says nothing of {found.rating:g}, of query {found.query_id!r}")
+        yield found._replace(rating=meaning[found.rating])
+
+
+def add_judgments(judgments, table, settings):
+    """Judgments -> labels or impressions of a dataset, and queries that it does not have yet."""
+    folder, raw = settings.target, RawTables(settings.target, required=("pins",))
+    judgments = list(known_queries(judgments, raw))
+    asked = pa.table({"pin_id": [found.pin_id for found in judgments]})
+    known = raw.ask("SELECT pin_id FROM raw_pins SEMI JOIN asked USING (pin_id)", asked=asked)
+    pins, used, skipped = {pin for (pin,) in known}, [], []
+    for found in judgments:
+        problem = "no such pin" if found.pin_id not in pins else "no such query" if not found.query else None
+        if problem:
+            skipped.append((found.query or found.query_id, found.pin_id, plain(found.rating), problem))
+        else:
+            used.append(found)
+    if skipped:
+        names = ("query", "pin_id", "rating", "reason")
+        list_skipped(folder / "skipped_judgments.csv", names, skipped)
+    if not used:
+        raise Stop(f"{settings.source}: no pin or no query in {folder} for all {len(skipped):,} judgments")
+    query_id, query, pin_id, rating, _ = zip(*used)
+    tables = {table: {"query_id": query_id, "pin_id": pin_id}}
+    if table == "labels":
+        tables[table] |= {"label": rating, "split": pa.array([settings.split] * len(used), pa.string())}
+    old = {query for (query,) in raw.ask("SELECT query_id FROM raw_queries")}
+    new = {key: text for key, text in zip(query_id, query) if key not in old}
+    if new:
+        languages = [settings.language] * len(new)
+        tables["queries"] = {"query_id": list(new), "query": list(new.values()), "language": languages}
+    rows = add_tables(folder, settings.source.stem, tables)
+    print(f"{folder}: {rows[table]:,} {table}, {len(new):,} new queries; {len(skipped):,} judgments skipped")
+
+
+def write_judgments(path, judgments, name):
+    """Judgments, those of a query together -> a file of the format `name`."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        try:
+            FORMATS[name][2](file, judgments)
+        except ValueError as error:
+            raise Stop(f"{path}: {error}") from None
+    print(f"wrote {path}, {name}")
 
 
 def main(argv=None):
     settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
-    folder, raw = settings.target, RawTables(settings.target, required=("pins",))
+    source, target = settings.source, settings.target
+    to_file, from_file = not target.is_dir(), not source.is_dir()
+    read_as = format_of(source, settings.format) if from_file else None
+    write_as = format_of(target, None if from_file else settings.format) if to_file else None
 
-    # 1. Each row of the list with a query of the dataset, or a new one
-    listed = read_list(settings.source, ("rating", "score", "rank"))
-    value = listed.column_names[-1]
-    raw.ask(SEARCHES.format(value=value), listed=listed)
-    raw.ask(TEXTS)
-    raw.ask(FOUND)
+    # 1. Judgments
+    if from_file:
+        judgments = read_judgments(source, read_as)
+    elif (source / "features").is_dir():
+        judgments = of_run(source, settings.labels, expected=write_as == "run")
+    else:
+        judgments = of_dataset(source)
+    if settings.queries:
+        judgments = known_queries(judgments, RawTables(settings.queries, required=("queries",)))
+    if settings.levels and from_file != to_file and "run" not in (read_as, write_as):
+        judgments = translated(judgments, settings.levels, back=to_file)
 
-    # 2. What cannot be used
-    skipped, skips = raw.ask(SKIPPED), folder / "skipped_judgments.csv"
-    if skipped:
-        list_skipped(skips, ("query", "pin_id", "rating", "reason"), skipped)
-    used = raw.table(USED)
-    if not len(used):
-        raise Stop(f"{settings.source}: none of {len(skipped):,} rows can be used in {folder}, see {skips}")
-
-    # 3. Labels or impressions, and queries
-    name, pairs = "impressions", used.drop_columns(["value"])
-    if value == "rating":
-        levels = as_levels(used["value"].to_pylist(), settings.levels)
-        split = pa.array([settings.split] * len(used), pa.string())
-        name, pairs = "labels", pairs.append_column("label", [levels]).append_column("split", split)
-    tables, new = {name: pairs}, raw.table(NEW)
-    if len(new):
-        tables["queries"] = new.append_column("language", [[settings.language] * len(new)])
-    rows = add_tables(folder, settings.source.stem, tables)
-    print(f"{folder}: {rows[name]:,} {name}, {len(new):,} new queries; {len(skipped):,} judgments skipped")
+    # 2. Into a file or a dataset
+    if to_file:
+        write_judgments(target, judgments, write_as)
+    else:
+        add_judgments(judgments, "impressions" if read_as == "run" else "labels", settings)
 
 
 if __name__ == "__main__":

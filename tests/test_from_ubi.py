@@ -8,8 +8,8 @@ import from_ubi
 import pyarrow.parquet as pq
 import pytest
 from helpers import small_dataset, stop_line, write_dataset, write_table
-from test_judgments import query_id_of
 
+from lib.tables.judgment_files import query_id_of
 from lib.tables.raw import RawTables
 
 

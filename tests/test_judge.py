@@ -124,8 +124,8 @@ def test_a_list_of_each_kind(tmp_path, name):
 
 
 WRONG_LISTS = {
-    "no.csv": ("query_id,pin_id\nq1,p1\n", "pin_id, and score or rank"),
-    "bad.csv": ("query_id,pin_id,rank\nq1,p1,first\n", "1 rows without rank or score"),
+    "no.csv": ("query_id,pin_id\nq1,p1\n", "rank or score"),
+    "bad.csv": ("query_id,pin_id,rank\nq1,p1,first\n", "1 rows whose rank is no number"),
     "nobody.csv": ("pin_id,rank\np1,1\n", "query_id or query"),
 }
 
