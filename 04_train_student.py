@@ -380,7 +380,7 @@ def main(argv=None):
     dropouts = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}
     teacher = read["labels"].get("teacher") if "labels" in read else None
-    facts = {"dropouts": dropouts, "teacher": teacher}
+    facts = {"dropouts": dropouts, "teacher": teacher, "curve": curve}
     stage.finish([CHECKPOINT], rows=counts, held_out=rows.held_out, scores=log[-1], **facts)
 
 

@@ -1,17 +1,20 @@
-"""Speed and memory of the teacher, beside what a user would call instead. No download.
+"""Speed and memory of the teacher and of 01's models, beside what a user would call instead. No download.
 
     python benchmarks/teacher.py --json FILE                  a GPU of 80 GB, under four minutes
-    python benchmarks/teacher.py --parts train                24 GB
+    python benchmarks/teacher.py --parts train --profile      24 GB; where a training step's time goes
     python benchmarks/teacher.py --small --device cpu         the same code at a tiny shape
     python benchmarks/teacher.py --parts peers --run RUN --model MODEL       on a CPU, with a model and pairs
 
-The weights are random, of Llama-3-8B's shape, made on the device, layer by layer: speed does not depend on
-their values. Rows have 144 to 256 random tokens, 200 on average. Tokens are counted without padding.
+The weights are random and made on the device, layer by layer: models of Llama-3-8B's, BLIP-large's and
+MiniLM's shapes. Speed does not depend on their values. Rows have 144 to 256 random tokens, 200 on average.
+Tokens are counted without padding.
 
     train     02's batches, accumulation and optimizer; activations kept, and computed again in the backward
               pass. naive: padded batches in the given order after prepare_model_for_kbit_training
     label     weights in bf16, as after merging LoRA, by 03's soft_labels; the same after compile_layers.
               naive: padded batches in the given order, NF4 with LoRA beside it
+    caption   01's caption_chunk in bf16, from JPEG files on. naive: one picture at a time in fp32
+    embed     01's TextEncoder in bf16, without its tokenizer
     peers     pairs of RUN, labelled by a BERT-like model with a random classifier: 03's soft_labels,
               sentence_transformers.CrossEncoder.predict, a padded loop; all tokenize the same text. They must
               agree. pip install -r benchmarks/requirements.txt
@@ -32,39 +35,60 @@ from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
+from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import NUM_LEVELS, PairText, Teacher, pad_rows  # noqa: E402
 from lib import models  # noqa: E402
+from lib.inputs.captions import caption_chunk  # noqa: E402
+from lib.inputs.encoders import Captioner, TextEncoder  # noqa: E402
 from lib.inputs.rows import epoch_batches, micro_batches, read_fields  # noqa: E402
 from lib.stages.files import write_json  # noqa: E402
 from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
 from lib.stages.settings import Device  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 
-stage02, stage03 = map(importlib.import_module, ("02_train_teacher", "03_label"))
+stage01, stage02, stage03 = map(
+    importlib.import_module, ("01_build_features", "02_train_teacher", "03_label")
+)
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
 NAIVE_ROWS = 32  # rows a naive batch: CrossEncoder.predict's default
+# Dense bf16 TFLOP/s of the makers' data sheets (SXM).
+PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 LLAMA = {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "vocab_size": 512}
+BLIP = {"vision": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}}
+BLIP["text"] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+MINILM = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12}
+MINILM |= {"intermediate_size": 1536, "vocab_size": 250_037}
+# Kernels by a part of their name, the first that fits.
+KERNELS = {"matrix products": "gemm cutlass nvjet mm", "attention": "flash attention fmha sdpa"}
+KERNELS |= {"weights out of NF4": "dequantize 4bit", "copies": "memcpy memset copy", "the rest": ""}
 
 
 @dataclass(frozen=True)
 class Options:
     """What is measured."""
 
-    parts: tuple[Literal["train", "label", "peers"], ...] = ("train", "label")
+    parts: tuple[Literal["train", "label", "caption", "embed", "peers"], ...] = (
+        "train", "label", "caption", "embed",
+    )  # fmt: skip
     small: bool = False  # tiny shapes
     device: Device = "auto"
     steps: int = 2  # training steps measured, after one that is not
     rows: int = 1_024  # rows to label
+    images: int = 1_024  # pictures to caption
+    texts: int = 65_536  # texts to embed
+    caption_tokens: int = 20  # tokens of every caption
     batch_size: int | None = None  # rows a step (default: 02's paper preset)
-    peak_tflops: float | None = None  # dense bf16 peak of this GPU (makers' data sheets: H200 989, A100 312)
+    profile: bool = False  # a table of one more training step's time
+    peak_tflops: float | None = None  # dense bf16 peak of this GPU (default: by its name, where known)
     run: Path | None = None  # peers: whose labelled pairs
     model: str | None = None  # peers: a BERT-like model
     json: Path | None = None  # where the figures go
@@ -189,21 +213,31 @@ class Bench:
 
         step(steps[0])
         tokens = sum(int(lengths[part].sum()) for passes in steps[1:] for part in passes)
-        return measured(self.device, lambda: [step(passes) for passes in steps[1:]], tokens)
+        positions = sum(len(part) * int(lengths[part].max()) for passes in steps[1:] for part in passes)
+        figures = measured(self.device, lambda: [step(passes) for passes in steps[1:]], tokens)
+        if options.profile:
+            figures["profile"] = profile(lambda: step(steps[0]), self.device)
+        return {**figures, "padding": positions / tokens - 1}
 
     def label(self, way):
         """Tokens/s of labelling."""
         rows, lengths = random_rows(self.options.rows, self.config.vocab_size)
-        teacher = self.teacher(quantize=way == "naive").eval()
+        teacher, said = self.teacher(quantize=way == "naive").eval(), []
         settings = replace(stage03.PRESETS["paper"], compile="on")
         work = functools.partial(stage03.soft_labels, teacher, pad_id=0, token_budget=settings.batch_tokens)
         if way == "naive":
             work = functools.partial(self.label_naive, teacher)
         if way == "compiled":
-            process = SimpleNamespace(device=self.device, print=print)
+            process = SimpleNamespace(device=self.device, print=said.append)
             stage03.compile_layers(teacher, rows[:256], 0, settings, process)
         work(rows[:256])
-        return measured(self.device, lambda: work(rows), int(lengths.sum()))
+        positions = []
+        seen = teacher.backbone.get_input_embeddings().register_forward_pre_hook(
+            lambda module, inputs: positions.append(inputs[0].numel())
+        )
+        figures = measured(self.device, lambda: work(rows), tokens := int(lengths.sum()))
+        seen.remove()
+        return {**figures, "said": said, "padding": sum(positions) / tokens - 1}
 
     @torch.inference_mode()
     def label_naive(self, teacher, rows):
@@ -212,9 +246,87 @@ class Bench:
     def batch(self, rows, numbers):
         return [tensor.to(self.device) for tensor in pad_rows([rows[number] for number in numbers], 0)]
 
+    # --------------------------------------------------------------------------------------------------------
+    # 01
+
+    def caption(self, way):
+        """Pictures/s of a captioner, from JPEG files of 640 x 480 on."""
+        dtype, batch = (torch.float32, 1) if way == "naive" else (self.dtype, stage01.Settings().image_batch)
+        images = self.options.images // (16 if way == "naive" else 1)
+        captioner = self.random_captioner(dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            rng = np.random.default_rng(0)
+            for number in range(32):
+                pixels = rng.integers(0, 255, (60, 80, 3), np.uint8)
+                Image.fromarray(pixels).resize((640, 480)).save(f"{folder}/{number}.jpg")
+            names = pa.array([f"{number % 32}.jpg" for number in range(images)])
+            chunk = pa.table({"digest": names, "image": names})
+            caption_chunk(chunk[:batch], captioner, Path(folder), batch)
+            return measured(self.device, lambda: caption_chunk(chunk, captioner, Path(folder), batch), images)
+
+    def random_captioner(self, dtype):
+        from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+
+        vision, text = (SMALL if self.options.small else BLIP[side] for side in ("vision", "text"))
+        size = {"image_size": 32 if self.options.small else 384, "patch_size": 16}
+        config = BlipConfig(
+            vision_config={**vision, **size},
+            text_config={**text, "encoder_hidden_size": vision["hidden_size"]},
+        )
+        captioner = Captioner.__new__(Captioner)
+        with self.device:
+            captioner.model = BlipForConditionalGeneration(config).to(dtype).eval()
+        captioner.model.generation_config.min_new_tokens = self.options.caption_tokens
+        pixels = BlipImageProcessor(size={"height": size["image_size"], "width": size["image_size"]})
+        words = SimpleNamespace(batch_decode=lambda ids, **options: [""] * len(ids))
+        captioner.processor = SimpleNamespace(image_processor=pixels, tokenizer=words)
+        captioner.name, captioner.tokens = "random weights", self.options.caption_tokens
+        captioner.device, captioner.dim = self.device, config.vision_config.hidden_size
+        return captioner
+
+    def embed(self, way):
+        """Tokens/s of a text encoder, of texts of 8 to 128 tokens."""
+        from transformers import AutoConfig
+
+        settings, rng = stage01.PRESETS["paper"], np.random.default_rng(0)
+        config = AutoConfig.for_model(**(MINILM | (SMALL if self.options.small else {})))
+        encoder = TextEncoder.__new__(TextEncoder)
+        encoder.model = models.random_backbone(config, self.dtype).to(self.device).eval()
+        encoder.max_tokens, encoder.token_batch = settings.text_tokens, settings.token_batch
+        encoder.device, encoder.dim, encoder.name = self.device, config.hidden_size, "random weights"
+        rows = {str(i): rng.integers(5, 30_000, rng.integers(8, 129)) for i in range(self.options.texts)}
+        encoder.tokenizer = RandomTokens(rows)
+        tokens = sum(map(len, rows.values()))
+        encoder([*rows][:256])
+        return measured(self.device, lambda: encoder([*rows], multiple=8), tokens)
+
+
+class RandomTokens(dict):
+    """{text: token ids}, called as a tokenizer is."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [self[text] for text in texts]}
+
+
+def profile(step, device):
+    """{kind of kernel: share of a step's time}."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CUDA if device.type == "cuda" else kinds.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    spent = dict.fromkeys(KERNELS, 0.0)
+    for event in profiler.key_averages():
+        words = {kind: parts.split() for kind, parts in KERNELS.items()}
+        name = event.key.lower()
+        kind = next(kind for kind, parts in words.items() if not parts or any(part in name for part in parts))
+        spent[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+
 
 # ------------------------------------------------------------------------------------------------------------
-# Peers: each way(folder, pairs, dtype) -> label; label() -> probabilities [B, C]
+# Peers: each way(folder, pairs, dtype) -> (label, the embedding layer); label() -> probabilities [B, C]
 
 
 def pairs_of(run, n):
@@ -241,7 +353,7 @@ def cross_encoder(folder, pairs, dtype):
         raise Stop("sentence-transformers: pip install -r benchmarks/requirements.txt") from error
     encoder = CrossEncoder(str(folder), device="cpu", max_length=96, model_kwargs={"dtype": dtype})
     options = {"batch_size": NAIVE_ROWS, "apply_softmax": True, "show_progress_bar": False}
-    return lambda: encoder.predict([*map(plain_text, pairs)], **options)
+    return lambda: encoder.predict([*map(plain_text, pairs)], **options), encoder
 
 
 def padded_loop(folder, pairs, dtype):
@@ -259,7 +371,7 @@ def padded_loop(folder, pairs, dtype):
             out.append(model(**tokenizer(list(queries), list(texts), **options)).logits.float().softmax(1))
         return torch.cat(out).numpy()
 
-    return label
+    return label, model
 
 
 def ours(folder, pairs, dtype):
@@ -280,7 +392,7 @@ def ours(folder, pairs, dtype):
         rows = [text.pair(query_ids[pair[:1]], pin_ids[pair[1:]]) for pair in pairs]
         return stage03.soft_labels(teacher, rows, tokenizer.pad_token_id, 2_048)
 
-    return label
+    return label, teacher
 
 
 def peers(options):
@@ -299,7 +411,7 @@ def peers(options):
         AutoTokenizer.from_pretrained(options.model, model_input_names=names).save_pretrained(folder)
         for dtype in dict.fromkeys((torch.float32, pick_dtype("auto", "cpu"))):
             for way in (cross_encoder, padded_loop, ours):
-                label = way(folder, pairs, dtype)
+                label, module = way(folder, pairs, dtype)
                 p = np.asarray(label(), np.float64)  # the first call sets things up
                 figures = measured(torch.device("cpu"), label, len(pairs))
                 first = p if first is None else first
@@ -313,7 +425,10 @@ def peers(options):
 WAYS = {
     "train": ("activations kept", "activations twice", "naive"),
     "label": ("plain", "compiled", "naive"),
+    "caption": ("ours", "naive"),
+    "embed": ("ours",),
 }
+UNITS = {"caption": "pictures", "peers": "rows"}
 FLOP = {"train": 6, "label": 2}
 
 
@@ -333,13 +448,13 @@ def main(argv=None):
     models.quiet_libraries()
     start, bench = time.perf_counter(), Bench(options)
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
-    peak = options.peak_tflops
+    peak = options.peak_tflops or next((tflops for key, tflops in PEAK.items() if key in name), None)
     found = {"device": name, "torch": torch.__version__, "linear_weights": bench.linear, "peak_tflops": peak}
     print(
         f"{name}; torch {torch.__version__}; {bench.linear / 1e9:.2f} B linear weights; peak {peak} TFLOP/s"
     )
-    print("\n| what | way | a second | share of the bound | peak memory | max difference |")
-    print("| --- | --- |" + " ---: |" * 4)
+    print("\n| what | way | a second | share of the bound | padding | peak memory | more |")
+    print("| --- | --- |" + " ---: |" * 4 + " --- |")
     for part in options.parts:
         ways = peers(options) if part == "peers" else dict.fromkeys(WAYS[part])
         for way in ways:
@@ -356,12 +471,15 @@ def main(argv=None):
 
 def print_row(part, way, figures):
     """A row of a Markdown table."""
-    unit = "rows" if part == "peers" else "tokens"
+    unit = UNITS.get(part, "tokens")
     cells = [part, way, figures.get("error") or f"{figures['per_second']:,.1f} {unit}"]
-    forms = {"share_of_bound": "{:.0%}", "peak_gb": "{:.1f} GB", "max_difference": "{:.1e}"}
+    forms = {"share_of_bound": "{:.0%}", "padding": "{:.1%}", "peak_gb": "{:.1f} GB"}
     for key, form in forms.items():
         cells.append(form.format(figures[key]) if figures.get(key) is not None else "")
-    print(f"| {' | '.join(cells)} |", flush=True)
+    more = [*figures.get("said", [])]
+    more += [f"max difference {figures['max_difference']:.1e}"] if "max_difference" in figures else []
+    more += [f"{kind} {share:.0%}" for kind, share in figures.get("profile", {}).items()]
+    print(f"| {' | '.join(cells)} | {', '.join(more)} |", flush=True)
 
 
 if __name__ == "__main__":

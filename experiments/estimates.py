@@ -1,5 +1,5 @@
 """What a judge's labels of result lists say: metrics of a list, means with intervals, means corrected by
-people's labels, how far the judge agrees with people, which difference so many queries detect.
+people's labels, how far the judge agrees with people, how many queries a difference takes.
 
 Wang et al., 2025 (arXiv 2509.03764) measure experiments so; the correction is prediction-powered inference
 (Angelopoulos et al., 2023; power tuning: arXiv 2311.01453), on ranking metrics as PRECISE has it (arXiv
@@ -67,13 +67,17 @@ class Estimate(NamedTuple):
 
 def estimate(value, error, n):
     """The Estimate of a mean with this standard error over n queries: Student's t, n - 1 degrees."""
-    width = error * stats.t.ppf(0.975, n - 1)  # NaN for one query
+    width = np.nan
+    if n > 1:
+        width = error * stats.t.ppf(0.975, n - 1)
     return Estimate(*map(float, (value, error, value - width, value + width)))
 
 
-def mean(values, weight):
+def mean(values, weight=None):
     """Mean of values [Q] over queries; weight [Q]: each one's share of the traffic. NaN does not count."""
     known = np.isfinite(values)
+    if weight is None:
+        weight = np.ones(len(values))
     values, weight = values[known], weight[known]
     n = len(values)
     share = weight / weight.sum()
@@ -123,17 +127,13 @@ def agreement(level, p, query, how):
     distance = np.abs(likeliest - level)
     ours = mean_gains(p, query, how)
     theirs = mean_gains(certain(level), query, how)
-    found = {
-        "pairs": len(level),
-        "queries": len(ours),
-        "exact": float((distance == 0).mean()),
-        "within_one": float((distance <= 1).mean()),
-        "kappa": np.nan,
-        "tau": np.nan,
-        "rho": np.nan,
-    }
+    found = {"pairs": len(level), "queries": len(ours)}
+    found |= {"kappa": np.nan, "tau": np.nan, "rho": np.nan}
+    found["exact"] = float((distance == 0).mean())
+    found["within_one"] = float((distance <= 1).mean())
     if len(np.union1d(level, likeliest)) > 1:
-        kappa = cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic")
+        levels = [*LEVELS]
+        kappa = cohen_kappa_score(level, likeliest, labels=levels, weights="quadratic")
         found["kappa"] = float(kappa)
     if min(np.ptp(ours), np.ptp(theirs)) > 0:
         found["tau"] = float(stats.kendalltau(ours, theirs).statistic)
@@ -141,15 +141,20 @@ def agreement(level, p, query, how):
     return found
 
 
-def trust(level, p, query, language):
-    """Which one of HOW gives mean gains of queries nearer to people's, the mean distance of each, and how far
-    the judge agrees with people, overall ("") and by language, on pairs with a person's label [N]."""
+def nearer(level, p, query):
+    """The one of HOW whose mean gains of queries lie nearer to people's, and the mean distance of each."""
     theirs = mean_gains(certain(level), query, "probable")
     distance = {}
     for how in HOW:
         ours = mean_gains(p, query, how)
         distance[how] = float(np.abs(ours - theirs).mean())
-    how = min(HOW, key=distance.get)
+    return min(HOW, key=distance.get), distance
+
+
+def trust(level, p, query, language):
+    """Which gain is nearer to people's, both distances, and how far the judge agrees with people, overall
+    ("") and by language, on pairs with a person's label [N]."""
+    how, distance = nearer(level, p, query)
     agrees = {"": agreement(level, p, query, how)}
     for name in sorted(set(language)):
         at = language == name
@@ -157,10 +162,46 @@ def trust(level, p, query, language):
     return how, distance, agrees
 
 
-def power(values):
-    """The smallest mean difference that so many queries detect (two-sided 5 %, 80 % power) where their
-    differences [Q] scatter so; of a smaller one the number of queries grows by the square."""
-    values = values[np.isfinite(values)]
+def detectable(deviation, n):
+    """The smallest mean difference that n queries detect (two-sided 5 %, 80 % power); its values have this
+    standard deviation."""
+    return float(DETECTED * deviation / np.sqrt(n))
+
+
+def queries_for(deviation, difference):
+    """How many queries detect a mean difference."""
+    needed = (DETECTED * deviation / difference) ** 2
+    return int(np.ceil(needed))
+
+
+def allocation(values, stratum, weight, n):
+    """How to draw n queries from strata: proportionally to their traffic, or optimally (Neyman, 1934: to
+    traffic times standard deviation). values, stratum, weight [Q] -> {stratum: (proportional, optimal)}, and
+    what n queries detect so: (proportional, optimal)."""
+    share = pd.Series(weight).groupby(stratum).sum() / weight.sum()
+    deviation = pd.Series(values).groupby(stratum).std().fillna(0)  # of one query: 0
+    product = share * deviation
+    optimal = share
+    if product.sum() > 0:
+        optimal = product / product.sum()
+    drawn = {}
+    for name in share.index:
+        drawn[str(name)] = round(n * share[name]), round(n * optimal[name])
+    proportional = np.sqrt(share @ deviation**2)
+    return drawn, (detectable(proportional, n), detectable(product.sum(), n))
+
+
+def power(values, stratum, weight, want, plan):
+    """What the queries at hand detect by these differences [Q], how many detect the difference `want`, and
+    how to draw `plan` queries from the strata next time."""
+    at = np.isfinite(values)
+    values = values[at]
     deviation = float(values.std(ddof=1)) if len(values) > 1 else np.nan
-    detects = float(DETECTED * deviation / np.sqrt(len(values)))
-    return {"queries": len(values), "deviation": deviation, "detects": detects}
+    drawn, detects = allocation(values, stratum[at], weight[at], plan)
+    return {
+        "queries": len(values),
+        "deviation": deviation,
+        "detects": detectable(deviation, len(values)),
+        "queries_for_want": want and queries_for(deviation, want),
+        "plan": {"queries": plan, "proportional_optimal": drawn, "detects": detects},
+    }

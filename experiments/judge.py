@@ -5,7 +5,7 @@ Wang et al., 2025, "LLM-based Relevance Assessment for Web-Scale Search Evaluati
 (experiments/estimates.py). Beside every result stands how far this judge agrees with people.
 
     python experiments/judge.py --run outputs/toy --results control=bm25.run treatment=student.csv --top 10
-    python experiments/judge.py --run RUN --results a=a.parquet b=b.parquet --strata interest
+    python experiments/judge.py --run RUN --results a=a.parquet b=b.parquet --strata interest --want 0.01
 
 Reads   RUN/features, RUN/teacher, RUN/labels; result lists: a TREC run (.run), or a table (Parquet, CSV, TSV,
         JSONL) with query_id or query, pin_id, and rank or score
@@ -32,11 +32,10 @@ from lib.inputs.known import KnownLabels, tables_of  # noqa: E402
 from lib.inputs.pairs import COLUMNS, count_labels, count_rows, read_labelled, read_labels  # noqa: E402
 from lib.inputs.rows import tokenized_shards  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
-from lib.results.report import signed  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
 from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
-from lib.stages.settings import ROOT, Count, DeviceSettings, parse  # noqa: E402
+from lib.stages.settings import ROOT, Count, DeviceSettings, NonNegative, parse  # noqa: E402
 from lib.stages.stage import Stage  # noqa: E402
 from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 
@@ -55,6 +54,8 @@ class Settings(DeviceSettings):
     name: str = "experiment"  # folder below RUN/judged
     top: Count = 10  # places of a list that count
     strata: str = ""  # a column of `queries`, or a table with query_id or query, stratum, perhaps weight
+    want: NonNegative = 0.0  # a difference of interest: how many queries detect it?
+    plan: Count = 1_000  # queries to be drawn from the strata next time
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
 
 
@@ -151,6 +152,11 @@ def plot_differences(means, groups, path):
     plot_intervals(path, panels)
 
 
+def shown(found):
+    """An Estimate in words."""
+    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
 def say(result, top):
     """The result on the terminal."""
     overall = result["agreement"][""]
@@ -159,19 +165,23 @@ def say(result, top):
     print(f"judge beside people, {of_pairs}: {', '.join(agrees)}")
     far = ", ".join(f"{how} {distance:.3f}" for how, distance in result["distance"].items())
     print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance: {far})")
+    few = True
     for name, metric in product(result["means"], METRICS):
         groups = result["means"][name][metric]
-        overall, corrected = SimpleNamespace(**groups["all"]), groups["corrected"]
-        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {signed(overall)}"
+        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {shown(groups['all'])}"
+        corrected = groups["corrected"]
         if corrected:
-            by = SimpleNamespace(**corrected)
-            line += f"; corrected {signed(by)} by {by.people:,} queries of people"
-            line += f" (as {by.people_alone:,} alone)"
+            few = False
+            by = f"{corrected['people']:,} queries of people (as {corrected['people_alone']:,} alone)"
+            line += f"; corrected {shown(corrected)} by {by}"
         print(line)
-    if not corrected:
+    if few:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
-        print(f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG")
+        line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
+        if found["queries_for_want"]:
+            line += f"; the wanted difference takes {found['queries_for_want']:,}"
+        print(line)
 
 
 def main(argv=None):
@@ -184,8 +194,7 @@ def main(argv=None):
     of_03 = parse(stage_03.PRESETS, labels["command"])  # the flags that the run's labels were made with
     of_03 = replace(of_03, run=run, model=settings.model, device=settings.device)
     inputs = {f"list {name}": fingerprint(path) for name, path in files.items()}
-    inputs["features"] = read["features"]["identity"]
-    inputs["teacher"] = teacher_identity(read["teacher"])
+    inputs |= {"features": read["features"]["identity"], "teacher": teacher_identity(read["teacher"])}
     inputs["precision"] = pick_hardware(of_03)[2]
     if Path(settings.strata).is_file():
         inputs["strata"] = fingerprint(settings.strata)
@@ -215,8 +224,9 @@ def main(argv=None):
         "means": compared(judge, people, covered, groups, weight),
         "power": {},
     }
-    for a, b in combinations(judge, 2):
-        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a))
+    for a, b in combinations(judge, 2):  # of nDCG
+        options = strata, weight, settings.want, settings.plan
+        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a), *options)
 
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})

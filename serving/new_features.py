@@ -1,6 +1,7 @@
 """Features of queries and pins that stage 01 has not seen, from what it left in features/."""
 
 import copy
+import io
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Query:
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
 
     def __post_init__(self):
-        if not checked(self.text).strip():
+        if not text_of(self.text, "the query").strip():
             raise Stop("the query: empty")
 
 
@@ -41,14 +42,17 @@ class Pin:
 
     title: str = ""
     description: str = ""
-    image: object = None  # a file's path, or its content as bytes
-    boards: tuple[str, ...] = ()  # titles of the boards that it is saved on
+    image: object = None  # a file's path, its content as bytes, an open file, or a PIL image
+    boards: tuple = ()  # titles of the boards that it is saved on
     columns: dict = field(default_factory=dict)  # as in the raw table; not given: unknown
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
 
     def __post_init__(self):
-        for text in (self.title, self.description, *self.boards):
-            checked(text)
+        boards = [self.boards] if is_missing(self.boards) or isinstance(self.boards, str) else self.boards
+        boards = tuple(text_of(title, "a board's title") for title in boards if not is_missing(title))
+        object.__setattr__(self, "boards", boards)
+        for name in ("title", "description"):
+            object.__setattr__(self, name, text_of(getattr(self, name), f"the pin's {name}"))
 
 
 @dataclass(frozen=True)
@@ -178,10 +182,11 @@ class NewFeatures:
     def pins(self, pins):
         """Side of N Pins."""
         captions, made = self.caption(pins)
-        text = dict.fromkeys(FIELDS, [""] * len(pins)) | {"caption": captions}
-        text |= {name: [getattr(pin, name) for pin in pins] for name in ("title", "description")}
-        text["boards"] = [self.top_tokens(pin.boards) for pin in pins]
-        texts = [pin_text(text, row) for row in range(len(pins))]
+        texts = []
+        for pin, caption in zip(pins, captions):
+            text = {"title": pin.title, "description": pin.description, "caption": caption}
+            text["boards"] = self.top_tokens(pin.boards)
+            texts.append(pin_text({name: [text.get(name)] for name in FIELDS}, 0))
         made |= self.embed("pin_text", texts)
         if self.graph is not None and not self.is_own("pin_graph"):
             made["pin_graph"] = np.stack([self.graph_embedding(pin.boards) for pin in pins])
@@ -216,8 +221,10 @@ class NewFeatures:
         values = self.spec["categories"].get(name)
         if values is None:
             return number(name, given)
-        text = str(given).lower() if isinstance(given, bool) else str(given)
-        return 0 if given is None or text not in values else values.index(text) + 1
+        if not isinstance(given, str) and not is_missing(given):
+            given = str(given).lower() if isinstance(given, bool) else str(given)
+        text = text_of(given, name)
+        return values.index(text) + 1 if text in values else 0
 
     def embed(self, name, texts):
         """Text embeddings {name: [N, D]}; {}: the user brings them."""
@@ -266,19 +273,30 @@ class NewFeatures:
         return {name: made.get(name, np.full(len(rows), np.nan, np.float32)) for name in self.spec["match"]}
 
 
-def checked(text):
-    """A text; Stop for what is none, or has halves of characters."""
+def is_missing(value):
+    """None, or NaN as pandas gives for a cell without a value."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def text_of(value, what):
+    """A text; "": there is none. Stop for what is no text, or has halves of characters."""
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str):
+        raise Stop(f"{what}: {type(value).__name__}, not a text")
     try:
-        text.encode()
-    except (AttributeError, UnicodeEncodeError) as error:
-        raise Stop(f"{text!r}: no text ({first_line(error)})") from None
-    return text
+        value.encode()
+    except UnicodeEncodeError:
+        raise Stop(f"{what}: has halves of characters (surrogates)") from None
+    return value
 
 
 def number(name, given):
     """A number as stage 01 takes it; NaN: not known, or too large. Stop for what is none."""
+    if is_missing(given) or (isinstance(given, str) and not given.strip()):
+        return np.float32(np.nan)
     try:
-        value = np.nan if given is None else float(given)
+        value = float(given if not isinstance(given, str) or given.isascii() else "a text")
     except (ValueError, TypeError, OverflowError):
         raise Stop(f"{name}: {given!r} is not a number") from None
     return np.float32(value if abs(value) <= LARGEST else np.nan)
@@ -292,19 +310,32 @@ def refuse_unknown(given, known, what):
 
 
 def finite_vector(name, vector, size):
-    """A vector as given -> [size]; Stop unless it is so many finite numbers."""
-    made = np.asarray(vector, np.float64)
-    if made.shape != (size,) or not (np.abs(made) <= LARGEST).all():
+    """A vector as given -> float32 [size], or Stop."""
+    try:
+        with np.errstate(over="ignore"):
+            made = np.asarray(vector, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        made = np.empty(0)
+    if made.shape != (size,) or not np.isfinite(made).all():
         raise Stop(f"{name}: must be {size} finite numbers")
     return made
 
 
 def open_picture(image):
-    """A picture's path, or its content (bytes) -> RGB; Stop if it is none."""
-    from lib.tables.images import decode_image
+    """A picture's path, its content (bytes), an open file or a PIL image -> RGB; Stop if it is none."""
+    from PIL import Image
 
+    from lib.tables.images import decode_image, image_bytes, upright_rgb
+
+    name = image if isinstance(image, (str, Path)) else "the picture"
     try:
-        return decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
-    except (ValueError, OSError) as error:
-        name = "the picture" if isinstance(image, bytes) else image
+        if isinstance(image, Image.Image):
+            return upright_rgb(image.copy())
+        if isinstance(image, io.IOBase):
+            image = image.read()
+        if isinstance(image, bytes):
+            return decode_image(image)
+        path = Path(image)
+        return decode_image(image_bytes(path.parent, path.name))
+    except (ValueError, TypeError, OSError) as error:
         raise Stop(f"{name}: cannot be read ({first_line(error)})") from error

@@ -30,8 +30,11 @@ class PairTeacher:
         config = load_config(folder / "backbone" if about["finetuning"] == "full" else about["model"])
         tokenizer = load_tokenizer(folder / "tokenizer", config)
         self.text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"], cut_queries=True)
-        pins = pq.read_table(self.run / "features" / "pins.parquet", columns=list(about["fields"]))
-        self.read_pins = lambda rows: pins.take(rows).to_pydict()
+        self.pins = pq.read_table(self.run / "features" / "pins.parquet", columns=list(about["fields"]))
+
+    def read_pins(self, rows):
+        """{field: texts} of pins."""
+        return self.pins.take(rows).to_pydict()
 
     @torch.inference_mode()
     def __call__(self, query, pins):

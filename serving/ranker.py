@@ -11,7 +11,9 @@ others. All that another one needs is made new, with the models and statistics t
 runs in onnxruntime.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from lib.results.contract import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx
 from lib.stages.files import read_json
 from lib.stages.finished import remake, require_finished
 from lib.stages.terminal import Stop
-from serving.new_features import NewFeatures, Pin, Query  # noqa: F401  callers have both from here
+from serving.new_features import NewFeatures, Pin, Query, text_of
 
 READS = ("pins.parquet", "queries.parquet", "bm25.parquet", "graph.parquet", "*_embedding.npy", ENGAGEMENTS)
 CHUNK = 16_384  # pins that go through the student at once
@@ -67,20 +69,31 @@ class Ranker:
         folder, features = Path(run) / student, Path(run) / "features"
         command = f"04_train_student.py --run {run} --name {student}"
         self.made = require_finished(features, f"01_build_features.py --run {run}", READS)
+        if ENGAGEMENTS not in self.made["outputs"]:
+            how = remake(features, f"01_build_features.py --run {run}")
+            raise Stop(f"{features / ENGAGEMENTS}: missing, of an earlier version; {how}")
         self.trained = require_finished(folder, command, ("features.json", ONNX_ONE_QUERY))
         self.spec = read_json(folder / "features.json")
-        other = other_source(self.spec, self.made)
-        if other:
-            problem = f"trained on features of another {other} than those here"
+        problem = unfit(self.spec, self.made)
+        if problem:
             raise Stop(f"{folder}: {problem}; {remake(folder, command)}")
         self.session = open_onnx(folder / ONNX_ONE_QUERY, threads)
-        self.ids = pq.read_table(features / "pins.parquet", columns=["pin_id"])["pin_id"].to_pylist()
+        self.table = features / "pins.parquet"
+        self.ids = pq.read_table(self.table, columns=["pin_id"])["pin_id"].to_pylist()
         self.row_of = {pin_id: row for row, pin_id in enumerate(self.ids)}
         self.new = NewFeatures(features, self.made, self.spec, models)
         self.pins = self.new.known_pins()
 
+    @cached_property
+    def texts(self):
+        """Title, description, caption and image of the run's pins (Arrow), in index order."""
+        return pq.read_table(self.table, columns=["title", "description", "caption", "image"])
+
     def rows(self, pin_ids):
         """Row numbers of pins by id."""
+        odd = [pin_id for pin_id in pin_ids if not isinstance(pin_id, str)]
+        if odd:
+            raise Stop(f"a pin's id is a text, not {type(odd[0]).__name__}")
         unknown = [pin_id for pin_id in pin_ids if pin_id not in self.row_of]
         if unknown:
             raise Stop(f"no pin of this run has the id {unknown[0]!r} ({len(unknown):,} such ids)")
@@ -124,53 +137,89 @@ class Ranker:
         match = {name: level.copy() for name in self.spec["match"]}
         return Scores(pins, p, level, match)
 
-    def rank(self, query, candidates=None, engaged=None, top=None):
-        """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin ids
-        (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it has none (default:
-        stage 01's of a query that the run has)."""
-        ids = self.ids if candidates is None else list(candidates)
-        rows = np.arange(len(ids)) if candidates is None else self.rows(ids)
+    def rank(self, query, candidates=None, engaged=None, top=None, exclude=()):
+        """Pins of the run, best first, the first `top` of them. query: a text or a Query; candidates: pin
+        ids, any sequence (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it
+        has none (default: stage 01's of a query that the run has); exclude: pin ids to leave out."""
+        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 0):
+            raise Stop(f"top: {top!r} is no number of pins")
+        exclude = {*listed(exclude, "exclude")}
+        ids = self.ids if candidates is None else listed(candidates, "candidates")
+        if exclude:
+            ids = [pin_id for pin_id in ids if pin_id not in exclude]
+        rows = np.arange(len(ids)) if ids is self.ids else self.rows(ids)
         scores, side = self.no_scores(ids), self.new.query(query)
         events = self.new.known.events(side.known, rows) if engaged is None else events_of(engaged, ids)
         self.fill(scores, np.arange(len(ids)), side, self.pins, rows, events)
         best_first = np.argsort(-scores.expected_level, kind="stable")
         return scores.take(best_first[:top])
 
-    def score(self, pairs):
-        """B pairs (query, pin), in their order. query: a text or a Query; pin: an id of the run, or a Pin.
-        What a query or a new pin needs is made once."""
-        pairs = list(pairs)
+    def score(self, pairs, engaged=None):
+        """B pairs (query, pin), any sequence, in their order. query: a text or a Query; pin: an id of the
+        run, or a Pin; engaged: events [B] (default: as in rank()). What a query or a new pin needs is made
+        once."""
+        pairs = listed(pairs, "pairs")
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise Stop("pairs: each must be (query, pin)")
         pins = [pin for _, pin in pairs]
-        new = [pin for pin in dict.fromkeys(pins) if isinstance(pin, Pin)]
+        scores = self.no_scores(pins)
+        events = np.zeros(len(pairs)) if engaged is None else checked_events(engaged, len(pairs))
+        new = list(dict.fromkeys(pin for pin in pins if isinstance(pin, Pin)))
         new_row = {pin: row for row, pin in enumerate(new)}
         new_pins = self.new.pins(new) if new else None
-        scores, places = self.no_scores(pins), {}  # of each query: places of known pins, and of new ones
+        places = {}  # of each query: those of known pins, and of new ones
         for place, (query, pin) in enumerate(pairs):
-            known, unknown = places.setdefault(query, ([], []))
-            (unknown if isinstance(pin, Pin) else known).append(place)
+            query = query if isinstance(query, Query) else text_of(query, "the query")
+            places.setdefault(query, ([], []))[isinstance(pin, Pin)].append(place)
         for query, (known, unknown) in places.items():
             side = self.new.query(query)
             rows = self.rows([pins[place] for place in known])
-            events = self.new.known.events(side.known, rows)
-            self.fill(scores, np.array(known), side, self.pins, rows, events)
+            if engaged is None:
+                events[known] = self.new.known.events(side.known, rows)
+            self.fill(scores, np.array(known), side, self.pins, rows, events[known])
             rows = np.array([new_row[pins[place]] for place in unknown])
-            self.fill(scores, np.array(unknown), side, new_pins, rows, np.zeros(len(rows)))
+            self.fill(scores, np.array(unknown), side, new_pins, rows, events[unknown])
         return scores
 
 
+def listed(items, what):
+    """Any sequence as a list: a Series by position, a dict its keys, a set sorted."""
+    if isinstance(items, (str, bytes)):
+        raise Stop(f"{what}: one text, not a list")
+    try:
+        return sorted(items) if isinstance(items, (set, frozenset)) else list(items)
+    except TypeError as error:
+        raise Stop(f"{what}: no list ({error})") from None
+
+
 def events_of(engaged, ids):
-    """{pin id: events} -> events [B] of pins by id; Stop unless they are finite numbers from 0."""
-    events = np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
-    if not (np.isfinite(events) & (events >= 0)).all():
-        raise Stop("engaged: events are finite numbers, none below 0")
+    """{pin id: events} -> events [B] of pins by id."""
+    if not all(hasattr(engaged, name) for name in ("keys", "get")):
+        raise Stop("engaged: must be {pin id: events}")
+    engaged = {text_of(pin_id, "an id in engaged"): events for pin_id, events in dict(engaged).items()}
+    checked_events([*engaged.values()], len(engaged))
+    return np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
+
+
+def checked_events(engaged, rows):
+    """Events of so many pairs as float64 [B]; Stop unless they are finite numbers from 0."""
+    try:
+        events = np.asarray(listed(engaged, "engaged"), np.float64)
+    except (ValueError, TypeError, OverflowError):
+        events = None
+    named = isinstance(engaged, Mapping)
+    if named or events is None or events.shape != (rows,) or not (np.isfinite(events) & (events >= 0)).all():
+        raise Stop(f"engaged: must be {rows:,} finite numbers of events, none below 0")
     return events
 
 
-def other_source(spec, made):
-    """A model or file that a student (its features.json) was trained with, and features (their stage.json)
-    were made with another one; or None."""
+def unfit(spec, made):
+    """Why a student (its features.json) cannot be used on features (their stage.json), or None."""
+    if "sources" not in spec:
+        return "has no ONNX file"
     found = sources_of(made)
     for name, trained in spec["sources"].items():
-        if found.get(name, {}).get("fingerprint") != trained["fingerprint"]:
-            return name
+        here = found.get(name)
+        if here is None or here["fingerprint"] != trained["fingerprint"]:
+            return f"trained on features of another {name} than those here"
     return None

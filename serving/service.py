@@ -1,30 +1,33 @@
 """A run's student behind FastAPI.
 
 pip install fastapi uvicorn prometheus-client
-RUN=outputs/toy uvicorn serving.service:app --port 8000 --limit-concurrency 64
+RUN=outputs/toy uvicorn serving.service:app --port 8000
 curl localhost:8000/rank --json '{"query": "red chair", "top": 3}'
 
-The port opens when the student is loaded and has answered once; of more requests at a time than uvicorn's
-limit the rest get 503. /docs shows what each address takes. /metrics is for the operator: keep others from
-it. serving/Dockerfile has the service without PyTorch.
+The port opens when the student is loaded and has answered once. /docs shows what each address takes. /reload
+and /metrics are for the operator: keep others from them. serving/Dockerfile has it without PyTorch.
 
-Settings are in the environment, as `Settings` says: RUN, which must be there; STUDENT, TEMPERATURE, THREADS;
-TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES and MAX_CANDIDATES.
+Settings are in the environment, as `Settings` says: RUN, which must be there; STUDENT, TEMPERATURE, THREADS,
+EXCLUDE; TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES, MAX_TOKENS, MAX_CANDIDATES.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 from typing import Annotated
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, FilePath, ValidationError
 
+from lib.inputs.bm25 import tokenize
 from lib.stages.terminal import Stop, first_line
 from serving.ranker import Pin, Query, Ranker
+
+CHARACTERS = 50  # of a text, for every token that it may have: a longer one is not even tokenized
 
 
 class Settings(BaseModel):
@@ -36,8 +39,10 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, le=1024)  # cores for the student, a request
     text_encoder: str | None = None  # where stage 01's is now (default: where it was)
     caption_model: str | None = None  # likewise
+    exclude: FilePath | None = None  # file of pin ids, one a line, that no ranking has
     max_bytes: int = Field(4_000_000, ge=1)  # of a request; beyond: 413
-    max_candidates: int = Field(100_000, ge=1)  # pins of a ranking; beyond: 422
+    max_tokens: int = Field(100, ge=1)  # of a query; a pin's texts may have ten times as many; beyond: 422
+    max_candidates: int = Field(100_000, ge=1)  # pairs of a request; beyond: 422
 
 
 class Strict(BaseModel):
@@ -46,14 +51,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-QueryText = Annotated[str, Field(max_length=1_000)]
-PinText = Annotated[str, Field(max_length=10_000)]
 Columns = dict[str, str | int | float | bool | None]
 Vectors = dict[str, list[float]]
 
 
 class About(Strict):
-    query: QueryText
+    query: str
     columns: Columns = {}  # interest, … where a query classifier gives them; a known query has its own
     embeddings: Vectors = {}  # your own of the query
     match: bool = False  # also the match features: why
@@ -62,14 +65,20 @@ class About(Strict):
 class Search(About):
     candidates: list[str] | None = None  # pin ids (default: all pins of the run)
     engaged: dict[str, float] | None = None  # events by pin id (default: stage 01's of a known query)
+    exclude: list[str] = []  # pin ids to leave out
     top: Annotated[int, Field(ge=1)] = 20
+    titles: bool = False
+
+
+class Searches(Strict):
+    searches: Annotated[list[Search], Field(max_length=100)]
 
 
 class NewPin(Strict):
-    title: PinText = ""
-    description: PinText = ""
+    title: str = ""
+    description: str = ""
     image: Base64Bytes | None = Field(None, strict=False)  # the content of its file
-    boards: Annotated[list[PinText], Field(max_length=1_000)] = []
+    boards: list[str] = []
     columns: Columns = {}
     embeddings: Vectors = {}
 
@@ -84,74 +93,108 @@ class Found(BaseModel):
     pin_id: str | int
     expected_level: float
     probabilities: list[float]
-    match: dict[str, float] | None = None  # null: not known
-
-
-def answer(found, names, match):
-    """Scores -> a list of Found. names: of the pins; match: with the match features?"""
-    rows = []
-    for row, name in enumerate(names):
-        p, level = found.probabilities[row].tolist(), found.expected_level[row]
-        why = {feature: column[row] for feature, column in found.match.items()} if match else None
-        rows.append(Found(pin_id=name, expected_level=level, probabilities=p, match=why))
-    return rows
+    title: str | None = None
+    match: dict[str, float | None] | None = None
 
 
 class Service:
-    """The ranker at work: what answers requests."""
+    """The ranker at work. Methods without _ answer requests."""
 
     def __init__(self, settings):
-        self.settings = settings
-        models = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}
-        options = settings.student, settings.threads, models, settings.temperature
-        self.ranker = Ranker(settings.run, *options)
-        self.ranker.rank("warm up", self.ranker.ids[:1000])
-        self.registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=self.registry)  # its memory and processor
-        about = "requests", "seconds until the answer", ["address", "status"]
-        self.requests = prometheus.Histogram(*about, registry=self.registry)
+        self.settings, self.loading, self.exclude = settings, threading.Lock(), []
+        if settings.exclude:
+            self.exclude = settings.exclude.read_text(encoding="utf-8").splitlines()
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)  # its memory and processor
+        labels = ["address", "status"]
+        self.requests = prometheus.Counter("requests", "answers given", labels, registry=registry)
+        about = "until the answer"
+        self.seconds = prometheus.Histogram("request_seconds", about, labels[:1], registry=registry)
+        self.pairs = prometheus.Counter("scored_pairs", "of a query and a pin", registry=registry)
+        self._load()
+
+    def _load(self):
+        """Loads the run that RUN is now; the one before serves until this one has answered."""
+        with self.loading:
+            told = self.settings
+            models = {"text encoder": told.text_encoder, "caption model": told.caption_model}
+            ranker = Ranker(told.run, told.student, told.threads, models, told.temperature)
+            ranker.rank("warm up", ranker.ids[:1000])
+            self.ranker, self.loaded = ranker, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def _refuse(self, texts, tokens, pairs=0):
+        """422 for texts of too many tokens, or too many pairs."""
+        for text in texts:
+            if len(text) > CHARACTERS * tokens or len(tokenize(text)) > tokens:
+                raise HTTPException(422, f"a text of more than {tokens:,} tokens")
+        if pairs > self.settings.max_candidates:
+            raise HTTPException(422, f"{pairs:,} pairs, at most {self.settings.max_candidates:,} a request")
+        self.pairs.inc(pairs)
+
+    def _ranked(self, searches):
+        """Searches -> JSON of each, a list of Found."""
+        ranker = self.ranker
+        pairs = sum(len(ranker.ids if one.candidates is None else one.candidates) for one in searches)
+        self._refuse([one.query for one in searches], self.settings.max_tokens, pairs)
+        for one in searches:
+            query = Query(one.query, one.columns, one.embeddings)
+            exclude = [*self.exclude, *one.exclude]
+            found = ranker.rank(query, one.candidates, one.engaged, one.top, exclude)
+            titles = None
+            if one.titles:
+                titles = ranker.texts["title"].take(ranker.rows(found.pins)).to_pylist()
+            yield answer(found, found.pins, titles, one.match)
 
     def rank(self, search: Search):
-        pins, most = search.candidates, self.settings.max_candidates
-        n = len(self.ranker.ids if pins is None else pins)
-        if n > most:
-            raise HTTPException(422, f"{n:,} candidates, at most {most:,}")
-        query = Query(search.query, search.columns, search.embeddings)
-        found = self.ranker.rank(query, pins, search.engaged, search.top)
-        return answer(found, found.pins, search.match)
+        return as_json(*self._ranked([search]))
+
+    def rank_several(self, asked: Searches):
+        return as_json(f"[{', '.join(self._ranked(asked.searches))}]")
 
     def score(self, asked: NewPins):
+        ranker, most = self.ranker, self.settings.max_tokens
+        self._refuse([asked.query], most, len(asked.pins))
+        texts = [text for pin in asked.pins for text in (pin.title, pin.description, *pin.boards)]
+        self._refuse(texts, 10 * most)
         query = Query(asked.query, asked.columns, asked.embeddings)
-        found = self.ranker.score([(query, Pin(**dict(pin))) for pin in asked.pins])
-        return answer(found, range(len(asked.pins)), asked.match)
+        found = ranker.score([(query, Pin(**dict(pin))) for pin in asked.pins])
+        return as_json(answer(found, range(len(asked.pins)), None, asked.match))
 
-    async def health(self) -> dict:
-        ranker = self.ranker
+    def reload(self) -> dict:
+        self._load()
+        return self.version()
+
+    async def ready(self) -> dict:
+        return {"ready": True}
+
+    def version(self) -> dict:
+        ranker, told = self.ranker, self.settings
         prints = {"features": ranker.made["identity"], "student": ranker.trained["identity"]}
         prints |= {name: source["fingerprint"] for name, source in ranker.spec["sources"].items()}
-        names = {"run": self.settings.run, "student": self.settings.student}
+        names = {"run": told.run, "student": told.student, "loaded": self.loaded}
         return {**names, "pins": len(ranker.ids), "fingerprints": prints}
 
     def metrics(self):
         text = prometheus.generate_latest(self.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    async def around(self, request, call_next):
-        """Around every request: notes its seconds; refuses a body that is too large, or of a size that
-        nobody tells, before it is read."""
-        started, status, most = time.perf_counter(), 500, self.settings.max_bytes
-        try:
-            if "transfer-encoding" in request.headers:
-                answer = await refused(request, "no content-length", 411)
-            elif int(request.headers.get("content-length", 0)) > most:
-                answer = await refused(request, f"more than {most:,} bytes", 413)
-            else:
-                answer = await call_next(request)
-            status = answer.status_code
-            return answer
-        finally:  # an answer 500 is an exception here
-            address = getattr(request.scope.get("route"), "path", "other")
-            self.requests.labels(address, status).observe(time.perf_counter() - started)
+
+def answer(found, names, titles, match):
+    """Scores -> JSON, row by row: other threads may run in between."""
+    rows = []
+    for row, (name, level) in enumerate(zip(names, found.expected_level.tolist())):
+        one = {"pin_id": name, "expected_level": level, "probabilities": found.probabilities[row].tolist()}
+        if titles:
+            one["title"] = titles[row]
+        if match:
+            why = {feature: float(column[row]) for feature, column in found.match.items()}
+            one["match"] = {feature: None if x != x else x for feature, x in why.items()}
+        rows.append(json.dumps(one))
+    return f"[{', '.join(rows)}]"
+
+
+def as_json(text, status=200):
+    return Response(text, status, media_type="application/json")
 
 
 async def refused(request, error, status=422):
@@ -159,20 +202,62 @@ async def refused(request, error, status=422):
     detail = str(error)
     if isinstance(error, RequestValidationError):
         detail = [{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()]
-    return Response(json.dumps({"detail": detail}), status, media_type="application/json")
+    return as_json(json.dumps({"detail": detail}), status)
+
+
+class Around:
+    """ASGI: counts requests and their seconds; 413 for a body that is too large, before it is read."""
+
+    def __init__(self, app, service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        most, read, started, status = self.service.settings.max_bytes, 0, time.perf_counter(), 500
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = f"more than {most:,} bytes"
+
+        async def bounded():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise HTTPException(413, too_large)
+            return message
+
+        async def noting(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            if length.isdigit() and int(length) > most:
+                answer = await refused(None, too_large, 413)
+                await answer(scope, receive, noting)
+            else:
+                await self.app(scope, bounded, noting)
+        finally:  # an answer 500 is an exception here
+            address = getattr(scope.get("route"), "path", "other")
+            self.service.requests.labels(address, status).inc()
+            self.service.seconds.labels(address).observe(time.perf_counter() - started)
 
 
 def application(settings):
     """The FastAPI application of Settings, loaded. Stop for a run that cannot be served."""
     service = Service(settings)
     app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
-    app.middleware("http")(service.around)
+    app.add_middleware(Around, service=service)
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(Stop, refused)
-    for address in (service.rank, service.score):
-        options = {"response_model": list[Found], "response_model_exclude_none": True}
-        app.post(f"/{address.__name__}", **options)(address)
-    app.get("/health")(service.health)
+    app.post("/rank", response_model=list[Found])(service.rank)
+    app.post("/rank_several", response_model=list[list[Found]])(service.rank_several)
+    app.post("/score", response_model=list[Found])(service.score)
+    app.post("/reload")(service.reload)
+    app.get("/health")(service.ready)
+    app.get("/ready")(service.ready)
+    app.get("/version")(service.version)
     app.get("/metrics")(service.metrics)
     return app
 
@@ -192,5 +277,5 @@ def from_environment(environment):
     except ValidationError as error:
         first = error.errors()[0]
         sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
-    except (Stop, OSError) as error:
+    except (Stop, OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {first_line(error)}")

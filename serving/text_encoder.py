@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lib.results.contract import open_onnx
-from lib.stages.files import read_json, whole_file, write_json
+from lib.stages.files import fingerprint, read_json, whole_file, write_json
 from lib.stages.finished import require_finished
 from lib.stages.terminal import Stop, run_main
 
+READS = ("queries.parquet",)
 FOLDER, MODEL, ABOUT = "text_encoder", "text_encoder.onnx", "text_encoder.json"
 OPSET = 17  # as the student's
 TOLERANCE = 1e-4  # of a number of a vector of length 1, between PyTorch and onnxruntime
@@ -55,6 +56,9 @@ def saved_encoder(run, made):
     about = read_json(folder / ABOUT)
     if about["fingerprint"] != made["models"]["text encoder"]["fingerprint"]:
         return None
+    for name, found in about["files"].items():
+        if not (folder / name).exists() or fingerprint(folder / name) != found:
+            raise Stop(f"{folder / name}: not what serving.text_encoder wrote; remove {folder}")
     return OnnxTextEncoder(folder, about)
 
 
@@ -103,32 +107,33 @@ def main(argv=None):
     # 1. The text encoder that made the features, in fp32
     import torch
 
+    from lib import models
     from lib.inputs.encoders import TextEncoder
-    from lib.models import quiet_libraries
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="run directory, through stage 01")
     parser.add_argument("--text-encoder", help="where stage 01's is now (default: where it was)")
     settings = parser.parse_args(argv)
-    quiet_libraries()
-    features, folder = settings.run / "features", settings.run / FOLDER
-    made = require_finished(features, f"01_build_features.py --run {settings.run}", ["queries.parquet"])
+    models.quiet_libraries()
+    made = require_finished(settings.run / "features", f"01_build_features.py --run {settings.run}", READS)
     name = model_of_01(made, "text encoder", settings.text_encoder)
     max_tokens = made["arguments"]["text_tokens"]
     encoder = TextEncoder(name, max_tokens, max_tokens, "cpu", torch.float32)
 
     # 2. As ONNX, compared on queries
+    folder = settings.run / FOLDER
     (folder / ABOUT).unlink(missing_ok=True)
     export(encoder, folder)
     about = {"max_tokens": max_tokens, "dim": encoder.dim, "cut": encoder.tokenizer.truncation_side}
-    about["fingerprint"] = made["models"]["text encoder"]["fingerprint"]
-    texts = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
+    about |= {"fingerprint": made["models"]["text encoder"]["fingerprint"]}
+    texts = pq.read_table(settings.run / "features" / "queries.parquet", columns=["query"])["query"]
     texts = [*texts.slice(0, CHECKED).to_pylist(), " ".join(texts.slice(0, 100).to_pylist())]
     ours, same = OnnxTextEncoder(folder, about), np.float32(encoder(texts))
     difference = float(np.abs(np.stack([ours.vector(text) for text in texts]) - same).max())
     if not difference <= TOLERANCE + np.abs(same).max() * 2**-11:  # float16 rounds what PyTorch said
         raise Stop(f"{folder / MODEL}: off by up to {difference:.2g} from PyTorch")
-    write_json(folder / ABOUT, about)  # last: without it nobody opens the others
+    files = {name: fingerprint(folder / name) for name in (MODEL, "tokenizer.json")}
+    write_json(folder / ABOUT, {**about, "files": files})
     print(f"{folder}: {len(texts):,} texts as in PyTorch to {difference:.0e}, float16 included")
 
 

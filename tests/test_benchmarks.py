@@ -39,8 +39,8 @@ def bert(tmp_path_factory):
 
 def test_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher.stage03, "compile_layers", lambda *_: None)  # tests/test_inference.py does
-    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4"]
-    argv += ["--peak-tflops", "1"]
+    argv = ["--small", "--device", "cpu", "--steps", "1", "--rows", "8", "--batch-size", "4", "--profile"]
+    argv += ["--images", "16", "--texts", "8", "--caption-tokens", "3", "--peak-tflops", "1"]
     teacher.main([*argv, "--json", str(tmp_path / "out.json")])
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["linear_weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
@@ -50,6 +50,7 @@ def test_teacher(tmp_path, monkeypatch):
         )
     train = out["train"]["activations kept"]
     assert train["share_of_bound"] == pytest.approx(6 * out["linear_weights"] * train["per_second"] / 1e12)
+    assert sum(train["profile"].values()) == pytest.approx(1) and train["profile"]["matrix products"] > 0
 
 
 def test_peers_of_the_teacher_agree(bert, features, tmp_path, monkeypatch):

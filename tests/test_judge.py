@@ -47,7 +47,7 @@ def test_expected_gain():
 
 def test_mean_and_its_interval():
     values = np.random.default_rng(0).normal(1, 2, 40)
-    found = estimates.mean(np.append(values, np.nan), np.ones(41))
+    found = estimates.mean(np.append(values, np.nan))
     reference = stats.ttest_1samp(values, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
     twice = estimates.mean(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 2.0]))
@@ -65,7 +65,7 @@ def test_corrected_mean_is_that_of_ppi_python():
     found, tuned = estimates.corrected_mean(people, judge[:n], judge[n:])
     assert found.value == pytest.approx(-0.0290468, abs=1e-3)
     assert 1.959964 * found.error == pytest.approx((0.09872262 + 0.15681623) / 2, rel=0.01)
-    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people, np.ones(n)).error
+    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people).error
     assert estimates.queries_as_good(people, found.error) > n
 
 
@@ -78,13 +78,17 @@ def test_a_judge_that_knows_nothing_costs_nothing():
     assert tuned == 0 and constant.value == pytest.approx(people.mean())
 
 
-def test_power():
+def test_power_and_allocation():
     """The detected difference is the one that a t test finds four times of five."""
-    rng, n = np.random.default_rng(0), 400
-    difference = estimates.power(rng.normal(1, 0.3, n))["detects"]
-    found = [stats.ttest_1samp(rng.normal(difference, 0.3, n), 0).pvalue < 0.05 for _ in range(500)]
+    rng, n, deviation = np.random.default_rng(0), 400, 0.3
+    difference = estimates.detectable(deviation, n)
+    found = [stats.ttest_1samp(rng.normal(difference, deviation, n), 0).pvalue < 0.05 for _ in range(500)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
-    assert estimates.power(np.array([1.0, np.nan]))["queries"] == 1
+    assert estimates.queries_for(deviation, difference) == pytest.approx(n, abs=1)
+    values = np.concatenate([np.tile([-1.0, 1.0], 50), np.tile([-3.0, 3.0], 50)])
+    stratum = np.repeat(["calm", "wild"], 100)
+    drawn, (proportional, optimal) = estimates.allocation(values, stratum, np.ones(200), 100)
+    assert drawn == {"calm": (50, 25), "wild": (50, 75)} and optimal < proportional
 
 
 def test_agreement():
@@ -97,9 +101,7 @@ def test_agreement():
     two = estimates.agreement(level, np.eye(5)[likeliest - 1], np.array([0, 1]), "probable")
     assert two["kappa"] == pytest.approx(1 - 0.5 / (26 / 4))  # Cohen, 1968
     level = np.array([1, 2, 5, 5, 3, 3])
-    language = np.array(["en", "en", "de", "de", "de", "de"])
-    how, distance, agrees = estimates.trust(level, np.eye(5)[level - 1], query, language)
-    assert distance == {"expected": 0, "probable": 0} and agrees["de"]["queries"] == 2
+    assert estimates.nearer(level, np.eye(5)[level - 1], query)[1] == {"expected": 0, "probable": 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def write_list(run, path, feature, top=8):
 
 def test_two_lists_of_a_run(run, tmp_path, capsys):
     lists = [f"{name}={write_list(run, tmp_path / f'{name}.csv', name)}" for name in ("bm25", "text_cosine")]
-    argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest"]
+    argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest", "--want", "0.01"]
     judge.main([*argv, "--name", "two"])
     folder, said = run / "judged" / "two", capsys.readouterr().out
     result = json.loads((folder / "metrics.json").read_text())

@@ -1,4 +1,5 @@
-"""benchmarks/plan.py: parameters counted against the sizes their makers state, rows of the dataset."""
+"""benchmarks/plan.py: parameters counted against the sizes their makers state, rows of the run or dataset,
+and nothing is touched."""
 
 import plan
 import pytest
@@ -48,14 +49,18 @@ def test_the_papers_rows_and_teachers(capsys):
     assert rows["google-t5/t5-base"][1].endswith("full")
 
 
-def test_several_gpus_share_the_hours_and_cost_the_same(capsys):
-    plan.main(["--model", "meta-llama/Meta-Llama-3-8B", "--price", "3", "--gpus", "16"])
+def test_several_gpus_share_shards_and_chunks(capsys):
+    llama = ["--model", "meta-llama/Meta-Llama-3-8B", "--price", "3"]
+    plan.main([*llama, "--gpus", "8", "--machines", "2"])
     out = capsys.readouterr().out
     cells = table(out)["meta-llama/Meta-Llama-3-8B"]
     hours = 30e6 * 200 / 30_742 / 3600
-    assert float(cells[6]) == pytest.approx(hours / 16, abs=0.06) and cells[7] == f"{hours * 3:,.0f}"
-    assert float(cells[3]) == pytest.approx(5.35 / 16, abs=0.06)
-    assert "captions of 10,000,000 pictures: 1.0 h, 48 USD" in out  # of 15.9 h
+    assert float(cells[6]) == pytest.approx(hours * 8 / 120, abs=0.06)  # of 120 shards at most 8 a GPU
+    assert cells[7] == f"{hours * 3:,.0f}" and float(cells[3]) == pytest.approx(5.35 / 16, abs=0.06)
+    assert "captions of 10,000,000 pictures: 1.0 h, 48 USD" in out  # 153 of 2,442 chunks, of 15.9 h
+    plan.main([*llama, "--impressions", "100", "--gpus", "8", "--pictures", "0"])
+    out = capsys.readouterr().out
+    assert "of 0 pictures: 0.0 h" in out and table(out)["meta-llama/Meta-Llama-3-8B"][6] == "0.0"
 
 
 def test_one_teacher_in_parts_and_a_speed_of_ones_own(capsys):
@@ -66,10 +71,32 @@ def test_one_teacher_in_parts_and_a_speed_of_ones_own(capsys):
     assert float(table(out)["meta-llama/Meta-Llama-3-8B"][6]) == pytest.approx(83.3, abs=0.2)
 
 
-def test_rows_are_those_of_the_dataset(toy, models, capsys):
-    plan.main(["--data", str(toy), "--model", str(models["llama"])])
+def test_rows_are_those_of_the_run_or_of_the_dataset(run, toy, models, capsys, monkeypatch):
+    before = sorted(run.rglob("*"))
+    plan.main(["--run", str(run), "--model", str(models["llama"])])
     out = capsys.readouterr().out
-    assert f"300 labelled, 2,000 impressions ({toy})" in out and str(models["llama"]) in out
+    assert f"300 labelled, 2,000 impressions ({run / 'features'})" in out and str(models["llama"]) in out
+    assert sorted(run.rglob("*")) == before
+    monkeypatch.setattr(plan.this_machine, "seconds_of", lambda step, at_least=0: step() or 0.5)
+    plan.main(["--data", str(toy), "--model", str(models["bert"])])
+    out = capsys.readouterr().out
+    assert f"300 labelled, 2,000 impressions ({toy})" in out
+    cells = table(out.partition("on this machine")[2])
+    epochs = stage("02").passes_over(300, 32)
+    minutes = 300 * epochs / 64 / 60  # 32 rows a step of half a second
+    assert cells[f"02, {epochs} epochs"] == [f"{300 * epochs:,}", "64", f"{minutes:.1f}"]
+    assert cells["04, 20 epochs"][:2] == ["46,000", "512"] and "captions are not in it" in out
+    plan.main(["--data", str(toy), "--model", str(models["llama"])])
+    assert "has an encoder as teacher" in capsys.readouterr().out
+
+
+def test_tokens_of_a_pair_are_reckoned_by_characters(toy):
+    raw = plan.RawTables(toy)
+    queries, pins = (raw.ask(f"SELECT * FROM raw_{name}") for name in ("queries", "pins"))
+    query = sum(len(row[1]) for row in queries) / len(queries) / 4 + 2
+    pin = sum(min(len(row[1] or "") + len(row[2] or ""), 512) for row in pins) / len(pins) / 4 + 2
+    assert plan.this_machine.mean_tokens(raw, 128) == [int(query), int(pin), int(query + pin)]
+    assert plan.this_machine.mean_tokens(raw, 5) == [5, 5, 5]
 
 
 def test_a_model_that_is_not_the_papers(tmp_path, capsys):

@@ -2,18 +2,22 @@
 
 import base64
 import importlib.metadata
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from helpers import ROOT, environment, stop_line
+from PIL import Image
 from served_run import served_run
 
 from lib.inputs.student_inputs import StudentInputs
@@ -282,41 +286,73 @@ def test_100_pairs_from_the_contract_alone(run, labelled, ranker, toy, tmp_path)
 # Arguments of the class
 
 
-def test_what_is_wrong_is_one_line(ranker):
+def test_candidates_are_any_sequence(ranker):
     some = ranker.ids[5:25:2]
-    for wrong in ("p00001", ["p00001", None]):
-        assert "no pin" in stop_line(ranker.rank, "red chair", wrong)
-    for wrong in ({some[0]: -1}, {some[0]: np.nan}, {some[0]: np.inf}):
+    expected = ranker.rank("red chair", some)
+    series = pd.Series(some, index=range(900, 910))
+    forms = [series, series[series.index >= 900], tuple(some), (pin for pin in some), dict.fromkeys(some)]
+    forms += [np.array(some), dict.fromkeys(some).keys(), pd.Index(some), {*some}]
+    for form in forms:
+        found = ranker.rank("red chair", form)
+        assert found.pins == expected.pins
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    pairs = [("red chair", pin) for pin in some]
+    straight = ranker.score(pairs)
+    for form in (zip(["red chair"] * 10, some), pd.Series(pairs, index=range(5, 15)), iter(pairs)):
+        np.testing.assert_array_equal(ranker.score(form).probabilities, straight.probabilities)
+    engaged = pd.Series(range(10), index=some)
+    by_dict = ranker.rank("red chair", some, engaged.to_dict())
+    np.testing.assert_array_equal(
+        ranker.rank("red chair", some, engaged).probabilities, by_dict.probabilities
+    )
+    by_list = ranker.score(pairs, list(range(10))).probabilities
+    np.testing.assert_array_equal(
+        ranker.score(pairs, pd.Series(range(10), index=some)).probabilities, by_list
+    )
+    for wrong in ("p00001", [1, 2], [["p00001"]], 3, [None]):
+        stop_line(ranker.rank, "red chair", wrong)
+    for wrong in ([-1] * 10, [np.nan] * 10, [1], 3, "0123456789", dict.fromkeys(some, 1)):
+        assert "engaged" in stop_line(ranker.score, pairs, wrong)
+    for wrong in ([1] * 10, {1: 2}, {some[0]: -1}, {some[0]: None}, {some[0]: np.inf}):
         assert "engaged" in stop_line(ranker.rank, "red chair", some, wrong)
-    assert "no pin" in stop_line(ranker.score, [("red chair", 3)])
+    for wrong in (["red"], [("red chair", 3)], [(None, some[0])], [("a", "b", "c")]):
+        stop_line(ranker.score, wrong)
     for wrong in (None, b"red chair", "", " ", "a\ud800"):
         stop_line(ranker.rank, wrong)
+    for wrong in (-1, 2.0, True):
+        assert "top" in stop_line(ranker.rank, "red chair", None, None, wrong)
+    left = ranker.rank("red chair", exclude=some[:4])
+    assert set(left.pins) == {*ranker.ids} - {*some[:4]}
 
 
 def test_a_pins_arguments(ranker, toy):
+    assert Pin(boards="Living room").boards == ("Living room",)
+    assert Pin(boards=None).boards == Pin(boards=[None, float("nan")]).boards == ()
+    assert Pin(title=float("nan"), description=None).title == Pin(description=None).description == ""
     for wrong in ({"title": 3}, {"boards": [3]}, {"description": b"x"}, {"title": "\udc00"}):
         stop_line(lambda wrong=wrong: Pin(**wrong))
     path = next((toy / "images").iterdir())
-    forms = (path, str(path), path.read_bytes())
+    forms = (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path))
     captions, made = ranker.new.caption([Pin(image=form) for form in forms])
     assert len(set(captions)) == 1 and (made["pin_visual"] == made["pin_visual"][0]).all()
+    assert "picture" in stop_line(ranker.new.caption, [Pin(image=3)])
 
 
 def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
     known = Database(tmp_path)
-    for text in ("inf", "-inf", "nan", "1e39", " 5 ", "1e30", "-1e31", "+3", "-.5", "5.", "3"):
+    for text in ("inf", "-inf", "nan", "1e39", "1_000", " 5 ", "1e30", "-1e31", "+3", "-.5", "5.", "", "3"):
         (value,) = known.ask(f"SELECT number('{text}')")[0]
         np.testing.assert_array_equal(number("price", text), np.float32(np.nan if value is None else value))
     for beyond in (None, float("inf"), 1e300, np.nan):
         assert np.isnan(number("price", beyond))
-    for wrong in ("cheap", "", [1], 10**400):
+    for wrong in ("cheap", "１２", [1], 10**400):
         assert "price" in stop_line(number, "price", wrong)
     new = ranker.new
     old = new.spec["categories"]
     new.spec["categories"] = {"query_size": ["1", "true", "2.5"]}
-    codes = [new.value("query_size", given) for given in (1, "1", True, 2.5, None, "x")]
+    codes = [new.value("query_size", given) for given in (1, "1", True, 2.5, None, np.nan, "x")]
     new.spec["categories"] = old
-    assert codes == [1, 1, 2, 3, 0, 0]
+    assert codes == [1, 1, 2, 3, 0, 0, 0]
 
 
 def test_a_temperature_outside_its_range(run):
@@ -348,6 +384,8 @@ RAW = [
     '{"query": "a\\ud800"}',
     '{"query": "a", "candidates": ["\\ud800"]}',
     '{"query": "a", "columns": {"\\ud800": "x"}}',
+    '{"query": "a", "columns": {"interest": "\\ud800"}}',
+    '{"query": "a", "engaged": {"\\ud800": 1}}',
     '{"query": "a", "\\ud800": 1}',
     '{"query": "a", "engaged": {"p00001": NaN}}',
     '{"query": "a", "top": NaN}',
@@ -402,10 +440,10 @@ def test_odd_numbers_of_a_column_are_stage_01s(app, client, monkeypatch):
 
     monkeypatch.setattr(new, "spec", new.spec | {"numbers": {"query_n": [0, 1, 0, 1]}})
     monkeypatch.setattr(new, "query", noted)
-    for given in ("inf", "1e39", 1e39, None, 2.5, "2.5"):
+    for given in ("inf", "1e39", 1e39, None, "", 2.5, "2.5"):
         asked = {"query": "red chair", "columns": {"n": given}, "top": 1}
         assert client.post("/rank", json=asked).status_code == 200
-    np.testing.assert_array_equal(seen, [np.nan, np.nan, np.nan, np.nan, 2.5, 2.5])
+    np.testing.assert_array_equal(seen, [np.nan, np.nan, np.nan, np.nan, np.nan, 2.5, 2.5])
     asked["columns"] = {"n": "cheap"}
     assert client.post("/rank", json=asked).status_code == 422
 
@@ -428,26 +466,33 @@ def test_others_are_answered_while_a_ranking_is_at_work(app, monkeypatch):
     with TestClient(app) as client, ThreadPoolExecutor() as pool:
         answer = pool.submit(client.post, "/rank", json={"query": "red chair", "top": 1})
         started.wait()
-        status = client.get("/health").status_code
+        statuses = [client.get("/ready").status_code, client.get("/version").status_code]
         released.set()
-        assert [status, answer.result().status_code] == [200] * 2
+        assert [*statuses, answer.result().status_code] == [200] * 3
 
 
 def test_limits(client, ranker):
-    assert client.post("/rank", json={"query": "red chair " * 100}).status_code == 200
-    assert client.post("/rank", json={"query": "red chair " * 101}).status_code == 422
+    assert client.post("/rank", json={"query": "red chair " * 40}).status_code == 200
+    assert client.post("/rank", json={"query": "red chair " * 60}).status_code == 422
+    assert client.post("/rank", json={"query": "x" * 6_000}).status_code == 422
     assert client.post("/rank", json={"query": "x" * 60_000}).status_code == 413
     pieces = (b'{"query": "', *(b"x" * 9_000 for _ in range(9)), b'"}')
-    assert client.post("/rank", content=iter(pieces)).status_code == 411  # its length is not told
+    assert client.post("/rank", content=iter(pieces)).status_code == 413  # its length is not told
     many = {"query": "red chair", "candidates": ranker.ids[:100] * 4}
     assert "300" in client.post("/rank", json=many).json()["detail"]
+    several = {"searches": [{"query": "red chair"}] * 4}
+    assert client.post("/rank_several", json=several).status_code == 422
 
 
 def test_more_than_a_ranking(client, ranker, toy):
-    plain, why = (
-        client.post("/rank", json={"query": "lampe", "match": match}).json() for match in (False, True)
-    )
-    assert set(why[0]["match"]) == set(ranker.spec["match"]) and "match" not in plain[0]
+    one, two = {"query": "red chair", "top": 3}, {"query": "lampe", "top": 2, "titles": True, "match": True}
+    together = client.post("/rank_several", json={"searches": [one, two]}).json()
+    assert together == [client.post("/rank", json=each).json() for each in (one, two)]
+    best = together[1][0]
+    assert best["title"] == ranker.texts["title"][ranker.row_of[best["pin_id"]]].as_py()
+    assert set(best["match"]) == set(ranker.spec["match"])
+    without = client.post("/rank", json={**one, "exclude": [together[0][0]["pin_id"]]}).json()
+    assert without[:2] == together[0][1:]
     picture = next((toy / "images").iterdir()).read_bytes()
     pins = [{"title": "Red chair", "boards": ["Kitchen"]}, {"image": base64.b64encode(picture).decode()}]
     found = client.post("/score", json={"query": "red chair", "pins": pins}).json()
@@ -462,13 +507,14 @@ def test_more_than_a_ranking(client, ranker, toy):
 
 
 def test_what_an_operator_asks(client, ranker, run):
-    about = client.get("/health").json()
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    about = client.get("/version").json()
     assert about["run"] == str(run) and about["fingerprints"]["student"] == ranker.trained["identity"]
     assert "text encoder" in about["fingerprints"]
     client.post("/rank", json={"query": "red chair"})
     client.get("/no such address")
     metrics = client.get("/metrics").text
-    assert 'requests_count{address="/rank",status="200"}' in metrics
+    assert 'requests_total{address="/rank",status="200"}' in metrics and "scored_pairs_total" in metrics
     assert 'address="other",status="404"' in metrics
     schema = client.get("/openapi.json").json()
     answer = schema["paths"]["/rank"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
@@ -478,7 +524,35 @@ def test_what_an_operator_asks(client, ranker, run):
 def test_a_failure_of_ours_is_counted(app, client, monkeypatch):
     monkeypatch.setattr(served(app).ranker, "rank", None)
     assert client.post("/rank", json={"query": "red chair"}).status_code == 500
-    assert 'requests_count{address="/rank",status="500"} 1.0' in client.get("/metrics").text
+    assert 'requests_total{address="/rank",status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_reload_serves_what_run_points_to_now(run, tmp_path):
+    """The run is a link; a broken one is refused, and what was loaded serves on."""
+    link = tmp_path / "now"
+    link.symlink_to(run)
+    client = TestClient(service.from_environment({"RUN": str(link), "EXCLUDE": ""}))
+    before = client.post("/rank", json={"query": "red chair"}).json()
+    link.unlink()
+    assert client.post("/reload").status_code == 422
+    assert client.post("/rank", json={"query": "red chair"}).json() == before
+    shutil.copytree(run / "student", tmp_path / "other" / "student")
+    (tmp_path / "other" / "features").symlink_to(run / "features")
+    link.symlink_to(tmp_path / "other")
+    first = client.get("/version").json()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.post, "/rank", json={"query": "red chair"}) for _ in range(8)]
+        assert client.post("/reload").json().keys() == first.keys()
+        assert all(answer.result().json() == before for answer in asked)  # none is lost
+    assert client.post("/rank", json={"query": "red chair"}).json() == before
+
+
+def test_pins_that_no_ranking_has(run, ranker, tmp_path):
+    best = ranker.rank("red chair", top=3).pins
+    (tmp_path / "out.txt").write_text("\n".join(best[:2]) + "\n")
+    app = service.from_environment({"RUN": str(run), "EXCLUDE": str(tmp_path / "out.txt")})
+    found = TestClient(app).post("/rank", json={"query": "red chair", "top": 1}).json()
+    assert found[0]["pin_id"] == best[2]
 
 
 def test_settings_that_are_wrong_are_one_line(run, tmp_path):
@@ -489,8 +563,9 @@ def test_settings_that_are_wrong_are_one_line(run, tmp_path):
         ({"RUN": str(run), "TEMPERATURE": "-1"}, "TEMPERATURE"),
         ({"RUN": str(run), "TEMPERATURE": "nan"}, "TEMPERATURE"),
         ({"RUN": str(run), "THREADS": "many"}, "THREADS"),
-        ({"RUN": str(run), "MAX_BYTES": "-1"}, "MAX_BYTES"),
+        ({"RUN": str(run), "MAX_TOKENS": "-1"}, "MAX_TOKENS"),
         ({"RUN": str(run), "STUDENT": "student_x"}, "student_x"),
+        ({"RUN": str(run), "EXCLUDE": str(tmp_path / "none")}, "EXCLUDE"),
         ({"RUN": str(run), "TEXT_ENCODER": str(tmp_path)}, str(tmp_path)),
     ):
         with pytest.raises(SystemExit) as ended:
