@@ -112,7 +112,7 @@ def test_03_names_the_rows_that_have_no_finite_label(run, monkeypatch):
     def broken(teacher, rows, *more):
         labels = original(teacher, rows, *more)
         calls.append(len(rows))
-        if len(calls) == 4:  # the sample twice, the labelled rows, then the first shard
+        if len(calls) == 2:  # the labelled rows, then the first shard
             labels[[3, 7]] = np.nan
         return labels
 
@@ -280,4 +280,4 @@ def test_what_02_and_03_read_stays_as_it_is_while_they_work(run, monkeypatch):
     monkeypatch.setattr(labeller, "soft_labels", soft_labels)
     train(run, "--overwrite", "--rows", "20")
     label(run, "--overwrite", "--only-labelled")
-    assert len(asked) >= 5 and all("is at work here or reads it" in line for line in asked)
+    assert len(asked) == 4 and all("is at work here or reads it" in line for line in asked)

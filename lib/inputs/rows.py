@@ -90,7 +90,8 @@ def tokenized_shards(features, text, paths, made=()):
 def read_fields(path, fields, pins):
     """Text columns of pins (sorted row numbers) of pins.parquet, one row group in memory at a time."""
     columns = {name: [] for name in fields}
-    file, start = pq.ParquetFile(path, memory_map=True), 0
+    file = pq.ParquetFile(path, memory_map=True)
+    start = 0
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows
         inside = pins[(pins >= start) & (pins < end)] - start
