@@ -57,7 +57,7 @@ class Settings(ModelSettings):
     lora_alpha: Positive = 32.0  # the update is (alpha / R) B A x
     lora_dropout: Share = 0.0  # share of A's input left out in a training step
 
-    epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, for about 400 steps
+    epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, passes_over()
     batch_size: Count = 32  # rows an optimizer step, over all processes
     batch_tokens: Count = 4_096  # tokens a forward pass; a step is as many passes as its rows need
     lr: Positive = 2e-3  # peak learning rate of LoRA weights
@@ -189,10 +189,10 @@ def make_optimizer(teacher, finetuning, settings):
 
 
 def passes_over(rows, batch_size, steps=400, least=3, most=10):
-    """Epochs over so many training rows: 3, or more for about 400 optimizer steps, at most 10. A fresh head
-    has to be learned, however few the rows are (our choice; experiments/RESULTS.md)."""
+    """Epochs over so many training rows: 3, or up to 10 for about 400 optimizer steps, which a fresh head
+    needs. Rows too few for that are learned by heart: 3 (our choice; experiments/RESULTS.md)."""
     epochs = round(steps / math.ceil(rows / batch_size))
-    return min(max(epochs, least), most)
+    return least if epochs > most else max(epochs, least)
 
 
 def train_step(model, optimizer, rows, batch, lr_factor, settings, accelerator):
