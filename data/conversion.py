@@ -57,4 +57,5 @@ def print_levels(queries, labels):
         counts[f"{split} {language[query]}", level] += 1
     for group in sorted({group for group, _ in counts}):
         levels = sorted(level for other, level in counts if other == group)
-        print(f"  {group}: " + ", ".join(f"level {level} {counts[group, level]:,}" for level in levels))
+        shown = ", ".join(f"level {level} {counts[group, level]:,}" for level in levels)
+        print(f"  {group}: {shown}")

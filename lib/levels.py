@@ -17,7 +17,8 @@ def at_least(p, level):
 
 def expected_level(p):
     """Probabilities [B, C], an array or a tensor -> expected level [B], to rank by."""
-    return sum(level * p[:, level - 1] for level in range(1, NUM_LEVELS + 1))
+    levels = range(1, NUM_LEVELS + 1)
+    return sum(level * p[:, level - 1] for level in levels)
 
 
 def side_of(name):

@@ -14,7 +14,8 @@ def scores_of(level, p):
     labels [N] in 1..5. NaN where p is no number; the AUROC without both kinds of labels, too."""
     with np.errstate(divide="ignore"):
         loss = -np.log(p[np.arange(len(p)), level - 1]).mean()
-    relevant, score = level >= RELEVANT, at_least(p, RELEVANT)
+    relevant = level >= RELEVANT
+    score = at_least(p, RELEVANT)
     has_auroc = len(set(relevant)) == 2 and np.isfinite(score).all()
     found = {"loss": loss, "accuracy": (p.argmax(1) + 1 == level).mean()}
     found[f"auroc_{RELEVANT}"] = roc_auc_score(relevant, score) if has_auroc else math.nan

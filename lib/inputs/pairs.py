@@ -102,7 +102,8 @@ def read_labelled(run, labels="labels"):
     rows["language"] = np.array([primary(tag) for tag in rows["language"]], dtype=object)
     if labels:
         folder = run / labels
-        p, pool = read_labels(folder / "labelled.parquet", len(table)), read_pool(folder)
+        p = read_labels(folder / "labelled.parquet", len(table))
+        pool = read_pool(folder)
         rows["teacher"] = rows["learnt"] = p.astype(np.float64)
         if pool:
             rows["pooled"] = rows["learnt"] = pool(p, stacked(rows, pool.names), rows["language"])
@@ -147,7 +148,8 @@ class PairFiles:
     def soft_labels(self, name, rows):
         """What is learnt of the rows of a file: the teacher's labels [N, C], pooled where 03 says so."""
         folder = self.run / "labels"
-        p, pool = read_labels(folder / name, len(rows)), read_pool(folder)
+        p = read_labels(folder / name, len(rows))
+        pool = read_pool(folder)
         return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
 
     def labelled(self):

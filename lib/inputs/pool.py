@@ -48,7 +48,8 @@ def fit_weights(level, query, p_teacher, p_match):
     """The two weights, for which the cross-entropy, averaged within a query (its rows say much the same) and
     summed over queries, plus the Gaussian prior is least. level, query [B]; probabilities [B, C]."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
-    rows, share = np.arange(len(level)), 1 / sizes[of_query]
+    rows = np.arange(len(level))
+    share = 1 / sizes[of_query]
     log_teacher, log_match = log(p_teacher), log(p_match)
 
     def loss(weights):
