@@ -14,6 +14,7 @@ runs in onnxruntime.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,7 @@ class Scores:
     def in_turn(self):
         """Rows as they are, which from rank() is the student's order, and by BM25, in turn, each once."""
         by_bm25 = np.argsort(-self.match["bm25"], kind="stable").tolist()
-        rows = []
-        for two in enumerate(by_bm25):
-            rows += two
-        return list(dict.fromkeys(rows))
+        return list(dict.fromkeys(chain.from_iterable(enumerate(by_bm25))))
 
     def take(self, rows):
         """Those of some rows."""

@@ -9,6 +9,7 @@ import signal
 
 import days
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from days import build, flags, read_tables, write_tables
@@ -42,7 +43,7 @@ def label(run, *more):
     passes, original = [], labeller.soft_labels
 
     def counted(teacher, rows, pad_id, budget, on_batch=None):
-        if on_batch is not None:  # not the sample on which LoRA's merge is measured
+        if on_batch is not None:  # not the sample on which compiling is tried
             passes.extend(row.tobytes() for row in rows)
         return original(teacher, rows, pad_id, budget, on_batch)
 
@@ -179,6 +180,21 @@ def test_a_day_without_a_new_pair_loads_no_teacher_and_tokenizes_once(shop, tmp_
     assert len(tokenized) == len(set(tokenized)) > 2
     one, other = labels_of(run), labels_of(shop / "monday")
     assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+def test_boards_and_categories_that_the_base_does_not_know_are_said(shop, models, tmp_path, capsys):
+    tables = read_tables(shop / "data3")
+    boards, queries = tables["boards"], tables["queries"]
+    titles = pc.binary_join_element_wise("unheard of", boards["board_title"], " ")
+    tables["boards"] = boards.set_column(boards.column_names.index("board_title"), "board_title", titles)
+    tables["queries"] = days.with_value(queries, "query_id", "q0001", "interest", "unheard of")
+    write_tables(tables, shop / "data3" / "images", tmp_path / "data")
+    build(tmp_path / "data", tmp_path / "run", models["bert"], "--base", shop / "wednesday")
+    said = capsys.readouterr().out
+    assert "fit them again" in said and "1 of query_interest" in said
+    drift = read_json(tmp_path / "run" / "features" / "stage.json")["drift"]
+    assert drift["board saves under a title that the graph does not know"] == 1
+    assert read_json(shop / "wednesday" / "features" / "stage.json")["drift"].keys() == drift.keys()
 
 
 def test_yesterdays_student_reads_todays_features(shop, capsys):

@@ -91,8 +91,10 @@ def test_presets_fill_in_and_flags_win():
         (["--seed", "-1"], "seed"),
         (["--seed", str(10**9)], "--seed 1000000000: must be at least 0 and below 1e+09"),
         (["--epochs", str(10**30)], "must be at least 1 and below 1e+09"),
-        (["--run", ""], "an argument is empty"),
-        (["--run="], "an argument is empty"),
+        (["--run", ""], "--run '': an empty value"),
+        (["--run="], "--run '': an empty value"),
+        (["--model", ""], "--model '': an empty value"),
+        (["--epochs", "7", ""], "7 '': an empty value"),
     ],
 )
 def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from lib.inputs.inherited import require
 from lib.inputs.match import MATCH_FEATURES, match_names
-from lib.inputs.student_inputs import TABLES, further_columns
+from lib.inputs.student_inputs import TABLES, further_columns, read_column
 from lib.levels import side_of
 from lib.stages.files import link_whole
 from lib.stages.finished import read_about
@@ -69,11 +69,12 @@ def open_base(settings, inputs):
 
 class Base:
     """The features that new ones build on. about: their stage.json; graph: graph.parquet (Arrow), or None;
-    drift: {what: how far the new tables are from the statistics, as a share}."""
+    drift: {what: how far the new tables are from the statistics, as a share}; unknown: in words, how many
+    values of categories the base does not have."""
 
     def __init__(self, run, about):
         self.run, self.folder, self.about = run, run / "features", about
-        self.drift = {}
+        self.drift, self.unknown = {}, []
         has_graph = "graph.parquet" in about["outputs"]
         self.graph = pq.read_table(self.folder / "graph.parquet") if has_graph else None
 
@@ -100,6 +101,8 @@ class Base:
             for name, kind in theirs.items():
                 if ours.get(name) != kind:
                     lacking.append(f"{side}_{name}")
+                elif kind == "category":
+                    self.note_unknown(f"{side}_{name}", out / table, name)
         names = match_names(self.folder / "labelled.parquet")
         lacking += [name for name in names if name not in MATCH_FEATURES and name not in numbers]
         for path in sorted(self.folder.glob("*_embedding.npy")):
@@ -115,13 +118,35 @@ class Base:
         if lacking:
             print(f"a student of {self.run} reads, and these tables lack: {', '.join(lacking)}")
 
+    def note_unknown(self, what, path, name):
+        """Values of a category, the column `name` of a table, that the base does not have."""
+        now = pc.unique(read_column(path, name)).drop_null()
+        then = pc.unique(read_column(self.folder / path.name, name))
+        new = pc.sum(pc.invert(pc.is_in(now, then))).as_py()
+        if new:
+            self.unknown.append(f"{new:,} of {what}")
+
+    def note_boards(self, raw, titles, explained):
+        """Drift of the graph. titles: those that an SVD made today would take (Arrow); explained: share of
+        today's matrix that the base's axes hold."""
+        known = pa.table({"text": self.graph["board_title"]})
+        today = pa.table({"text": titles})
+        missed = "FILTER (text IN (FROM today) AND text NOT IN (FROM known))"
+        sql = f"SELECT coalesce(sum(n) {missed} / sum(n), 0) FROM saves SEMI JOIN pin_rows USING (pin_id)"
+        then = float(self.graph.schema.metadata[b"explained"])
+        share = raw.ask(sql, known=known, today=today)[0][0]
+        self.drift["board saves under a title that the graph does not know"] = share
+        self.drift["loss of what its axes hold"] = max(0.0, 1 - explained / then) if then else 0.0
+
     def report(self):
-        """Prints the drift. Returns it and the base's place, for stage.json."""
+        """Prints the drift, and how many values of categories the base does not have. Returns the drift and
+        the base's place, for stage.json."""
         shares = ", ".join(f"{what} {share:.1%}" for what, share in self.drift.items())
         verdict = f"all below {DRIFT_LIMIT:.0%}: the statistics serve"
         if max(self.drift.values()) >= DRIFT_LIMIT:
             verdict = f"not below {DRIFT_LIMIT:.0%}: fit them again (01 without --base, then 02 to 05)"
-        print(f"drift from the statistics of {self.run}: {shares}; {verdict}")
+        new = f"; category values that the base does not have: {', '.join(self.unknown)}" * bool(self.unknown)
+        print(f"drift from the statistics of {self.run}: {shares}; {verdict}{new}")
         drift = {what: round(share, 6) for what, share in self.drift.items()}
         return {"base": str(self.run), "drift": drift}
 

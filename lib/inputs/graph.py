@@ -42,9 +42,9 @@ def graph_embedding(raw, pins, dim, seed, out, base=None):
     """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with a Base
     on its axes. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board title its idf and
     its place on each axis, what a new pin needs. Nothing if no pin (of the base) is on a board."""
-    graph, tfidf = base.graph if base else None, TfidfTransformer(sublinear_tf=True)
-    titles = board_titles(raw) if graph is None else graph["board_title"]
-    counts = board_counts(raw, titles, pins)
+    titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
+    graph = base.graph if base else None
+    counts = board_counts(raw, titles if graph is None else graph["board_title"], pins)
     if graph is not None:
         tfidf.idf_, axes = graph["idf"].to_numpy(), matrix_of(graph["axes"]).T
     elif base or not counts.nnz:
@@ -61,8 +61,7 @@ def graph_embedding(raw, pins, dim, seed, out, base=None):
             explained += np.square(block).sum(dtype=np.float64)
     explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
     if graph is not None:
-        then = float(graph.schema.metadata[b"explained"])
-        base.drift["loss of what the graph's axes hold"] = max(0.0, 1 - explained / then) if then else 0.0
+        base.note_boards(raw, titles, explained)
         base.bring("graph.parquet", out)
         return
     columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}

@@ -80,8 +80,7 @@ def parse(presets, argv=None, description=""):
     default = presets.get(name, presets["toy"])
     if default is not presets["toy"] and default.run == presets["toy"].run:
         default = dataclasses.replace(default, run=default.run.with_name(name))
-    if "" in argv or "--run=" in argv:  # as a shell variable that is not set: a path would be this folder
-        refuse("an argument is empty")
+    refuse_empty(argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
     for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
         value = getattr(settings, field)
@@ -91,6 +90,15 @@ def parse(presets, argv=None, description=""):
                     refuse(f"--{field.replace('_', '-')} {each}: must be {bounds}")
     given = {"given": tuple(map(str, argv))} if hasattr(settings, "given") else {}
     return dataclasses.replace(settings, **given)
+
+
+def refuse_empty(argv, default):
+    """Ends with a message and exit status 2 where a flag's value is empty, as a shell variable that is not
+    set: as a path it would be the folder in which one happens to stand."""
+    words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
+    for flag, value in zip(["", *words], words):
+        if not value and getattr(default, flag.strip("-").replace("-", "_"), None) != "":
+            refuse(f"{flag or 'an argument'} '': an empty value")
 
 
 def refuse(problem):
