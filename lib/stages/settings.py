@@ -82,12 +82,6 @@ def parse(presets, argv=None, description=""):
         default = dataclasses.replace(default, run=default.run.with_name(name))
     refuse_empty(argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
-    for field, hint in typing.get_type_hints(type(default), include_extras=True).items():
-        value = getattr(settings, field)
-        for bounds in ranges_of(hint):
-            for each in value if isinstance(value, tuple) else [value]:
-                if each is not None and each not in bounds:
-                    refuse(f"--{field.replace('_', '-')} {each}: must be {bounds}")
     given = {"given": tuple(map(str, argv))} if hasattr(settings, "given") else {}
     return dataclasses.replace(settings, **given)
 
@@ -108,11 +102,11 @@ def refuse(problem):
 
 
 def flags_read(kind, default, argv, description):
-    """Settings by tyro. What it finds wrong, and tells on a page, becomes one line."""
+    """Settings by tyro, each in its range. What is wrong, which tyro tells on a page, becomes one line."""
     page = io.StringIO()
     try:
         with contextlib.redirect_stderr(page):
-            return tyro.cli(kind, default=default, args=argv, description=description)
+            settings = tyro.cli(kind, default=default, args=argv, description=description)
     except SystemExit as end:
         if end.code:
             text = re.sub("[│╭╮╰╯]", " ", page.getvalue())  # a frame around a title, what is wrong, and help
@@ -120,6 +114,13 @@ def flags_read(kind, default, argv, description):
             said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
             refuse(f"{first_line(said).rstrip(' .')}; --help shows all flags")
         raise
+    for field, hint in typing.get_type_hints(kind, include_extras=True).items():
+        value = getattr(settings, field)
+        for bounds in ranges_of(hint):
+            for each in value if isinstance(value, tuple) else [value]:
+                if each is not None and each not in bounds:
+                    refuse(f"--{field.replace('_', '-')} {each}: must be {bounds}")
+    return settings
 
 
 def ranges_of(hint):
