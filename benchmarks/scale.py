@@ -8,17 +8,15 @@
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200
 thousand, an engagement log. Query and pin embeddings are random and given as the user's own, so stage 01
 needs no model. 03 runs a one-layer teacher of width 64: its reading, tokenizing, batching and writing are
-measured, not the model. 04 trains the paper preset's network unless --hidden. The stages are run as a user
-would, as processes; memory is the sum of RssAnon over a stage's processes, sampled every 0.1 s: memory-mapped
-embeddings are the page cache's, which the kernel may drop at any time. The tables are written to the system's
-temporary folder (TMPDIR).
+measured, not the model. 04 trains the paper preset's network unless --hidden. The stages are processes;
+memory is what they hold of their own, sampled every 0.1 s: memory-mapped embeddings are the page cache's,
+which the kernel may drop at any time. The tables are written to the system's temporary folder (TMPDIR).
 """
 
 import contextlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,24 +24,26 @@ from typing import Literal
 
 import duckdb
 import numpy as np
+import psutil  # of accelerate
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lib.stages.settings import flags_read  # noqa: E402
+from lib.stages.settings import Count, Width, flags_read  # noqa: E402
+from lib.stages.terminal import Stop, run_main  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes, and what is measured."""
 
-    impressions: tuple[int, ...] = (300_000, 3_000_000)
-    pins: tuple[int, ...] = (100_000,)
-    queries: int = 100_000
-    engagements: int = 1_000_000  # rows of the engagement log
-    width: int = 1_100  # columns of all embeddings together
+    impressions: tuple[Count, ...] = (300_000, 3_000_000)
+    pins: tuple[Count, ...] = (100_000,)
+    queries: Count = 100_000
+    engagements: Count = 1_000_000  # rows of the engagement log
+    width: Width = 1_100  # columns of all embeddings together
     stages: tuple[Literal["01", "03", "04"], ...] = ("01", "03", "04")
-    hidden: tuple[int, ...] = (1024, 512, 256)  # widths of 04's hidden layers
+    hidden: tuple[Width, ...] = (1024, 512, 256)  # widths of 04's hidden layers
     memory: str = "4GB"  # DuckDB's limit in 01
     naive: bool = False  # also 01's joins in pandas
 
@@ -89,67 +89,46 @@ def make_tables(folder, settings, impressions, pins):
     db.close()
 
 
-def make_dataset(folder, settings, impressions, pins, seed=0):
-    """Raw tables, and embeddings of --width columns together, half of it the pins' visual embedding."""
-    (folder / "embeddings").mkdir(parents=True)
-    make_tables(folder, settings, impressions, pins)
-    rng = np.random.default_rng(seed)
-    small = settings.width // 6
-    sizes = {
-        "query_text": (settings.queries, small),
-        "pin_text": (pins, small),
-        "pin_graph": (pins, small),
-        "pin_visual": (pins, settings.width - 3 * small),
-    }
+def make_embeddings(folder, settings, pins):
+    """The user's own embeddings, of --width columns together, half of it the pins' visual one. The same
+    100,000 random rows again and again."""
+    folder.mkdir()
+    rng, small = np.random.default_rng(0), settings.width // 6
+    sizes = {"query_text": (settings.queries, small), "pin_text": (pins, small), "pin_graph": (pins, small)}
+    sizes["pin_visual"] = (pins, settings.width - 3 * small)
     for name, (rows, dim) in sizes.items():
-        path = folder / "embeddings" / f"{name}.npy"
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
-        for start in range(0, rows, 100_000):
-            block = array[start : start + 100_000]
-            block[:] = rng.standard_normal(block.shape, dtype=np.float32)
-        ids = "\n".join(f"{name[0]}{i}" for i in range(rows))
-        (folder / "embeddings" / f"{name}.ids").write_text(ids + "\n")
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (rows, dim))
+        block = rng.standard_normal((min(rows, 100_000), dim), np.float32)
+        for start in range(0, rows, len(block)):
+            array[start : start + len(block)] = block[: rows - start]
+        ids = (f"{name[0]}{i}\n" for i in range(rows))
+        (folder / f"{name}.ids").write_text("".join(ids))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def family(pid):
-    """A process and its children, and theirs."""
-    yield pid
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield from family(int(child))
+def own_memory(process):
+    """Bytes of a process that are neither a file's nor shared (RssAnon), and of its children."""
+    size = 0
+    with contextlib.suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            found = one.memory_info()
+            size += found.rss - found.shared
+    return size
 
 
-def own_memory(pid):
-    """RssAnon of a process in kB; 0 if it has gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1])
-    return 0
-
-
-def measured(command):
-    """Runs a command. Returns seconds and peak memory in GB (RssAnon of it and its children)."""
-    start, peak, done = time.time(), [0], threading.Event()
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, **pipes)
-
-    def watch():
-        while not done.wait(0.1):
-            peak[0] = max(peak[0], sum(own_memory(pid) for pid in list(family(process.pid))))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    error = process.communicate()[1]
-    done.set()
-    watcher.join()
+def measured(*command):
+    """Runs a script. Returns seconds and peak memory in GB."""
+    start, peak = time.time(), 0
+    process = psutil.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, own_memory(process))
+        time.sleep(0.1)
     if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed: {error.strip()[-200:]}")
-    return time.time() - start, peak[0] / 1e6
+        raise Stop(f"{' '.join(map(str, command))}: failed")
+    return time.time() - start, peak / 1e9
 
 
 def tiny_encoder(folder):
@@ -191,20 +170,22 @@ print(len(pairs.merge(log, on=["query", "pin_id"], how="left")))
 def measure(settings, impressions, pins, folder):
     """All that is asked for at one size, in a folder of its own. Yields (what, seconds, peak GB)."""
     data, run, model = folder / "data", folder / "run", folder / "model"
-    make_dataset(data, settings, impressions, pins)
+    data.mkdir()
+    make_tables(data, settings, impressions, pins)
+    make_embeddings(data / "embeddings", settings, pins)
     tiny_encoder(model)
-    flags = ["--data", data, "--text-encoder", model, "--memory", settings.memory]
-    yield "01", *measured(["01_build_features.py", "--run", run, *flags, "--shard-rows", 250_000])
+    flags = ["--data", data, "--text-encoder", model, "--memory", settings.memory, "--shard-rows", 250_000]
+    yield "01", *measured("01_build_features.py", "--run", run, *flags)
     if "03" in settings.stages or "04" in settings.stages:
         few = ["--rows", 200, "--epochs", 1, "--max-tokens", 32]
-        measured(["02_train_teacher.py", "--run", run, "--model", model, *few])
-        yield "03, one-layer teacher", *measured(["03_label.py", "--run", run, "--batch-tokens", 32_768])
+        measured("02_train_teacher.py", "--run", run, "--model", model, *few)
+        yield "03, one-layer teacher", *measured("03_label.py", "--run", run, "--batch-tokens", 32_768)
     if "04" in settings.stages:
         flags = ["--preset", "paper", "--epochs", 1, "--hidden", *settings.hidden]
-        made = measured(["04_train_student.py", "--run", run, *flags])
+        made = measured("04_train_student.py", "--run", run, *flags)
         yield f"04, one epoch, hidden layers of {settings.hidden}", *made
     if settings.naive:
-        yield "naive: 01's joins in pandas", *measured(["-c", PANDAS, data])
+        yield "naive: 01's joins in pandas", *measured("-c", PANDAS, data)
 
 
 def main(argv=None):
@@ -219,4 +200,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,5 +1,7 @@
 """The benchmarks of serving run at a tiny size, and what they compare agrees."""
 
+import http.client
+import re
 import socket
 import threading
 
@@ -8,6 +10,7 @@ import pytest
 import serve
 import torch
 import uvicorn
+from helpers import stop_line
 from served_run import served_run
 
 from serving import service
@@ -38,7 +41,7 @@ def test_all_systems_do_the_same_work(run):
             assert len(found) == 5 and found[1] == pytest.approx(found[4])  # the same pin
         else:
             np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def rows_of(out):
@@ -49,10 +52,12 @@ def rows_of(out):
 def test_benchmark(run, capsys, monkeypatch):
     monkeypatch.setattr(serve, "LEAST", 5)
     serve.main(["--run", str(run), "--candidates", "3", "20", "--seconds", "0"])
-    rows = rows_of(capsys.readouterr().out)
-    assert len(rows) == 2 * 4 and {row[1] for row in rows} == {"3", "20"}
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert len(rows) == 2 * 5 and {row[1] for row in rows} == {"3", "20"}
     for system, _, p50, p99, calls in rows:
         assert 0 < float(p50) <= float(p99) and calls == ("1" if system == "teacher" else "5")
+    assert re.search(r"start, with PyTorch: [1-9][\d.]* s, [1-9]\d+ MB", out)
 
 
 def test_wrong_flags(capsys):
@@ -76,8 +81,9 @@ def test_over_http(run, capsys):
         argv = ["--candidates", "20", "--clients", "2", "--seconds", "0"]
         serve.main(["--run", str(run), "--url", url, *argv])
         answers = [row[-1] for row in rows_of(capsys.readouterr().out)]
-        assert answers == ["1", "1", "2"]
-        with pytest.raises(SystemExit, match="answers 422"):
-            serve.busy(url, ["{}"], 1, 0)
+        assert answers[:3] == ["1", "1", "2"] and len(answers) == 4
+        settings = serve.Settings(run, url=url, seconds=0)
+        assert "answers 422" in stop_line(serve.busy, settings, ["red"], ["no such pin"], 1)
+        assert serve.ask(http.client.HTTPConnection(url.removeprefix("http://")), "x " * 5_000_000, []) == 413
         server.should_exit = True
         thread.join()
