@@ -1,5 +1,5 @@
-"""What a judge's labels of result lists say: metrics of a list, means with intervals, means corrected by
-people's labels, how far the judge agrees with people, how many queries a difference takes.
+"""What a judge's labels of result lists say: means with intervals, means corrected by people's labels, how
+far the judge agrees with people, how many queries a difference takes.
 
 Wang et al., 2025 (arXiv 2509.03764) measure experiments so; the correction is prediction-powered inference
 (Angelopoulos et al., 2023; power tuning: arXiv 2311.01453), on ranking metrics as PRECISE has it (arXiv
@@ -32,30 +32,6 @@ def certain(level):
     return np.eye(NUM_LEVELS)[level - 1]
 
 
-def list_metrics(shown, judged, top):
-    """Metrics of a result list: a table of ndcg, sdcg, precision by query. shown: the list's pairs, a table
-    of query, rank (from 0, below `top`), gain, relevant; judged: query and gain of all pairs with a label.
-
-    ndcg: the ideal list is made of the query's judged pairs (Burges et al., 2005); NaN where none has a gain.
-    sdcg: scaled DCG, the ideal list is `top` pins of level 5. precision: share of relevant pins."""
-    best = judged.sort_values("gain", ascending=False)
-    best["rank"] = best.groupby("query").cumcount()
-    found = pd.DataFrame({"dcg": dcg(shown)})
-    found["ideal"] = dcg(best[best["rank"] < top])
-    relevant = shown.groupby("query")["relevant"].sum()
-    found["precision"] = relevant / top
-    discount = 1 / np.log2(np.arange(top) + 2)
-    found["sdcg"] = found["dcg"] / (GAINS[-1] * discount.sum())
-    found["ndcg"] = found["dcg"] / found["ideal"].where(found["ideal"] > 0)
-    return found.loc[shown["query"].unique(), ["ndcg", "sdcg", "precision"]]
-
-
-def dcg(shown):
-    """Discounted cumulative gain by query of a table of query, rank (from 0), gain."""
-    discounted = shown["gain"] / np.log2(shown["rank"] + 2)
-    return discounted.groupby(shown["query"]).sum()
-
-
 class Estimate(NamedTuple):
     """A mean over queries, its standard error, and its 95 % interval."""
 
@@ -65,27 +41,21 @@ class Estimate(NamedTuple):
     high: float
 
 
-def estimate(value, error, n):
-    """The Estimate of a mean with this standard error over n queries: Student's t, n - 1 degrees."""
-    width = np.nan
-    if n > 1:
-        width = error * stats.t.ppf(0.975, n - 1)
-    return Estimate(*map(float, (value, error, value - width, value + width)))
+def estimate(value, variance, n):
+    """The Estimate of a mean of this variance over n queries: Student's t, n - 1 degrees."""
+    error = np.sqrt(variance)
+    width = error * stats.t.ppf(0.975, n - 1)  # NaN: of one query
+    return Estimate(value, error, value - width, value + width)
 
 
-def mean(values, weight=None):
+def mean(values, weight):
     """Mean of values [Q] over queries; weight [Q]: each one's share of the traffic. NaN does not count."""
     known = np.isfinite(values)
-    if weight is None:
-        weight = np.ones(len(values))
     values, weight = values[known], weight[known]
-    n = len(values)
     share = weight / weight.sum()
-    value = share @ values
+    value, n = share @ values, len(values)
     squares = (values - value) ** 2
-    variance = share**2 @ squares
-    variance *= n / max(n - 1, 1)
-    return estimate(value, np.sqrt(variance), n)
+    return estimate(value, share**2 @ squares * n / max(n - 1, 1), n)
 
 
 def corrected_mean(people, judge, others):
@@ -96,16 +66,14 @@ def corrected_mean(people, judge, others):
         lambda = cov(people, judge) / ((1 + n / N) var(judge and others))        arXiv 2311.01453, example 6.1
     """
     n, more = len(people), len(others)
-    variance = np.concatenate([judge, others]).var(ddof=1)
-    tuned = 0.0
-    if variance > 0:
-        tuned = np.cov(people, judge)[0, 1] / ((1 + n / more) * variance)
-    tuned = float(np.clip(tuned, 0, 1))
+    variance = np.append(judge, others).var(ddof=1)
+    tuned = np.cov(people, judge)[0, 1] / (1 + n / more) / (variance or np.inf)
+    tuned = np.clip(tuned, 0, 1)
     left = people - tuned * judge
     value = tuned * others.mean() + left.mean()
     of_others = tuned**2 * others.var(ddof=1) / more
     of_people = left.var(ddof=1) / n
-    return estimate(value, np.sqrt(of_others + of_people), n), tuned
+    return estimate(value, of_others + of_people, n), tuned
 
 
 def queries_as_good(people, error):
@@ -114,94 +82,63 @@ def queries_as_good(people, error):
     return int(np.ceil(needed))
 
 
-def mean_gains(p, query, how):
-    """Mean gain of the pairs [N] of each query [Q]."""
-    gain, _ = gains(p, how)
-    return pd.Series(gain).groupby(query).mean().to_numpy()
-
-
-def agreement(level, p, query, how):
-    """The judge on pairs with a person's label [N]: exact and within one level, quadratic weighted kappa, and
-    Kendall's tau and Spearman's rho of the queries' mean gains; NaN where a coefficient does not exist."""
-    likeliest = p.argmax(axis=1) + 1
-    distance = np.abs(likeliest - level)
-    ours = mean_gains(p, query, how)
-    theirs = mean_gains(certain(level), query, how)
-    found = {"pairs": len(level), "queries": len(ours)}
-    found |= {"kappa": np.nan, "tau": np.nan, "rho": np.nan}
-    found["exact"] = float((distance == 0).mean())
-    found["within_one"] = float((distance <= 1).mean())
-    if len(np.union1d(level, likeliest)) > 1:
-        levels = [*LEVELS]
-        kappa = cohen_kappa_score(level, likeliest, labels=levels, weights="quadratic")
-        found["kappa"] = float(kappa)
-    if min(np.ptp(ours), np.ptp(theirs)) > 0:
-        found["tau"] = float(stats.kendalltau(ours, theirs).statistic)
-        found["rho"] = float(stats.spearmanr(ours, theirs).statistic)
-    return found
-
-
-def nearer(level, p, query):
-    """The one of HOW whose mean gains of queries lie nearer to people's, and the mean distance of each."""
-    theirs = mean_gains(certain(level), query, "probable")
-    distance = {}
+def trust(rows):
+    """Which gain is nearer to people's, the mean distance of each over queries, and how far the judge agrees
+    with people, overall ("") and by language. rows: with people's labels, of read_labelled()."""
+    p, level = rows["teacher"], rows["label"]
+    pairs = pd.DataFrame({"query": rows["query_index"], "level": level, "likeliest": p.argmax(axis=1) + 1})
+    pairs["people"] = GAINS[level - 1]
     for how in HOW:
-        ours = mean_gains(p, query, how)
-        distance[how] = float(np.abs(ours - theirs).mean())
-    return min(HOW, key=distance.get), distance
-
-
-def trust(level, p, query, language):
-    """Which gain is nearer to people's, both distances, and how far the judge agrees with people, overall
-    ("") and by language, on pairs with a person's label [N]."""
-    how, distance = nearer(level, p, query)
-    agrees = {"": agreement(level, p, query, how)}
-    for name in sorted(set(language)):
-        at = language == name
-        agrees[name] = agreement(level[at], p[at], query[at], how)
+        pairs[how], _ = gains(p, how)
+    means = pairs.groupby("query").mean()
+    distance = {how: (means[how] - means["people"]).abs().mean() for how in HOW}
+    how = min(HOW, key=distance.get)
+    agrees = {"": agreement(pairs, how)}
+    for language, some in pairs.groupby(rows["language"]):
+        agrees[language] = agreement(some, how)
     return how, distance, agrees
 
 
+def agreement(pairs, how):
+    """The judge on pairs with a person's label (a table of trust): exact and within one level, quadratic
+    weighted kappa, and Kendall's tau and Spearman's rho of the queries' mean gains; NaN where a
+    coefficient does not exist."""
+    level, likeliest = pairs["level"], pairs["likeliest"]
+    off = (likeliest - level).abs()
+    means = pairs.groupby("query")[["people", how]].mean()
+    return {
+        "pairs": len(pairs),
+        "queries": len(means),
+        "exact": (off == 0).mean(),
+        "within_one": (off <= 1).mean(),
+        "kappa": cohen_kappa_score(level, likeliest, labels=[*LEVELS], weights="quadratic"),
+        "tau": means.corr("kendall").iloc[0, 1],
+        "rho": means.corr("spearman").iloc[0, 1],
+    }
+
+
 def detectable(deviation, n):
-    """The smallest mean difference that n queries detect (two-sided 5 %, 80 % power); its values have this
-    standard deviation."""
-    return float(DETECTED * deviation / np.sqrt(n))
-
-
-def queries_for(deviation, difference):
-    """How many queries detect a mean difference."""
-    needed = (DETECTED * deviation / difference) ** 2
-    return int(np.ceil(needed))
-
-
-def allocation(values, stratum, weight, n):
-    """How to draw n queries from strata: proportionally to their traffic, or optimally (Neyman, 1934: to
-    traffic times standard deviation). values, stratum, weight [Q] -> {stratum: (proportional, optimal)}, and
-    what n queries detect so: (proportional, optimal)."""
-    share = pd.Series(weight).groupby(stratum).sum() / weight.sum()
-    deviation = pd.Series(values).groupby(stratum).std().fillna(0)  # of one query: 0
-    product = share * deviation
-    optimal = share
-    if product.sum() > 0:
-        optimal = product / product.sum()
-    drawn = {}
-    for name in share.index:
-        drawn[str(name)] = round(n * share[name]), round(n * optimal[name])
-    proportional = np.sqrt(share @ deviation**2)
-    return drawn, (detectable(proportional, n), detectable(product.sum(), n))
+    """The smallest mean difference that n queries detect."""
+    return DETECTED * deviation / np.sqrt(n)
 
 
 def power(values, stratum, weight, want, plan):
-    """What the queries at hand detect by these differences [Q], how many detect the difference `want`, and
-    how to draw `plan` queries from the strata next time."""
-    at = np.isfinite(values)
-    values = values[at]
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else np.nan
-    drawn, detects = allocation(values, stratum[at], weight[at], plan)
+    """What the queries at hand detect by these differences [Q], how many detect the difference `want` (0: not
+    asked), and how to draw `plan` queries from the strata next time: by their traffic, or optimally (Neyman,
+    1934: by traffic times standard deviation), and what these detect."""
+    queries = pd.DataFrame({"value": values, "weight": weight, "stratum": stratum}).dropna()
+    strata = queries.groupby("stratum").agg({"weight": "sum", "value": "std"}).fillna(0)
+    share, deviation = strata["weight"] / strata["weight"].sum(), strata["value"]
+    product = share * deviation
+    drawn = {"proportional": share, "optimal": (product / product.sum()).fillna(share)}
+    drawn = plan * pd.DataFrame(drawn)
+    spread = {"proportional": np.sqrt(share @ deviation**2), "optimal": product.sum()}
+    deviation = queries["value"].std()
     return {
-        "queries": len(values),
+        "queries": len(queries),
         "deviation": deviation,
-        "detects": detectable(deviation, len(values)),
-        "queries_for_want": want and queries_for(deviation, want),
-        "plan": {"queries": plan, "proportional_optimal": drawn, "detects": detects},
+        "detects": detectable(deviation, len(queries)),
+        "queries_for_want": want and np.ceil((DETECTED * deviation / want) ** 2),
+        "plan": drawn.round().to_dict("index"),
+        "plan_detects": {how: detectable(value, plan) for how, value in spread.items()},
     }

@@ -17,7 +17,7 @@ import functools
 import importlib
 import sys
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,21 +26,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import estimates  # noqa: E402
 from experiments.comparison import plot_intervals  # noqa: E402
-from experiments.lists import Lists, people_on, strata_of  # noqa: E402
-from lib.inputs.inherited import require_teacher, teacher_identity, whence  # noqa: E402
+from experiments.lists import Lists, strata_of  # noqa: E402
+from lib.inputs.inherited import require_pairs, require_teacher, whence  # noqa: E402
 from lib.inputs.known import KnownLabels, tables_of  # noqa: E402
 from lib.inputs.pairs import COLUMNS, count_labels, count_rows, read_labelled, read_labels  # noqa: E402
 from lib.inputs.rows import tokenized_shards  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
 from lib.stages.files import fingerprint, write_json, write_parquet  # noqa: E402
-from lib.stages.finished import require_finished  # noqa: E402
 from lib.stages.hardware import pick_hardware  # noqa: E402
 from lib.stages.settings import ROOT, Count, DeviceSettings, NonNegative, parse  # noqa: E402
 from lib.stages.stage import Stage  # noqa: E402
 from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 
 stage_03 = importlib.import_module("03_label")
-METRICS = {"ndcg": "nDCG", "sdcg": "scaled DCG", "precision": "precision"}
+METRICS = {"ndcg": "nDCG@{}", "sdcg": "scaled DCG@{}", "precision": "precision@{}"}
+VALUE = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+CORRECTED = f"; corrected {VALUE} by {{people:,}} queries of people (as {{people_alone:,}} alone)"
 FEWEST = 5  # queries of people, or of the judge alone, below which nothing is corrected
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
@@ -62,13 +63,11 @@ class Settings(DeviceSettings):
 def named_files(results):
     """("control=bm25.run", …) -> {name: path}"""
     files = {}
-    for text in results:
+    for text in results or [""]:
         name, _, path = text.partition("=")
         if not name.isidentifier() or name in files or not Path(path).is_file():
             raise Stop(f"--results {text}: write NAME=FILE: a file that is there, each name once, of letters")
         files[name] = Path(path)
-    if not files:
-        raise Stop("--results: give at least one list as NAME=FILE")
     return files
 
 
@@ -78,9 +77,8 @@ def label_pairs(settings, pairs, read, about, model, work):
     features, folder = settings.run / "features", settings.run / "teacher"
     device, dtype, hardware = pick_hardware(settings)
     text, target = stage_03.open_text(folder, settings, about, model), {}
-    for start in range(0, len(pairs), SHARD):
-        some = pairs[start : start + SHARD]
-        path = work / "work" / f"pairs-{start // SHARD:05d}.parquet"
+    for number, some in pairs.groupby(pairs.index // SHARD):
+        path = work / "work" / f"pairs-{number:05d}.parquet"
         write_parquet(path, {"query_index": some["query"], "pin_index": some["pin"]})
         target[path] = path.with_name(f"labels-{path.name}")
     todo = [path for path in target if not target[path].exists()]
@@ -97,35 +95,26 @@ def label_pairs(settings, pairs, read, about, model, work):
 
 
 def compared(judge, people, covered, groups, weight):
-    """Means and differences of every list and metric: {"control", or "treatment - control": {metric:
+    """Means of every list, and difference of two, by metric and group: {"treatment - control": {metric:
     {group: Estimate, "corrected": …}}}. judge, people: of Lists.metrics(); groups: {name: [Q]}."""
     found = {}
-    pairs = [(name,) for name in judge] + [(b, a) for a, b in combinations(judge, 2)]
-    for names, metric in product(pairs, METRICS):
-        ours, theirs = (values_of(of, metric, *names) for of in (judge, people))
-        entry = {}
+    for name, metric in product(judge, METRICS):
+        ours, theirs = judge[name][metric], people[name][metric]
+        entry = {"corrected": correct(ours, theirs, covered, weight)}
         for group, at in groups.items():
             entry[group] = estimates.mean(ours[at], weight[at])._asdict()
-        entry["corrected"] = correct(ours, theirs, covered, weight)
-        found.setdefault(" - ".join(names), {})[metric] = entry
+        found.setdefault(name, {})[metric] = entry
     return found
 
 
-def values_of(metrics, metric, one, other=None):
-    """A metric of a list by query [Q], or one list's less the other's. metrics: of Lists.metrics()."""
-    values = metrics[one][metric]
-    if other:
-        values = values - metrics[other][metric]
-    return values.to_numpy()
-
-
-def groups_of(lists, strata):
-    """All queries, and those of each language and stratum where there are several: {name: [Q]}."""
-    groups = {"all": np.full(len(strata), True)}
-    for names in (lists.queries["language"].to_numpy(), strata):
-        different = sorted(set(names))
+def groups_of(weight, *columns):
+    """All queries of some weight [Q], and those of each language and stratum, where there are several: {name:
+    [Q]}. columns: their names [Q]."""
+    groups = {"all": weight > 0}
+    for names in columns:
+        different = sorted(set(names[groups["all"]]))
         for name in different if len(different) > 1 else ():
-            groups[str(name)] = names == name
+            groups[name] = names == name
     return groups
 
 
@@ -144,43 +133,35 @@ def correct(judge, people, covered, weight):
 
 def plot_differences(means, groups, path):
     """Means of every pair of lists (of one list: its values) by group, with intervals; a panel a metric."""
-    names, panels = [name for name in means if " - " in name] or list(means), {}
+    names, panels = [name for name in means if " - " in name] or means, {}
     for metric, heading in METRICS.items():
-        rows = panels.setdefault(f"{heading}@K", {})
+        rows = panels[heading.format("K")] = {}
         for name, group in product(names, groups):
             rows[f"{name}, {group}"] = SimpleNamespace(**means[name][metric][group])
     plot_intervals(path, panels)
 
 
-def shown(found):
-    """An Estimate in words."""
-    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+def numbers(found):
+    """{"queries": 280, "kappa": 0.94, …} -> "queries 280, kappa 0.94, …"."""
+    return ", ".join(f"{name} {value:,.4g}" for name, value in found.items())
 
 
-def say(result, top):
+def say(result):
     """The result on the terminal."""
-    overall = result["agreement"][""]
-    agrees = [f"{name} {overall[name]:.3f}" for name in ("exact", "within_one", "kappa", "tau", "rho")]
-    of_pairs = f"{overall['pairs']:,} pairs of {overall['queries']:,} queries"
-    print(f"judge beside people, {of_pairs}: {', '.join(agrees)}")
-    far = ", ".join(f"{how} {distance:.3f}" for how, distance in result["distance"].items())
-    print(f"gain of a pair: {result['gain']}, the nearer to people's (mean distance: {far})")
-    few = True
+    print("judge beside people:", numbers(result["agreement"][""]))
+    print(f"gain of a pair: {result['gain']}, the nearer to people's:", numbers(result["distance"]))
     for name, metric in product(result["means"], METRICS):
-        groups = result["means"][name][metric]
-        line = f"  {name:<24} {METRICS[metric] + f'@{top}':<15} {shown(groups['all'])}"
-        corrected = groups["corrected"]
-        if corrected:
-            few = False
-            by = f"{corrected['people']:,} queries of people (as {corrected['people_alone']:,} alone)"
-            line += f"; corrected {shown(corrected)} by {by}"
+        found = result["means"][name][metric]
+        line = f"  {name:<24} {METRICS[metric].format(result['top']):<15} {VALUE.format(**found['all'])}"
+        if found["corrected"]:
+            line += CORRECTED.format(**found["corrected"])
         print(line)
-    if few:
+    if not found["corrected"]:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
         line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
         if found["queries_for_want"]:
-            line += f"; the wanted difference takes {found['queries_for_want']:,}"
+            line += f"; the wanted difference takes {found['queries_for_want']:,.0f}"
         print(line)
 
 
@@ -190,12 +171,11 @@ def main(argv=None):
     quiet_libraries()
     run, files = settings.run, named_files(settings.results)
     read, about, model = require_teacher(run, run / "teacher", settings.model)
-    labels = require_finished(run / "labels", f"03_label.py --run {run}", ["labelled.parquet", "pool.json"])
+    labels = require_pairs(run, ["labelled.parquet", "pool.json"])["labels"]
     of_03 = parse(stage_03.PRESETS, labels["command"])  # the flags that the run's labels were made with
     of_03 = replace(of_03, run=run, model=settings.model, device=settings.device)
     inputs = {f"list {name}": fingerprint(path) for name, path in files.items()}
-    inputs |= {"features": read["features"]["identity"], "teacher": teacher_identity(read["teacher"])}
-    inputs["precision"] = pick_hardware(of_03)[2]
+    inputs |= {"labels": labels["identity"], "precision": pick_hardware(of_03)[2]}
     if Path(settings.strata).is_file():
         inputs["strata"] = fingerprint(settings.strata)
     stage = Stage(run / "judged" / settings.name, replace(settings, results=()), inputs)
@@ -205,34 +185,27 @@ def main(argv=None):
     # 2. The lists, and the teacher's label of every pair
     lists = Lists(files, run, settings.top)
     print(f"{len(files)} lists, {len(lists.queries):,} queries, {len(lists.pairs):,} different pairs")
+    strata, weight = strata_of(settings.strata, lists.queries)
     p = label_pairs(of_03, lists.pairs, read, about, model, stage.folder)
 
     # 3. How far it can be trusted, and what it says
     _, evaluation = read_labelled(run)
-    columns = "label", "teacher", "query_index", "language"
-    how, distance, agreement = estimates.trust(*(evaluation[name] for name in columns))
-    people, covered = people_on(lists, evaluation)
+    how, distance, agreement = estimates.trust(evaluation)
+    level, covered = lists.people(evaluation)
     judge = lists.metrics(*estimates.gains(p, how))
-    people = lists.metrics(*estimates.gains(people, how))
-    strata, weight = strata_of(settings.strata, lists)
-    groups = groups_of(lists, strata)
-    result = {
-        "top": settings.top,
-        "gain": how,
-        "distance": distance,
-        "agreement": agreement,
-        "means": compared(judge, people, covered, groups, weight),
-        "power": {},
-    }
-    for a, b in combinations(judge, 2):  # of nDCG
-        options = strata, weight, settings.want, settings.plan
-        result["power"][f"{b} - {a}"] = estimates.power(values_of(judge, "ndcg", b, a), *options)
+    people = lists.metrics(*estimates.gains(estimates.certain(level), how))
+    groups = groups_of(weight, lists.queries["language"].to_numpy(), strata)
+    result = {"top": settings.top, "gain": how, "distance": distance, "agreement": agreement}
+    result["means"] = compared(judge, people, covered, groups, weight)
+    options = strata, weight, settings.want, settings.plan
+    differences = [name for name in judge if " - " in name]
+    result["power"] = {name: estimates.power(judge[name]["ndcg"], *options) for name in differences}
 
     # 4. Files, and the terminal
-    write_parquet(stage.folder / "pairs.parquet", {**lists.columns(), **dict(zip(COLUMNS, p.T))})
+    write_parquet(stage.folder / "pairs.parquet", lists.columns() | dict(zip(COLUMNS, p.T)))
     write_json(stage.folder / "metrics.json", result)
-    plot_differences(result["means"], list(groups), stage.folder / "differences.png")
-    say(result, settings.top)
+    plot_differences(result["means"], groups, stage.folder / "differences.png")
+    say(result)
     stage.finish(["work"], rows={"pairs": len(p), "queries": len(lists.queries)})
 
 

@@ -1,15 +1,16 @@
 """Result lists over the queries and pins of a run: their pairs, and the metrics of each list.
 
-Shapes: N pairs in some list's top, Q queries with a list, C = 5 levels.
+Shapes: N pairs in some list's top, Q queries with a list.
 """
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from experiments.estimates import certain, list_metrics
+from experiments.estimates import GAINS
 from lib.inputs.pairs import read_queries
 from lib.stages.terminal import Stop
 from lib.tables.result_lists import read_columns, read_results, rows_of_queries
@@ -18,92 +19,110 @@ PAIR = ["query", "pin"]
 
 
 class Lists:
-    """Result lists of a run's queries. tops: {list: table of query, pin, rank from 0}; pairs [N]: query and
-    pin of all of them, row numbers of the run's tables; queries [Q]: what `queries` has of those with a list,
-    by row number, and their key."""
+    """Result lists of a run's queries. pairs [N]: query and pin of all of them, row numbers of the run's
+    tables; places [N]: in each list, from 1; NaN: not in its top; queries [Q]: what `queries` has of those
+    with a list, by row number, and their key."""
 
     def __init__(self, files, run, top):
         features, self.top = run / "features", top
         queries = pd.read_parquet(features / "queries.parquet")
         queries["key"], queries["language"] = read_queries(features)
-        self.pins = pd.Index(pd.read_parquet(features / "pins.parquet", columns=["pin_id"])["pin_id"])
-        self.tops = {name: read_top(path, queries, self.pins, top) for name, path in files.items()}
-        pairs = pd.concat(self.tops.values())[PAIR].drop_duplicates()
-        self.pairs = pairs.sort_values(PAIR, ignore_index=True)
+        pins = pd.read_parquet(features / "pins.parquet", columns=["pin_id"])
+        self.pins = pd.Index(pins["pin_id"])
+        tops = {name: read_top(path, queries, self.pins, top) for name, path in files.items()}
+        self.places = pd.concat(tops, axis=1).sort_index()
+        self.pairs = self.places.index.to_frame(index=False)
         self.queries = queries.loc[self.pairs["query"].unique()]
 
     def columns(self):
-        """Of the pairs: ids of query and pin, and the place in each list, from 1 (null: not in its top)."""
+        """Of the pairs: ids of query and pin, and the place in each list."""
         found = {
             "query_id": pa.array(self.queries["query_id"][self.pairs["query"]], pa.string()),
             "pin_id": pa.array(self.pins[self.pairs["pin"]], pa.string()),
         }
-        for name, top in self.tops.items():
-            place = self.pairs.merge(top, how="left", on=PAIR)["rank"] + 1
+        for name, place in self.places.items():
             found[f"rank_{name}"] = pa.array(place.astype("Int32"))
         return found
 
     def metrics(self, gain, relevant):
-        """{list: table of metrics by query [Q]}, NaN for queries that it does not answer. gain, relevant
-        [N]."""
-        judged, found = self.pairs.assign(gain=gain, relevant=relevant), {}
-        for name, top in self.tops.items():
-            made = list_metrics(top.merge(judged, on=PAIR), judged, self.top)
-            found[name] = made.reindex(self.queries.index)
+        """{list, or "b - a": table of metrics by query [Q]}, NaN for queries that a list does not answer.
+        gain, relevant [N]."""
+        gain, relevant = (pd.Series(values, self.places.index) for values in (gain, relevant))
+        found = {}
+        for name, place in self.places.items():
+            found[name] = list_metrics(place, gain, relevant, self.top)
+        for a, b in combinations(self.places, 2):
+            found[f"{b} - {a}"] = found[b] - found[a]
         return found
+
+    def people(self, evaluation):
+        """People's level of each pair [N], 1 where they have none, and which queries have all of their pairs
+        labelled [Q]. evaluation: rows that the teacher was not trained on."""
+        pairs = [evaluation["query_index"], evaluation["pin_index"]]
+        level = pd.Series(evaluation["label"], pairs).reindex(self.places.index)
+        covered = level.notna().groupby(level="query").all()
+        return level.fillna(1).to_numpy(int), covered.to_numpy()
+
+
+def list_metrics(place, gain, relevant, top):
+    """Metrics of a result list by query: a table of ndcg, sdcg, precision. place [N]: in the list, from 1 to
+    `top`, or NaN, of all pairs with a label, by query and pin; gain, relevant [N].
+
+    ndcg: the ideal list is made of the query's pairs (Burges et al., 2005); NaN where none has a gain.
+    sdcg: scaled DCG, the ideal list is `top` pins of level 5. precision: share of relevant pins."""
+    best = gain.groupby(level="query").rank(method="first", ascending=False)
+    ideal = dcg(gain, best.where(best <= top))
+    found = pd.DataFrame({"dcg": dcg(gain, place)})
+    found["ndcg"] = found["dcg"] / ideal.where(ideal > 0)
+    discount = 1 / np.log2(np.arange(top) + 2)
+    found["sdcg"] = found["dcg"] / (GAINS[-1] * discount.sum())
+    found["precision"] = total(relevant.where(place > 0)) / top
+    return found
+
+
+def dcg(gain, place):
+    """Discounted cumulative gain by query of pairs at places from 1; NaN: not in the list."""
+    return total(gain / np.log2(place + 1))
+
+
+def total(values):
+    """The sum by query; NaN where none is known."""
+    return values.groupby(level="query").sum(min_count=1)
 
 
 def read_top(path, queries, pins, top):
-    """The first `top` pins of each list in a file: a table of query, pin, rank from 0. queries: a table of
-    the run's; pins: its ids. Says in one line what the run does not have."""
+    """The place, from 1 to `top`, of pairs of query and pin in the lists of a file. queries: a table of the
+    run's; pins: its ids. Says in one line what the run does not have."""
     table = read_results(path)
-    found = pd.DataFrame({"score": table["score"].to_numpy()})
+    found = table.select(["pin_id", "score"]).to_pandas()
     found["query"] = rows_of_queries(table, queries["query_id"], queries["key"])
-    found["pin"] = pins.get_indexer(table["pin_id"].to_pylist())
-    for what in PAIR:
-        unknown = np.flatnonzero(found[what] < 0)
-        if len(unknown):
-            rest = f"{len(unknown):,} of {len(found):,} rows with a {what} unknown to the run left out"
-            [first] = table.slice(int(unknown[0]), 1).to_pylist()
-            print(f"{path}: {rest}, the first: {first}")
-    found = found[(found[PAIR] >= 0).all(axis=1)]
-    if found.empty:
+    found["pin"] = pins.get_indexer(found["pin_id"])
+    known = (found["query"] >= 0) & (found["pin"] >= 0)
+    if not known.all():
+        unknown = f"{(~known).sum():,} rows of a query or a pin that the run does not have are left out"
+        print(f"{path}: {unknown}, the first: row {known.argmin() + 1}")
+    if not known.any():
         raise Stop(f"{path}: no row with a query and a pin of this run")
-    found["score"] *= -1
-    found = found.sort_values(["query", "score"])
+    found = found[known].sort_values("score", ascending=False, kind="stable")
     found = found.drop_duplicates(PAIR)  # a pin that a list names twice counts once
-    found["rank"] = found.groupby("query").cumcount()
-    return found.loc[found["rank"] < top, [*PAIR, "rank"]]
+    found["place"] = found.groupby("query").cumcount() + 1
+    return found[found["place"] <= top].set_index(PAIR)["place"]
 
 
-def people_on(lists, evaluation):
-    """People's labels of the lists' pairs: probabilities of 1 [N, C], and which queries have all of their
-    pairs labelled [Q]. evaluation: rows that the teacher was not trained on."""
-    people = pd.DataFrame({"query": evaluation["query_index"], "pin": evaluation["pin_index"]})
-    people["label"] = evaluation["label"]
-    label = lists.pairs.merge(people.drop_duplicates(PAIR), how="left", on=PAIR)["label"]
-    known = label.notna()
-    p = certain(label.fillna(1).astype(int)) * known.to_numpy()[:, None]
-    covered = known.groupby(lists.pairs["query"]).all()
-    return p, covered.to_numpy()
-
-
-def strata_of(named, lists):
+def strata_of(named, queries):
     """Stratum (a text) and weight of each query [Q]. named: a column of the run's queries, or a table with
     query_id or query, stratum, and perhaps weight; "": one stratum."""
-    queries = lists.queries
-    stratum, weight = np.full(len(queries), "all", object), np.ones(len(queries))
-    if not named:
-        return stratum, weight
+    stratum = np.full(len(queries), "other" if named else "all", object)
+    weight = np.ones(len(queries))
     if named in queries:
-        return queries[named].astype("string").fillna("None").to_numpy(object), weight
-    if not Path(named).is_file():
-        raise Stop(f"--strata {named}: no column of queries and no file")
-    table = read_columns(Path(named), {"stratum": "text", "weight": "number"})
-    row = rows_of_queries(table, queries["query_id"], queries["key"])
-    known = row >= 0
-    stratum[row[known]] = np.array(table["stratum"].to_pylist(), object)[known]
-    if "weight" in table.column_names:
-        weight[:] = 0
-        weight[row[known]] = np.nan_to_num(table["weight"].to_numpy())[known]
+        stratum = queries[named].astype("string").fillna("None").to_numpy(object)
+    elif named:
+        table = read_columns(Path(named), {"stratum": "text", "weight": "number"})
+        row = rows_of_queries(table, queries["query_id"], queries["key"])
+        known = row >= 0
+        table, row = table.to_pandas()[known], row[known]
+        stratum[row] = table["stratum"]
+        if "weight" in table:
+            weight[:] = 0
+            weight[row] = table["weight"].fillna(0)
     return stratum, weight

@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.metrics import ndcg_score
 
 from experiments import estimates, judge
+from experiments.lists import list_metrics
 from lib.tables.result_lists import read_results, rows_of_queries
 
 # ------------------------------------------------------------------------------------------------------------
@@ -25,17 +26,18 @@ def test_metrics_of_a_list():
     level = np.array([5, 3, 1, 2, 4, 1])
     gain, relevant = estimates.gains(np.eye(5)[level - 1], "probable")
     np.testing.assert_array_equal(gain, 2.0 ** (level - 1) - 1)
-    judged = pd.DataFrame({"query": [7, 7, 7, 9, 9, 9], "gain": gain, "relevant": relevant})
-    found = estimates.list_metrics(judged.iloc[[1, 0, 2, 3]].assign(rank=[0, 1, 2, 0]), judged, 3)
+    pairs = pd.MultiIndex.from_arrays([[7, 7, 7, 9, 9, 9], range(6)], names=["query", "pin"])
+    gain, relevant = pd.Series(gain, pairs), pd.Series(relevant, pairs)
+    found = list_metrics(pd.Series([2, 1, 3, 1, np.nan, np.nan], pairs), gain, relevant, 3)
     shown = ndcg_score([gain[:3]], [[2, 3, 1]], k=3)
     best = 7 + 1 / np.log2(3)  # levels 4, 2
     np.testing.assert_allclose(found["ndcg"], [shown, 1 / best])
     scale = 15 * (1 / np.log2([2, 3, 4])).sum()
     np.testing.assert_allclose(found["sdcg"], [(3 + 15 / np.log2(3)) / scale, 1 / scale])
     np.testing.assert_allclose(found["precision"], [1 / 3, 0])
-    poor = judged.iloc[[2, 5]].assign(query=7)
-    nothing = estimates.list_metrics(poor.assign(rank=[0, 1]), poor, 3)
+    nothing = list_metrics(pd.Series([np.nan, np.nan, 1, *[np.nan] * 3], pairs), gain * 0, relevant, 3)
     assert np.isnan(nothing["ndcg"][7]) and nothing["sdcg"][7] == 0
+    assert nothing.loc[9].isna().all()  # not answered by the list
 
 
 def test_expected_gain():
@@ -47,7 +49,7 @@ def test_expected_gain():
 
 def test_mean_and_its_interval():
     values = np.random.default_rng(0).normal(1, 2, 40)
-    found = estimates.mean(np.append(values, np.nan))
+    found = estimates.mean(np.append(values, np.nan), np.ones(41))
     reference = stats.ttest_1samp(values, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
     twice = estimates.mean(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 2.0]))
@@ -65,7 +67,7 @@ def test_corrected_mean_is_that_of_ppi_python():
     found, tuned = estimates.corrected_mean(people, judge[:n], judge[n:])
     assert found.value == pytest.approx(-0.0290468, abs=1e-3)
     assert 1.959964 * found.error == pytest.approx((0.09872262 + 0.15681623) / 2, rel=0.01)
-    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people).error
+    assert 0.5 < tuned < 1.5 and found.error < estimates.mean(people, np.ones(n)).error
     assert estimates.queries_as_good(people, found.error) > n
 
 
@@ -84,24 +86,32 @@ def test_power_and_allocation():
     difference = estimates.detectable(deviation, n)
     found = [stats.ttest_1samp(rng.normal(difference, deviation, n), 0).pvalue < 0.05 for _ in range(500)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
-    assert estimates.queries_for(deviation, difference) == pytest.approx(n, abs=1)
     values = np.concatenate([np.tile([-1.0, 1.0], 50), np.tile([-3.0, 3.0], 50)])
     stratum = np.repeat(["calm", "wild"], 100)
-    drawn, (proportional, optimal) = estimates.allocation(values, stratum, np.ones(200), 100)
-    assert drawn == {"calm": (50, 25), "wild": (50, 75)} and optimal < proportional
+    found = estimates.power(values, stratum, np.ones(200), 0.1, 100)
+    assert estimates.detectable(found["deviation"], found["queries_for_want"]) == pytest.approx(0.1, rel=0.01)
+    assert [*found["plan"]["calm"].values(), *found["plan"]["wild"].values()] == [50, 25, 50, 75]
+    assert found["plan_detects"]["optimal"] < found["plan_detects"]["proportional"]
 
 
 def test_agreement():
     level, query = np.array([1, 2, 5, 5, 3, 3]), np.array([0, 0, 1, 1, 2, 2])
-    found = estimates.agreement(level, np.eye(5)[level - 1], query, "probable")
-    assert [found[name] for name in ("exact", "within_one", "kappa", "tau", "rho")] == pytest.approx([1] * 5)
-    off = estimates.agreement(level, np.eye(5)[np.minimum(level, 4)], query, "probable")
+    names = ("exact", "within_one", "kappa", "tau", "rho")
+
+    def agreement(level, likeliest, query):
+        rows = {"label": level, "teacher": np.eye(5)[likeliest - 1], "query_index": query}
+        _, distance, agrees = estimates.trust({**rows, "language": np.array(["en"] * len(level))})
+        assert agrees[""] == agrees["en"]
+        return distance, agrees["en"]
+
+    distance, found = agreement(level, level, query)
+    assert [found[name] for name in names] == pytest.approx([1] * 5)
+    assert distance == {"expected": 0, "probable": 0}
+    _, off = agreement(level, np.minimum(level, 4) + 1, query)
     assert off["exact"] == pytest.approx(2 / 6) and off["within_one"] == 1 and 0 < off["kappa"] < 1
-    level, likeliest = np.array([5, 1]), np.array([4, 1])  # levels that nobody gives keep their distance
-    two = estimates.agreement(level, np.eye(5)[likeliest - 1], np.array([0, 1]), "probable")
+    # Levels that nobody gives keep their distance
+    _, two = agreement(np.array([5, 1]), np.array([4, 1]), np.array([0, 1]))
     assert two["kappa"] == pytest.approx(1 - 0.5 / (26 / 4))  # Cohen, 1968
-    level = np.array([1, 2, 5, 5, 3, 3])
-    assert estimates.nearer(level, np.eye(5)[level - 1], query)[1] == {"expected": 0, "probable": 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,6 +148,17 @@ def test_a_wrong_list_is_one_line(tmp_path, name):
     (tmp_path / name).write_text(text)
     line = stop_line(read_results, tmp_path / name)
     assert said in line and name in line
+
+
+def test_queries_without_traffic_are_no_group():
+    """As those that a table of strata does not have."""
+    weight, strata = np.array([1.0, 2.0, 0.0]), np.array(["head", "tail", "other"])
+    groups = judge.groups_of(weight, np.array(["en", "en", "de"]), strata)
+    assert {name: at.tolist() for name, at in groups.items()} == {
+        "all": [True, True, False],
+        "head": [True, False, False],
+        "tail": [False, True, False],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -59,22 +59,29 @@ def test_the_queue(run, queue):
 
 
 def test_the_draw_follows_the_traffic():
-    stratum, traffic = np.array(["a"] * 50 + ["b"] * 50), np.array([3.0] * 50 + [1.0] * 50)
-    open_to = np.arange(100) % 10 > 0
-    rows, weights = choose.draw(stratum, traffic, open_to, 40, np.random.default_rng(0))
-    assert len({*rows}) == 40 and open_to[rows].all() and sum(weights) == pytest.approx(1)
-    assert (np.array(rows) < 50).sum() == 30
-    few, _ = choose.draw(stratum, traffic * (np.arange(100) < 5), open_to, 40, np.random.default_rng(0))
+    queries = pd.DataFrame({"stratum": ["a"] * 50 + ["b"] * 50, "traffic": [3.0] * 50 + [1.0] * 50})
+    is_open = queries.index % 10 > 0
+    drawn = choose.draw(queries[is_open], 40, np.random.default_rng(0))
+    assert len({*drawn.index}) == 40 and is_open[drawn.index].all()
+    assert (drawn["stratum"] == "a").sum() == 30 and drawn["weight"].sum() == pytest.approx(1)
+    few = choose.draw(queries[is_open][:4], 40, np.random.default_rng(0))
     assert len(few) == 4  # no more are shown
 
 
-def test_strata():
-    queries = pd.DataFrame({"language": ["en", "de", "en"]})
-    traffic = np.array([10.0, 1.0, 1.0])
-    assert choose.strata_of(queries, traffic, ("language",)).tolist() == ["en", "de", "en"]
-    popular = choose.strata_of(queries, np.array([1.0, 1.0, 1.0]), ("popularity",)).tolist()
-    assert sorted(popular) == ["head", "tail", "torso"]
-    assert "no column" in stop_line(choose.strata_of, queries, traffic, ("shop",))
+def test_a_query_is_drawn_by_its_traffic():
+    rng, first = np.random.default_rng(0), []
+    queries = pd.DataFrame({"stratum": ["a"] * 3, "traffic": [1.0, 2.0, 5.0]})
+    for _ in range(300):
+        first += choose.draw(queries, 1, rng).index.tolist()
+    assert np.bincount(first) / 300 == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.1)
+
+
+def test_strata(run, tmp_path):
+    assert sorted(choose.popularity(pd.Series([1.0, 1.0, 1.0]))) == ["head", "tail", "torso"]
+    flags = ["--run", str(run), "--out", str(tmp_path / "queue.csv"), "--strata", "language"]
+    choose.main([*flags, "popularity", "--queries", "9", "--pins", "1"])
+    assert pd.read_csv(tmp_path / "queue.csv")["stratum"].str.fullmatch("[a-z]{2} / (head|torso|tail)").all()
+    assert "no column" in stop_line(choose.main, [*flags, "shop"])
 
 
 # ------------------------------------------------------------------------------------------------------------
