@@ -38,7 +38,8 @@ from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import report, summary
-from lib.results.export import CHECKED_ROWS, save_for_serving
+from lib.results.contract import contract
+from lib.results.export import CHECKED_ROWS, save_onnx
 from lib.stages.checkpoint import CHECKPOINT, Checkpoints
 from lib.stages.files import write_jsonl
 from lib.stages.hardware import pick_device
@@ -375,7 +376,10 @@ def main(argv=None):
     # 5. Save, also as a service takes it
     sample = held_out if len(held_out) else next(rows.batches(epoch=0))
     columns, _ = tensors(inputs, sample[:CHECKED_ROWS], "cpu")
-    save_for_serving(student, read["features"], columns, stage.folder)
+    student.spec |= contract(student.spec, read["features"])
+    student.save(stage.folder)
+    difference = save_onnx(student, columns, stage.folder)
+    print(f"student.onnx: its probabilities are PyTorch's to {difference:.0e}")
     write_jsonl(stage.folder / "training_log.jsonl", log)
     dropouts = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
     counts = {"train": rows.total, "human": len(rows.human), "held_out": len(held_out)}

@@ -14,12 +14,15 @@ Paper   python 05_evaluate.py --preset paper --run /runs/search
 Shapes: B rows (pairs of query and pin with a human label), Q queries, C = 5 levels.
 """
 
-import re
+import itertools
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import rel_entr
 from sklearn.metrics import ndcg_score
 
 from common import NUM_LEVELS, THRESHOLDS, Student, at_least, at_temperature, expected_level
@@ -30,11 +33,11 @@ from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import cards, pictures, queries, report
-from lib.results.temperatures import fit_temperatures
 from lib.stages.files import write_json
-from lib.stages.settings import Range, Size, StageSettings, parse
+from lib.stages.settings import NonNegative, Range, Size, StageSettings, parse
 from lib.stages.stage import Stage
-from lib.stages.terminal import Stop, run_main
+from lib.stages.terminal import run_main
+from lib.tables.splits import in_hash_split
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,13 @@ class Settings(StageSettings):
 
     resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
-    gains: str = ""  # 5=1,4=0.1,3=0.01: adds nDCG of whole lists with these gains of levels, and macro-F1
+    gains: tuple[(NonNegative,) * NUM_LEVELS] | None = None  # of levels 1 to 5, as 0 0 0.01 0.1 1: adds nDCG
+    # of whole lists with these gains, and macro-F1
     seed: Size = 0  # of the bootstrap
 
 
-TOY = Settings()
-SMALL = replace(TOY, preset="small")
-PAPER = replace(TOY, preset="paper", search_pages=10)  # our choice
-PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
+PAPER = replace(Settings(), preset="paper", search_pages=10)  # our choice
+PRESETS = {"toy": Settings(), "small": replace(Settings(), preset="small"), "paper": PAPER}
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "*_embedding.npy", POOL)  # features/, labels/
 GAINS = 2.0 ** np.arange(NUM_LEVELS) - 1  # Burges et al., 2005, with the lowest level at gain 0
 
@@ -68,12 +70,6 @@ def predicted_level(p):
 def accuracy(y, p, w):
     """Share of rows whose most probable level is the label."""
     return np.average(predicted_level(p) == y, weights=w)
-
-
-def within_one(y, p, w):
-    """Share of rows whose most probable level is at most one off."""
-    distance = np.abs(predicted_level(p) - y)
-    return np.average(distance <= 1, weights=w)
 
 
 def ranked(score):
@@ -100,8 +96,8 @@ def auroc(positive, ranks, w):
 def macro_f1(y, p, w):
     """Mean F1 of the most probable level over the levels that are labels. (Micro-F1 is the accuracy.)"""
     guess = predicted_level(p)
-    right = np.bincount(y, w * (guess == y), minlength=NUM_LEVELS + 1)
-    labelled, guessed = (np.bincount(level, w, minlength=NUM_LEVELS + 1) for level in (y, guess))
+    parts = (y, w * (guess == y)), (y, w), (guess, w)
+    right, labelled, guessed = (np.bincount(*part, minlength=NUM_LEVELS + 1) for part in parts)
     there = labelled > 0
     return (2 * right[there] / (labelled + guessed)[there]).mean()
 
@@ -109,7 +105,7 @@ def macro_f1(y, p, w):
 def ndcg(y, score, k=20, gains=GAINS):
     """nDCG@k of one query's rows, k None: of all; gains: of the levels [C]. Rows of equal score share the
     mean gain of the places they take. NaN where no row has a gain."""
-    gain = gains[y - 1]
+    gain = np.take(gains, y - 1)
     if gain.max() == 0:
         return np.nan
     return ndcg_score([gain], [score], k=k, ignore_ties=False) if len(y) > 1 else 1.0
@@ -126,25 +122,14 @@ def ece(y, p, w, bins=15):
     return np.abs(gaps).sum() / w.sum()
 
 
-def kl(teacher, p, w):
-    """Mean KL(teacher || p), natural logarithm."""
-    t = np.maximum(teacher.astype(np.float64), 1e-12)
-    p = np.maximum(p.astype(np.float64), 1e-12)
-    divergence = (t * np.log(t / p)).sum(1)
-    return np.average(divergence, weights=w)
-
-
-def mean_ndcg(of_queries, weight):
-    """nDCG and weight of each query [Q] -> mean over those that have a gain; NaN if none has."""
-    gains = np.isfinite(of_queries) & (weight > 0)
-    return np.average(of_queries[gains], weights=weight[gains]) if gains.any() else np.nan
-
-
 class Measured:
     """One system on B rows of Q queries: its metrics under any weights of the queries."""
 
     def __init__(self, y, p, score, query, teacher=None, gains=None):
-        self.y, self.p, self.teacher = y, p, teacher
+        self.y, self.p = y, p
+        self.kl = None
+        if teacher is not None:  # KL(teacher || p) of each row [B], natural logarithm
+            self.kl = rel_entr(teacher, np.maximum(p, 1e-12)).sum(1)
         _, self.query, sizes = np.unique(query, return_inverse=True, return_counts=True)  # [B] below Q, [Q]
         by_query = np.argsort(self.query, kind="stable")
         rows_of = np.split(by_query, np.cumsum(sizes)[:-1])
@@ -159,16 +144,21 @@ class Measured:
         """Weight of each query [Q] -> {metric: value}."""
         w = weight[self.query]
         out = {"accuracy": accuracy(self.y, self.p, w)}
-        out["within_one"] = within_one(self.y, self.p, w)
+        distance = np.abs(predicted_level(self.p) - self.y)
+        out["within_one"] = np.average(distance <= 1, weights=w)
         for level, ranks in self.ranks.items():
             out[f"auroc_{level}"] = auroc(self.y >= level, ranks, w)
         for name, of_queries in self.ndcg.items():
-            out[name] = mean_ndcg(of_queries, weight)
+            has_gain = np.isfinite(of_queries) & (weight > 0)
+            mean = np.nan
+            if has_gain.any():
+                mean = np.average(of_queries[has_gain], weights=weight[has_gain])
+            out[name] = mean
         if "ndcg" in self.ndcg:
             out["macro_f1"] = macro_f1(self.y, self.p, w)
         out["ece"] = ece(self.y, self.p, w)
-        if self.teacher is not None:
-            out["kl_to_teacher"] = kl(self.teacher, self.p, w)
+        if self.kl is not None:
+            out["kl_to_teacher"] = np.average(self.kl, weights=w)
         return out
 
     def bootstrap(self, resamples, seed):
@@ -176,83 +166,65 @@ class Measured:
         depend on the seed and the number of queries alone: systems are compared on the same ones."""
         n = len(self.ndcg["ndcg_20"])
         value = self.metrics(np.ones(n))
-        rng = np.random.default_rng(seed)
-        drawn = {name: np.empty(resamples) for name in value}
-        for resample in range(resamples):
+        rng, samples = np.random.default_rng(seed), []
+        for _ in range(resamples):
             queries = rng.integers(0, n, n)
             weight = np.bincount(queries, minlength=n).astype(float)
-            for name, found in self.metrics(weight).items():
-                drawn[name][resample] = found
-        return value, drawn
-
-
-class Interval(NamedTuple):
-    """A metric's value and its 95 % interval; None where it does not exist."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+            samples.append(self.metrics(weight))
+        return value, {name: np.array([sample[name] for sample in samples]) for name in value}
 
 
 def interval(value, sample):
-    """95 % percentile bootstrap interval (Efron and Tibshirani, 1993, section 13.3). sample: the values on
-    the resamples [R]."""
+    """A metric's `value`, and `low` and `high` of its 95 % percentile bootstrap interval (Efron and
+    Tibshirani, 1993, section 13.3); None where they do not exist. sample: its values on the resamples [R]."""
     sample = sample[np.isfinite(sample)]
     low, high = np.percentile(sample, [2.5, 97.5]) if len(sample) else (np.nan, np.nan)
-    found = []
-    for number in (value, low, high):
-        found.append(round(float(number), 6) if np.isfinite(number) else None)
-    return Interval(*found)
+    found = {}
+    for name, number in (("value", value), ("low", low), ("high", high)):
+        found[name] = round(float(number), 6) if np.isfinite(number) else None
+    return SimpleNamespace(**found)
 
 
-def gains_of(text):
-    """'5=1,4=0.1' -> gains [C] of the levels, 0 where none is given; '': None."""
-    gains = np.zeros(NUM_LEVELS)
-    for part in text.split(",") if text else ():
-        found = re.fullmatch(r"\s*([1-5])=(\d+\.?\d*)\s*", part)
-        if not found:
-            raise Stop(f"--gains {text}: write LEVEL=GAIN,…, levels 1 to 5: 5=1,4=0.1,3=0.01")
-        gains[int(found[1]) - 1] = float(found[2])
-    return gains if text else None
-
-
-def measure(systems, rows, levels, resamples, seed, gains=None):
-    """All metrics of all systems, overall and by language: {(system, language, metric): Interval}; and
-    differences(), overall."""
-    table, overall, shown = {}, {}, report.meaningful(levels)
-    groups = {report.ALL: np.full(len(rows["label"]), True)}
+def measure(systems, rows, levels, settings):
+    """The table of all metrics of all systems (report.py), their differences() overall, and {system: nDCG@20
+    of each query [Q]}."""
+    table, overall, of_queries, shown = {}, {}, {}, report.meaningful(levels)
+    groups = {None: np.full(len(rows["label"]), True)}
     for language in sorted(set(rows["language"])):
         groups[language] = rows["language"] == language
     for system, (p, score) in systems.items():
+        parts = {}
         for language, some in groups.items():
             y, query = rows["label"][some], rows["query_index"][some]
             teacher = rows["learnt"][some] if system.startswith("student") else None
-            measured = Measured(y, p[some], score[some], query, teacher, gains)
-            value, drawn = measured.bootstrap(resamples, seed)
+            measured = Measured(y, p[some], score[some], query, teacher, settings.gains)
+            value, drawn = measured.bootstrap(settings.resamples, settings.seed)
+            parts[language] = {}
             for metric in value:
                 if metric in shown:
-                    table[system, language, metric] = interval(value[metric], drawn[metric])
-            if language == report.ALL:
+                    parts[language][metric] = interval(value[metric], drawn[metric])
+            if language is None:
                 overall[system] = value, drawn
-    auroc = next((name for name in report.AUROCS if name in shown), None)
-    return table, differences(overall, [name for name in (auroc, "ndcg_20") if name])
+                of_queries[system] = measured.ndcg["ndcg_20"]
+        table[system] = {"overall": parts.pop(None), "by_language": parts}
+    compared = [name for name in report.AUROCS if name in shown][:1] + ["ndcg_20"]
+    return table, differences(overall, compared), of_queries
 
 
 def differences(overall, metrics):
     """What training brings: every trained system less each untrained one, student and teacher less the
-    student on human labels, the teacher less the student: {(system, other, metric): Interval}, on the same
-    resamples of the queries for both. overall: {system: (values, values on resamples)}."""
-    found = {}
-    for metric in metrics:
-        value = {system: values[metric] for system, (values, _) in overall.items()}
-        trained = [name for name in value if name not in ("majority", *report.UNTRAINED)]
-        pairs = [(name, other) for name in trained for other in report.UNTRAINED]
-        pairs += [(name, "student_human_labels") for name in ("student", "teacher", "pooled")]
-        pairs += [("teacher", "student"), ("pooled", "teacher")]
-        for first, second in pairs:
-            if first in overall and second in overall:
-                drawn = [overall[name][1][metric] for name in (first, second)]
-                found[first, second, metric] = interval(value[first] - value[second], drawn[0] - drawn[1])
+    student on human labels, the teacher less the student: `system`, `minus`, `metric` and their interval(),
+    on the same resamples of the queries. overall: {system: (values, values on resamples)}."""
+    trained = [name for name in overall if name not in ("majority", *report.UNTRAINED)]
+    pairs = [(name, other) for name in trained for other in report.UNTRAINED]
+    pairs += [(name, "student_human_labels") for name in ("student", "teacher", "pooled")]
+    pairs += [("teacher", "student"), ("pooled", "teacher")]
+    found = []
+    for metric, (system, minus) in itertools.product(metrics, pairs):
+        if system in overall and minus in overall:
+            (value, drawn), (less, less_drawn) = overall[system], overall[minus]
+            m = interval(value[metric] - less[metric], drawn[metric] - less_drawn[metric])
+            found.append(SimpleNamespace(system=system, minus=minus, metric=metric, **vars(m)))
     return found
 
 
@@ -267,28 +239,13 @@ def majority_system(train_labels, rows):
     return np.tile(shares, (rows, 1)), np.zeros(rows)
 
 
-def bm25_system(train, evaluation):
-    """Ranks by BM25. Its probabilities: regression of the human training labels on the BM25 score and whether
-    it is 0."""
-
-    def inputs(rows):
-        return np.stack([rows["bm25"], rows["bm25"] > 0], axis=1)
-
-    p = fit_regression(inputs(train), one_hot(train["label"])).probabilities(inputs(evaluation))
-    return p, evaluation["bm25"].astype(np.float64)
-
-
-def embedding_system(train, evaluation):
-    """Ranks by the cosine of the text encoder's embeddings of query and pin, as it came. Its probabilities:
-    regression of the human training labels on the cosine. (The paper's baseline is an embedding, too.)"""
-    p, _ = match_system(["text_cosine"], train, evaluation)
-    return p, evaluation["text_cosine"].astype(np.float64)
-
-
-def match_system(names, train, evaluation):
-    """Regression of the human training labels on match features of these names."""
+def regression_system(names, train, evaluation, ranks_by=None):
+    """Regression of the human training labels on columns of these names; ranks by its expected level, or by a
+    column as it is."""
     regression = fit_regression(stacked(train, names), one_hot(train["label"]))
     p = regression.probabilities(stacked(evaluation, names))
+    if ranks_by:
+        return p, evaluation[ranks_by].astype(np.float64)
     return p, expected_level(p)
 
 
@@ -314,28 +271,66 @@ def trained_system(run, name, rows):
 
 
 def all_systems(run, students, train, evaluation):
-    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. students: names of folders."""
-    systems = {"majority": majority_system(train["label"], len(evaluation["label"]))}
-    systems["bm25"] = bm25_system(train, evaluation)
-    systems["embedding"] = embedding_system(train, evaluation)
+    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. students: names of folders.
+    bm25: of its score, and whether it is 0; embedding: the cosine of the text encoder's embeddings of query
+    and pin (the paper's baseline is an embedding, too); match: of all match features."""
+    train, rows = ({**rows, "is_found": rows["bm25"] > 0} for rows in (train, evaluation))
     names = match_names(run / "features" / "labelled.parquet")
-    systems["match"] = match_system(names, train, evaluation)
-    for name in [*students, "teacher", *(["pooled"] if "pooled" in train else [])]:
-        systems[name] = trained_system(run, name, evaluation)
+    systems = {"majority": majority_system(train["label"], len(rows["label"]))}
+    systems["bm25"] = regression_system(["bm25", "is_found"], train, rows, ranks_by="bm25")
+    systems["embedding"] = regression_system(["text_cosine"], train, rows, ranks_by="text_cosine")
+    systems["match"] = regression_system(names, train, rows)
+    for name in [*students, "teacher"]:
+        systems[name] = trained_system(run, name, rows)
+    if "pooled" in rows:
+        systems["pooled"] = trained_system(run, "pooled", rows)
     return systems
 
 
-def calibrated(systems, temperatures, y, query, settings):
+# ------------------------------------------------------------------------------------------------------------
+# Temperatures (ours: the paper ranks by scores, and needs no calibrated probabilities)
+
+
+def fit_temperature(y, p):
+    """The temperature that makes labels [B] most probable (Guo et al., 2017, section 4.2)."""
+    p, rows = torch.from_numpy(p).clamp(min=1e-12), np.arange(len(y))
+
+    def loss(log_temperature):
+        scaled = at_temperature(p, np.exp(log_temperature))
+        return -scaled[rows, y - 1].log().mean().item()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def fit_temperatures(run, read, train):
+    """{trained system: its temperature, and on how many rows of how many queries it was fitted}: training
+    queries that its stage has held out; of too few it is 1. read: {folder: stage.json}."""
+    found = {}
+    for name in [*students_of(read), "teacher"]:
+        split = read.get(name, {}).get("held_out", {"share": 0.0, "salt": ""})
+        held_out = in_hash_split(train["key"], **split)
+        if held_out.any():
+            rows = {column: values[held_out] for column, values in train.items()}
+            p, _ = trained_system(run, name, rows)
+            queries = len(np.unique(rows["query_index"]))
+            fitted = {"temperature": 1.0, "rows": len(p), "queries": queries}
+            if queries >= report.ENOUGH_FITTED:
+                fitted["temperature"] = round(fit_temperature(rows["label"], p), 4)
+            found[name] = fitted
+    return found
+
+
+def calibrated(systems, temperatures, table, rows, settings):
     """The trained systems' probabilities at their temperatures, {name: [B, C]}. Notes in `temperatures` the
     expected calibration errors before and after, with intervals."""
     scaled = {}
     for name, fitted in temperatures.items():
-        p = systems[name][0]
-        scaled[name] = at_temperature(torch.from_numpy(p), fitted["temperature"]).numpy()
-        for error, probabilities in (("ece", p), ("ece_at_temperature", scaled[name])):
-            measured = Measured(y, probabilities, expected_level(probabilities), query)
-            value, drawn = measured.bootstrap(settings.resamples, settings.seed)
-            fitted[error] = interval(value["ece"], drawn["ece"])._asdict()
+        p = at_temperature(torch.from_numpy(systems[name][0]), fitted["temperature"]).numpy()
+        measured = Measured(rows["label"], p, expected_level(p), rows["query_index"])
+        value, drawn = measured.bootstrap(settings.resamples, settings.seed)
+        fitted["ece"] = table[name]["overall"]["ece"]
+        fitted["ece_at_temperature"] = interval(value["ece"], drawn["ece"])
+        scaled[name] = p
     return scaled
 
 
@@ -345,7 +340,7 @@ def calibrated(systems, temperatures, y, query, settings):
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse(PRESETS, argv, __doc__)
-    run, gains = settings.run, gains_of(settings.gains)
+    run = settings.run
     read = require_systems(run, READS)
     identities = {folder: about["identity"] for folder, about in read.items()}
     stage = Stage(run / "report", settings, identities)
@@ -355,35 +350,33 @@ def main(argv=None):
     # 2. Systems on the evaluation rows
     train, evaluation = read_labelled(run)
     systems = all_systems(run, students_of(read), train, evaluation)
-    y, query = evaluation["label"], evaluation["query_index"]
-    counts = {"rows": len(y), "queries": len(np.unique(query))}
-    print(f"evaluation: {counts['rows']:,} rows of {counts['queries']:,} queries")
-    for line in report.few_queries(counts["queries"]):
+    y = evaluation["label"]
+    n, n_queries = len(y), len(np.unique(evaluation["query_index"]))
+    print(f"evaluation: {n:,} rows of {n_queries:,} queries")
+    for line in report.few_queries(n_queries):
         print(line)
 
-    # 3. Temperatures
-    temperatures = fit_temperatures(read, train, run, trained_system)
-    scaled = calibrated(systems, temperatures, y, query, settings)
-
-    # 4. Metrics
+    # 3. Metrics, and temperatures (ours)
     levels = np.union1d(train["label"], y)
-    table, compared = measure(systems, evaluation, levels, settings.resamples, settings.seed, gains)
-    write_json(stage.folder / "metrics.json", report.nested(table, compared))
+    table, compared, ndcg = measure(systems, evaluation, levels, settings)
+    write_json(stage.folder / "metrics.json", {"systems": table, "differences": compared})
+    temperatures = fit_temperatures(run, read, train)
+    scaled = calibrated(systems, temperatures, table, evaluation, settings)
     write_json(stage.folder / "temperatures.json", temperatures)
     print("\n".join(report.summary(table, compared)))
 
-    # 5. Plots, pages of search results, report.md
+    # 4. Plots, pages of search results, report.md, cards
     pictures.plots(table, y, systems, scaled, levels, stage.folder)
-    each = queries.one_by_one(run / "features", evaluation, ndcg, systems)
+    each = queries.one_by_one(run / "features", evaluation, ndcg)
     queries.write_csv(each, stage.folder / "queries.csv")
     shown = queries.for_pages(each, settings.search_pages)
     pages = pictures.search_pages(run, evaluation, systems, shown, stage.folder)
-    facts = report.facts(read, evaluation)
+    facts = report.facts(read, n, n_queries, len(each))
     one_by_one = queries.worst(each, systems)
     text = report.report(table, compared, facts, temperatures, evaluation, one_by_one, pages)
     (stage.folder / "report.md").write_text(text, encoding="utf-8")
     cards.write_cards(run, read, table, stage.folder / "cards")
-    stage.finish(rows=counts)
+    stage.finish(rows={"rows": n, "queries": n_queries})
     print(f"report: {stage.place / 'report.md'}")
 
 

@@ -20,7 +20,7 @@ from common import RELEVANT
 from lib.inputs.inherited import refuse, require
 from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, picture_file
-from lib.results.report import ALL, cell, escaped, markdown_table, signed
+from lib.results.report import cell, escaped, markdown_table, signed
 from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.terminal import Stop
 
@@ -36,6 +36,7 @@ FINDINGS = {
 PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}
 COMPARED = {"accuracy": "accuracy %", f"auroc_{RELEVANT}": f"AUROC ≥{RELEVANT}", "ndcg_20": "nDCG@20"}
 BLUE = "#0072B2"
+ALL = ""  # "language" of a row over all languages
 
 
 class System(NamedTuple):
@@ -124,12 +125,12 @@ def measure(read, resamples, languages=()):
                 found[label, language, metric] = measured
     for (label, language, metric), (value, drawn, seeds) in found.items():
         row = {"condition": label, "language": language, "metric": metric}
-        row |= evaluate.interval(value, drawn)._asdict()
+        row |= vars(evaluate.interval(value, drawn))
         table.append({**row, "seeds": [round(float(seed), 6) for seed in seeds]})
     for (minus, label), language, metric in product(combinations(read, 2), languages, COMPARED):
         a, b = found[label, language, metric], found[minus, language, metric]
         row = {"condition": label, "minus": minus, "language": language, "metric": metric}
-        differences.append({**row, **evaluate.interval(a[0] - b[0], a[1] - b[1])._asdict()})
+        differences.append({**row, **vars(evaluate.interval(a[0] - b[0], a[1] - b[1]))})
     return table, differences
 
 
@@ -213,7 +214,7 @@ def plot_intervals(path, panels):
     {row's label: a metric with value, low, high, perhaps seeds}}, the same labels in each."""
     labels = list(next(iter(panels.values())))
     size = 4 + 3 * len(panels), 1 + 0.25 * len(labels)
-    with whole_file(path) as temporary, picture_file(temporary, size, labels) as figure:
+    with whole_file(path) as temporary, picture_file(temporary, size) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (heading, rows) in zip(axes, panels.items()):
             for place, m in enumerate(rows.values()):

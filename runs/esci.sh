@@ -53,5 +53,5 @@ if [ -n "${DRY:-}" ]; then
     exit
 fi
 run python 01_build_features.py --preset "$PRESET" --run "$RUN" --data "$DATA"
-OF_05=(--resamples 200 --gains 5=1,4=0.1,3=0.01)
+OF_05=(--resamples 200 --gains 0 0 0.01 0.1 1)
 the_stages "$PRESET" "$RUN" ${TEACHER:+--model "$TEACHER"}

@@ -63,10 +63,11 @@ def test_seeds_are_averaged_and_widen_the_interval():
 
     right, wrong, every = system(np.eye(5)[y - 1]), system(np.eye(5)[y % 5]), np.ones(200, bool)
     value, drawn, seeds = comparison.measure_condition([right, wrong], every, 400, 0)["accuracy"]
-    interval = comparison.evaluate.interval(value, drawn)
+    interval = tuple(vars(comparison.evaluate.interval(value, drawn)).values())
     assert interval == (0.5, 0, 1) and seeds == [1, 0]  # a resample may draw one seed twice
     value, drawn, seeds = comparison.measure_condition([right] * 3, every, 400, 0)["accuracy"]
-    assert comparison.evaluate.interval(value, drawn) == (1, 1, 1) and seeds == [1, 1, 1]
+    assert vars(comparison.evaluate.interval(value, drawn)) == {"value": 1, "low": 1, "high": 1}
+    assert seeds == [1, 1, 1]
 
 
 def test_differences_are_paired(finished, tmp_path):

@@ -1,11 +1,12 @@
 """Metrics against scikit-learn, SciPy and counts by hand; the bootstrap against what must hold of it."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import stage, stop_line
+from helpers import stage
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr
@@ -13,11 +14,21 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn.functional import kl_div
 
 from common import at_temperature
-from lib.results import report, temperatures
+from lib.results import report
 from lib.tables.splits import in_hash_split
 
 evaluate = stage("05")
-ERRORS, INTERVAL = ("ece", "ece_at_temperature"), {"value": 0.1, "low": 0.0, "high": 0.2}
+ERRORS, INTERVAL = ("ece", "ece_at_temperature"), SimpleNamespace(value=0.1, low=0.0, high=0.2)
+
+
+def triple(m):
+    """A metric's value and the ends of its interval."""
+    return m.value, m.low, m.high
+
+
+def metrics_of(y, p, w, teacher=None):
+    """A system's metrics, every row a query of its own with this weight."""
+    return evaluate.Measured(y, p, p[:, 4], np.arange(len(y)), teacher).metrics(w)
 
 
 def example(seed, n=200, ties=False):
@@ -33,7 +44,7 @@ def test_accuracy_and_within_one(seed):
     guess = p.argmax(1) + 1
     assert evaluate.accuracy(y, p, w) == pytest.approx(accuracy_score(y, guess, sample_weight=w))
     near = np.array([abs(int(a) - int(b)) in (0, 1) for a, b in zip(y, guess)])
-    assert evaluate.within_one(y, p, w) == pytest.approx((near * w).sum() / w.sum())
+    assert metrics_of(y, p, w)["within_one"] == pytest.approx((near * w).sum() / w.sum())
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -123,13 +134,17 @@ def test_bins_of_ece_are_closed_on_the_right(bins):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kl_equals_scipy_and_torch(seed):
-    _, p, w = example(seed)
+    y, p, w = example(seed)
     teacher = np.random.default_rng(seed + 9).dirichlet(np.ones(5), len(p))
     expected = kl_div(torch.from_numpy(p).log(), torch.from_numpy(teacher), reduction="batchmean").item()
-    assert evaluate.kl(teacher, p, np.ones(len(p))) == pytest.approx(expected)
-    assert evaluate.kl(teacher, p, w) == pytest.approx((rel_entr(teacher, p).sum(1) * w).sum() / w.sum())
-    assert evaluate.kl(p, p, w) == pytest.approx(0, abs=1e-9)
-    assert np.isfinite(evaluate.kl(np.eye(5)[:2], np.eye(5)[1:3], np.ones(2)))
+
+    def kl(teacher, p, w):
+        return metrics_of(y[: len(p)], p, w, teacher)["kl_to_teacher"]
+
+    assert kl(teacher, p, np.ones(len(p))) == pytest.approx(expected)
+    assert kl(teacher, p, w) == pytest.approx((rel_entr(teacher, p).sum(1) * w).sum() / w.sum())
+    assert kl(p, p, w) == pytest.approx(0, abs=1e-9)
+    assert np.isfinite(kl(np.eye(5)[:2], np.eye(5)[1:3], np.ones(2)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,7 +182,7 @@ def test_interval_holds_the_value_and_depends_on_the_seed_alone():
         y[shuffled], p[shuffled], score[shuffled], query[shuffled], 200, 3, teacher[shuffled]
     )
     for name, m in one.items():
-        assert again[name] == pytest.approx(m, abs=2e-6)
+        assert triple(again[name]) == pytest.approx(triple(m), abs=2e-6)
 
 
 def test_interval_of_a_constant_is_that_constant():
@@ -175,8 +190,8 @@ def test_interval_of_a_constant_is_that_constant():
     p, query = np.eye(5)[y - 1], np.repeat(np.arange(20), 3)  # always right
     out = with_intervals(y, p, y.astype(float), query, 50, 0)
     for name in ("accuracy", "within_one", "auroc_3", "auroc_4", "auroc_5", "ndcg_20"):
-        assert out[name] == (1, 1, 1)
-    assert out["ece"] == (0, 0, 0)
+        assert triple(out[name]) == (1, 1, 1)
+    assert triple(out["ece"]) == (0, 0, 0)
 
 
 def test_interval_is_wider_over_queries_than_over_rows():
@@ -212,8 +227,12 @@ def test_weights_are_repeated_rows():
 
 def test_a_metric_that_does_not_exist_is_none():
     out = with_intervals(np.array([1, 1]), np.eye(5)[[0, 1]], np.zeros(2), np.array([0, 1]), 20, 0)
-    assert out["auroc_3"] == out["ndcg_20"] == (None, None, None)
+    assert triple(out["auroc_3"]) == triple(out["ndcg_20"]) == (None, None, None)
     assert out["accuracy"].value == 0.5
+
+
+def settings(resamples, seed, gains=None):
+    return evaluate.Settings(resamples=resamples, seed=seed, gains=gains)
 
 
 AUROCS = {"auroc_3", "auroc_4", "auroc_5"}
@@ -237,15 +256,15 @@ def test_table_of_two_levels():
     language = np.array(["en", "de"], dtype=object)[query % 2]
     rows = {"label": y, "query_index": query, "language": language, "learnt": p}
     systems = {"bm25": (p, score), "student": (p, score)}
-    table, compared = evaluate.measure(systems, rows, np.array([1, 5]), 10, 0)
+    table, compared, ndcg = evaluate.measure(systems, rows, np.array([1, 5]), settings(10, 0))
     shared = ["accuracy", "auroc_4", "ndcg_20", "ece"]
-    for tag in ("", "en", "de"):
-        for system, names in (("bm25", shared), ("student", [*shared, "kl_to_teacher"])):
-            assert [m for s, t, m in table if (s, t) == (system, tag)] == names
-    assert table["student", "", "kl_to_teacher"].value == 0
-    nested = report.nested(table, compared)["systems"]
-    assert list(nested) == ["bm25", "student"] and list(nested["bm25"]["by_language"]) == ["de", "en"]
-    assert nested["bm25"]["overall"]["accuracy"] == table["bm25", "", "accuracy"]._asdict()
+    for system, names in (("bm25", shared), ("student", [*shared, "kl_to_teacher"])):
+        parts = table[system]["by_language"]
+        for found in (table[system]["overall"], parts["en"], parts["de"]):
+            assert list(found) == names
+    assert table["student"]["overall"]["kl_to_teacher"].value == 0
+    assert list(table) == ["bm25", "student"] and list(table["bm25"]["by_language"]) == ["de", "en"]
+    assert np.nanmean(ndcg["bm25"]) == pytest.approx(table["bm25"]["overall"]["ndcg_20"].value, abs=1e-6)
 
 
 def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system():
@@ -258,8 +277,8 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     probabilities = {"bm25": bad, "embedding": right, "match": bad, "student_human_labels": right,
                      "student": bad, "teacher": right * 0.9 + 0.02}  # fmt: skip
     systems = {name: (p, evaluate.expected_level(p)) for name, p in probabilities.items()}
-    table, compared = evaluate.measure(systems, rows, np.arange(1, 6), 50, 4)
-    pairs = {(system, other) for system, other, _ in compared}
+    table, compared, _ = evaluate.measure(systems, rows, np.arange(1, 6), settings(50, 4))
+    pairs = {(m.system, m.minus) for m in compared}
     trained = ("student_human_labels", "student", "teacher")
     beside = {
         ("student", "student_human_labels"),
@@ -267,17 +286,19 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
         ("teacher", "student"),
     }
     assert pairs == beside | {(name, other) for name in trained for other in report.UNTRAINED}
-    assert {metric for _, _, metric in compared} == {"auroc_4", "ndcg_20"}
+    assert {m.metric for m in compared} == {"auroc_4", "ndcg_20"}
+    found = {(m.system, m.minus, m.metric): m for m in compared}
     drawn = []
     for name in ("student", "embedding"):
         p, score = systems[name]
         drawn.append(evaluate.Measured(y, p, score, query).bootstrap(50, 4)[1]["auroc_4"])
     low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    m = compared["student", "embedding", "auroc_4"]
+    m = found["student", "embedding", "auroc_4"]
     assert (m.low, m.high) == pytest.approx((low, high), abs=1e-6)
-    gap = table["student", "", "auroc_4"].value - table["embedding", "", "auroc_4"].value
+    overall = {system: parts["overall"] for system, parts in table.items()}
+    gap = overall["student"]["auroc_4"].value - overall["embedding"]["auroc_4"].value
     assert m.value == pytest.approx(gap, abs=2e-6)
-    assert compared["student_human_labels", "embedding", "ndcg_20"] == (0, 0, 0)
+    assert triple(found["student_human_labels", "embedding", "ndcg_20"]) == (0, 0, 0)
 
     lines = report.below(compared)
     assert [line.split(":")[0] for line in lines] == [
@@ -286,7 +307,7 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     assert "AUROC ≥4 -0." in lines[0] and "nDCG@20 -0." in lines[0] and "more queries" in lines[0]
     assert report.summary(table, compared)[-2:] == lines
     assert all("AUROC ≥4" in line for line in report.summary(table, compared)[:-2])
-    assert report.nested(table, compared)["differences"][0]["minus"] == "bm25"
+    assert compared[0].minus == "bm25"
 
 
 def test_few_queries_are_told():
@@ -304,7 +325,7 @@ def test_a_temperature_is_found_again(temperature):
     true = rng.dirichlet(np.ones(5), 20_000)
     y = (rng.random((len(true), 1)) > true.cumsum(1)).sum(1) + 1
     stated = at_temperature(torch.from_numpy(true), 1 / temperature).numpy()
-    assert temperatures.fit_temperature(y, stated) == pytest.approx(temperature, rel=0.05)
+    assert evaluate.fit_temperature(y, stated) == pytest.approx(temperature, rel=0.05)
     scaled = at_temperature(torch.from_numpy(stated), temperature).numpy()
     np.testing.assert_allclose(scaled, true, atol=1e-3)  # less what is below 1e-12
     ones = np.ones(len(y))
@@ -327,9 +348,9 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     train = {"key": key, "label": y, "teacher": p, "query_index": np.arange(40).repeat(10)}
     held_out = {"share": 0.5, "salt": "x"}
     fitted = []
-    monkeypatch.setattr(temperatures, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
+    monkeypatch.setattr(evaluate, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
     read = {"features": {}, "labels": {}, "teacher": {"held_out": held_out}}
-    found = temperatures.fit_temperatures(read, train, None, lambda run, name, rows: (rows["teacher"], None))
+    found = evaluate.fit_temperatures(None, read, train)
     at = in_hash_split(key, **held_out)
     assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
     np.testing.assert_array_equal(fitted[0][0], y[at])
@@ -337,12 +358,12 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     few = train["query_index"] < 14  # of fourteen queries, all of them held out, none is fitted
     train = {name: column[few] for name, column in train.items()}
     read["teacher"] = {"held_out": {"share": 1.0, "salt": "x"}}
-    found = temperatures.fit_temperatures(read, train, None, lambda run, name, rows: (rows["teacher"], None))
+    found = evaluate.fit_temperatures(None, read, train)
     assert found == {"teacher": {"temperature": 1.0, "rows": 140, "queries": 14}} and len(fitted) == 1
     table = report.of_temperatures({"teacher": {**found["teacher"], **dict.fromkeys(ERRORS, INTERVAL)}})
     assert "| teacher | 1.00 | 140 rows of 14 queries: too few |" in "\n".join(table)
     for nothing in ({}, {"teacher": {}}, {"teacher": {"held_out": {"share": 0.0, "salt": "x"}}}):
-        assert temperatures.fit_temperatures(nothing, train, None, None) == {}
+        assert evaluate.fit_temperatures(None, nothing, train) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -360,7 +381,8 @@ def test_bm25_system(levels):
     rng = np.random.default_rng(0)
     label = rng.choice(levels, 300)
     train = {"label": label, "bm25": np.maximum(0, label * 3 + rng.normal(size=300)).astype(np.float32)}
-    p, score = evaluate.bm25_system(train, train)
+    train["found"] = train["bm25"] > 0
+    p, score = evaluate.regression_system(["bm25", "found"], train, train, ranks_by="bm25")
     np.testing.assert_allclose(p.sum(1), 1)
     assert (p[:, [k - 1 for k in range(1, 6) if k not in levels]] < 1e-8).all()
     if len(levels) > 1:
@@ -373,7 +395,8 @@ def test_bm25_system(levels):
 def test_embedding_system_ranks_by_the_cosine():
     """Its probabilities follow the training labels."""
     train = {"text_cosine": np.linspace(-1, 1, 200), "label": np.repeat([1, 5], 100)}
-    p, score = evaluate.embedding_system(train, {"text_cosine": np.array([0.9, -0.9, 0.1])})
+    cosine = {"text_cosine": np.array([0.9, -0.9, 0.1])}
+    p, score = evaluate.regression_system(["text_cosine"], train, cosine, ranks_by="text_cosine")
     assert (score == [0.9, -0.9, 0.1]).all() and np.allclose(p.sum(1), 1)
     assert p[0, 4] > 0.9 and p[1, 0] > 0.9 and p[2, 4] > p[2, 0]
 
@@ -382,10 +405,10 @@ def test_match_system_reads_the_features_that_it_is_told():
     rng = np.random.default_rng(0)
     label = rng.integers(1, 6, 300)
     train = {"label": label, "a": rng.normal(size=300), "b": label + 0.01 * rng.normal(size=300)}
-    p, score = evaluate.match_system(["a", "b"], train, train)
+    p, score = evaluate.regression_system(["a", "b"], train, train)
     assert (p.argmax(1) + 1 == label).mean() > 0.9
     np.testing.assert_array_equal(score, evaluate.expected_level(p))
-    assert (evaluate.match_system(["a"], train, train)[0].argmax(1) + 1 == label).mean() < 0.5
+    assert (evaluate.regression_system(["a"], train, train)[0].argmax(1) + 1 == label).mean() < 0.5
 
 
 def test_expected_level():
@@ -405,8 +428,8 @@ def test_macro_f1_equals_scikit_learn(seed):
 
 def test_given_gains():
     """ESCI's gains, whole lists: place 21 counts."""
-    gains = evaluate.gains_of("5=1, 4=0.1,3=0.01")
-    assert gains.tolist() == [0, 0, 0.01, 0.1, 1] and evaluate.gains_of("") is None
+    gains = evaluate.parse(evaluate.PRESETS, ["--gains", "0", "0", "0.01", "0.1", "1"]).gains
+    assert gains == (0, 0, 0.01, 0.1, 1) and evaluate.Settings().gains is None
     y, score = np.array([1] * 20 + [5]), -np.arange(21.0)
     assert evaluate.ndcg(y, score, None, gains) == pytest.approx(1 / np.log2(22))
     expected = (0.1 + 1 / np.log2(3)) / (1 + 0.1 / np.log2(3))
@@ -419,5 +442,6 @@ def test_given_gains():
         not {"ndcg", "macro_f1"}
         & evaluate.Measured(y, p, score, np.zeros(21, int)).metrics(np.ones(1)).keys()
     )
-    for text in ("5", "6=1", "5=-1", "5=1;4=2", "5=x"):
-        assert "--gains" in stop_line(evaluate.gains_of, text)
+    for text in ("5", "1 2 3 4 -5", "1 2 3 4 x", "1 2 3 4 5 6"):
+        with pytest.raises(SystemExit):
+            evaluate.parse(evaluate.PRESETS, ["--gains", *text.split()])

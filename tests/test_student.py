@@ -382,7 +382,7 @@ def test_a_dataset_of_few_queries_trains_without_held_out_rows(tmp_path, labels,
     name = {"teacher": "student", "human": "student_human_labels"}[labels]
     distil.main(["--run", str(tmp_path), "--labels", labels, "--epochs", "1"])
     out = capsys.readouterr().out
-    assert "0 rows of 0 queries" in out and "too few queries" in out
+    assert "0 rows of 0 queries" in out
     assert "held_out_kl" not in read_json(tmp_path / name / "stage.json")["scores"]
 
 
@@ -437,7 +437,6 @@ def test_the_student_starts_as_the_regression_of_its_human_rows(tmp_path, monkey
     _, human = synthetic(tmp_path, shards=1)
     started = []
     monkeypatch.setattr(distil, "train", lambda student, rows, *rest: started.append((student, rows)) or [{}])
-    monkeypatch.setattr(distil, "save_for_serving", lambda *given: None)
     distil.main(["--run", str(tmp_path), "--labels", "human", "--device", "cpu"])
     student, rows = started[0]
     x = rows.human["match"].astype(float)

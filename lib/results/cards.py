@@ -1,6 +1,5 @@
 """Model cards in the form of the Hugging Face hub: RUN/report/cards/NAME.md of the teacher and every student,
-card_teacher.md and card_student.md filled from the stage.json of their folders and the metrics of stage 05.
-To publish a model:
+card_teacher.md and card_student.md filled from stage.json and stage 05's metrics. To publish a model:
 
     hf upload USER/NAME RUN/student .
     hf upload USER/NAME RUN/report/cards/student.md README.md
@@ -11,33 +10,30 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from lib.results.report import ALL, UNTRAINED, cells, escaped, headings, markdown_table
+from lib.results.report import UNTRAINED, escaped, metric_table
 from lib.stages.files import public_name, whole_file
 from lib.stages.stage import PLACES
 
 
-def metrics_table(table, system):
-    """A system's metrics, overall and by language, and those of the untrained ones, as Markdown. table:
-    {(system, language, metric): Interval}."""
-    body = []
-    for name, language in dict.fromkeys((name, language) for name, language, _ in table):
-        if name == system or (name in UNTRAINED and language == ALL):
-            body.append([escaped(name), escaped(language or "all"), *cells(table, name, language)])
-    return "\n".join(markdown_table(["system", "language", *headings(table)], body)).strip()
+def evaluated(table, system):
+    """A system's metrics, overall and by language, and those of the untrained ones, as Markdown."""
+    lines = []
+    for name, parts in table.items():
+        if name in (system, *UNTRAINED):
+            lines.append([escaped(name), "all", parts["overall"]])
+        if name == system:
+            lines += [[name, escaped(language), found] for language, found in parts["by_language"].items()]
+    return "\n".join(metric_table(table, ["system", "language"], lines)).strip()
 
 
 def counted(numbers):
     """{"train": 1000, …} -> "1,000 train, …"."""
-    words = []
-    for name, number in numbers.items():
-        what = name.replace("_", " ")
-        words.append(f"{number:,} {what}")
-    return ", ".join(words)
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items())
 
 
 def card(kind, about, features, languages, evaluation):
     """README.md of a "teacher" or a "student". about, features: stage.json of its folder and of stage 01;
-    languages: of the queries; evaluation: metrics_table()."""
+    languages: of the queries; evaluation: evaluated()."""
     arguments, teacher = about["arguments"], about.get("teacher")
     languages = [" ".join(language.split()) for language in languages]
     model = arguments.get("model", "")
@@ -65,8 +61,8 @@ def write_cards(run, read, table, folder):
     """The cards of the systems of `table` that have a folder in the run. read: {folder: stage.json}."""
     column = pq.read_table(run / "features" / "queries.parquet", columns=["language"])["language"]
     languages = sorted(language for language in column.unique().to_pylist() if language)
-    for system in dict.fromkeys(name for name, _, _ in table if name in read):
+    for system in [name for name in table if name in read]:
         kind = "teacher" if system == "teacher" else "student"
-        text = card(kind, read[system], read["features"], languages, metrics_table(table, system))
+        text = card(kind, read[system], read["features"], languages, evaluated(table, system))
         with whole_file(folder / f"{system}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -11,19 +11,18 @@ from lib.stages.terminal import Stop
 
 ONNX, ONNX_ONE_QUERY = "student.onnx", "student_one_query.onnx"
 OUTPUTS = ("probabilities", "expected_level")
+LEVELS = {"name": "probabilities", "shape": ["B", NUM_LEVELS], "unit": "probability of levels 1 to 5"}
+EXPECTED = {"name": "expected_level", "shape": ["B"], "unit": "level, 1 to 5: rank by it"}
+LEVELS["dtype"] = EXPECTED["dtype"] = "float32"
 
-# How stage 01 computes embeddings that are not the user's own: (unit, how, what it comes from).
+# How stage 01 computes embeddings that are not the user's own: (how, what it comes from).
 TEXT = "mean of the text encoder's last hidden states over the tokens of {}, to length 1, in float16"
-VISUAL = "pooled output of the captioner's vision tower; zeros without a picture"
-GRAPH = "TF-IDF of the titles of the boards the pin is saved on, on the axes of a truncated SVD"
 EMBEDDINGS = {
-    "query_text": ("none", TEXT.format("the query"), "text encoder"),
-    "pin_text": ("none", TEXT.format("all text of the pin"), "text encoder"),
-    "pin_visual": ("none", VISUAL, "caption model"),
-    "pin_graph": ("none", GRAPH, "graph.parquet"),
+    "query_text": (TEXT.format("the query"), "text encoder"),
+    "pin_text": (TEXT.format("all text of the pin"), "text encoder"),
+    "pin_visual": ("pooled output of the captioner's vision tower; zeros without a picture", "caption model"),
+    "pin_graph": ("TF-IDF of the titles of the pin's boards, on axes of a truncated SVD", "graph.parquet"),
 }
-OWN = ("as brought", "the user's own vector; zeros where there is none", None)
-COLUMN = ("as brought", "column {} of the raw table; NaN: not known, counts as the mean", None)
 HOW = {  # what more must be known to compute the inputs of new texts
     "tokens": "NFKC, then case folding, then without matches of `invisible`; tokens are the matches of "
     "`token` (Python's package regex). A match of its group `run` that has several characters is instead "
@@ -44,7 +43,6 @@ HOW = {  # what more must be known to compute the inputs of new texts
     "list is an error of onnxruntime",
 }
 SETTINGS = ("text_tokens", "caption_tokens", "top_tokens")  # of stage 01, that a new text needs too
-CODE = ("row number", "1 + place of the value in `categories`; 0: null, or a value not in the list", None)
 
 
 def input_names(spec):
@@ -86,31 +84,28 @@ def sources_of(features):
 
 def described(name, spec, own):
     """An input of the contract. own: is it an embedding of the user's own?"""
-    unit, how, source = COLUMN[0], COLUMN[1].format(name), None
-    kind, shape, side = "number", ["B"], side_of(name)
+    kind, of, dtype, shape, source = "number", side_of(name), "float32", ["B"], None
+    unit, how = "as brought", f"column {name} of the raw table; NaN: not known, counts as the mean"
     if name in spec["embeddings"]:
-        kind, shape = "embedding", [*shape, spec["embeddings"][name]]
-        unit, how, source = OWN if own else EMBEDDINGS[name]
+        kind, shape = "embedding", ["B", spec["embeddings"][name]]
+        how = "the user's own vector; zeros where there is none"
+        if not own:
+            unit, (how, source) = "none", EMBEDDINGS[name]
     elif name in spec["categories"]:
-        kind, (unit, how, source) = "category", CODE
+        kind, dtype, unit = "category", "int64", "row number"
+        how = "1 + place of the value in `categories`; 0: null, or a value not in the list"
     elif name in spec["match"]:
-        side = "pair"
+        of = "pair"
         if name in MATCH_FEATURES:
             _, unit, how, source = MATCH_FEATURES[name]
-    dtype = "int64" if kind == "category" else "float32"
-    about = {"name": name, "of": side, "kind": kind, "dtype": dtype, "shape": shape}
+    about = {"name": name, "of": of, "kind": kind, "dtype": dtype, "shape": shape}
     return {**about, "unit": unit, "how": how, "source": source}
 
 
 def contract(spec, features):
-    """Inputs and outputs of student.onnx in their order: names, sizes, units, how each is computed and from
-    what. It goes into features.json. features: stage.json of stage 01."""
-    own = {name.removeprefix("embeddings/") for name in features["inputs"] if name.startswith("embeddings/")}
-    inputs = [described(name, spec, name in own) for name in input_names(spec)]
-    levels = {"name": "probabilities", "shape": ["B", NUM_LEVELS], "unit": "probability of levels 1 to 5"}
-    expected = {"name": "expected_level", "shape": ["B"], "unit": "level, 1 to 5: rank by it"}
-    outputs = [{**output, "dtype": "float32"} for output in (levels, expected)]
+    """Of features.json: inputs and outputs of student.onnx in order. features: stage.json of stage 01."""
+    inputs = [described(name, spec, f"embeddings/{name}" in features["inputs"]) for name in input_names(spec)]
     settings = {name: features["arguments"].get(name) for name in SETTINGS}
     settings |= {"as_of": features.get("as_of"), **PATTERNS}
     about = {"how": HOW, "sources": sources_of(features), "settings": settings}
-    return {"inputs": inputs, "outputs": outputs, **about}
+    return {"inputs": inputs, "outputs": [LEVELS, EXPECTED], **about}

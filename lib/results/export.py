@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common import expected_level
-from lib.results.contract import ONNX, ONNX_ONE_QUERY, OUTPUTS, contract, input_names, is_query, open_onnx
+from lib.results.contract import ONNX, ONNX_ONE_QUERY, OUTPUTS, input_names, is_query, open_onnx
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop
 
@@ -74,15 +74,6 @@ def save_onnx(student, inputs, folder):
         expected = student(inputs | same).softmax(dim=1).numpy()
         differences.append(compare(expected, found, folder / file))
     return max(differences)
-
-
-def save_for_serving(student, features, inputs, folder):
-    """Writes model.safetensors, features.json and the ONNX files. features: stage.json of stage 01; inputs:
-    of save_onnx()."""
-    student.spec |= contract(student.spec, features)
-    student.save(folder)
-    difference = save_onnx(student, inputs, folder)
-    print(f"student.onnx: its probabilities are PyTorch's to {difference:.0e}")
 
 
 def compare(expected, found, path):

@@ -13,25 +13,19 @@ SHOWN = 10  # queries in the report
 MAIN = ("student", "teacher", "student_human_labels", "match")  # the first that is there is compared
 
 
-def one_by_one(features, rows, ndcg, found):
+def one_by_one(features, rows, ndcg):
     """A dict for each evaluation query that has a gain: its row number, text, language, judged pins, best
-    level, nDCG@20 of each system, and `difference`, of the first of MAIN to bm25; worst first.
-    ndcg(labels, scores) -> nDCG of one query; found: {system: (probabilities, score)}."""
-    main = next(name for name in MAIN if name in found)
-    texts = pq.read_table(features / "queries.parquet", columns=["query", "language"])
-    queries = []
-    for number in np.unique(rows["query_index"]).tolist():
-        at = np.flatnonzero(rows["query_index"] == number)
-        label = rows["label"][at]
-        best = int(label.max())
-        if best == 1:
-            continue
-        query = {"index": number, **texts.slice(number, 1).to_pylist()[0]}
-        query["judged pins"], query["best level"] = len(at), best
-        for name, (_, score) in found.items():
-            query[name] = float(ndcg(label, score[at]))
-        query["difference"] = query[main] - query["bm25"]
-        queries.append(query)
+    level, nDCG@20 of each system, and `difference`, of the first of MAIN to bm25; worst first. ndcg: {system:
+    [Q]}, in the order of their row numbers."""
+    main = next(name for name in MAIN if name in ndcg)
+    number, of_row, pins = np.unique(rows["query_index"], return_inverse=True, return_counts=True)
+    best = np.zeros(len(number), int)
+    np.maximum.at(best, of_row, rows["label"])
+    texts = pq.read_table(features / "queries.parquet", columns=["query", "language"]).take(number)
+    columns = {"index": number, "query": texts["query"], "language": texts["language"]}
+    columns |= {"judged pins": pins, "best level": best}
+    columns |= {**ndcg, "difference": ndcg[main] - ndcg["bm25"]}
+    queries = [query for query in pa.table(columns).to_pylist() if query["best level"] > 1]
     return sorted(queries, key=lambda query: query["difference"])
 
 
@@ -56,12 +50,15 @@ def worst(queries, systems):
     """The worst queries beside bm25 as Markdown; systems: names."""
     if not queries:
         return []
-    names, body = [name for name in systems if name != "majority"], []
+    names, scores = ("query", "language", "judged pins"), [name for name in systems if name != "majority"]
+    body = []
     for query in queries[:SHOWN]:
-        about = [escaped(query[name]) for name in ("query", "language", "judged pins")]
-        scores = [f"{query[name]:.3f}" for name in names]
-        body.append([*about, *scores, f"{query['difference']:+.3f}"])
-    better, worse = (sum(sign * query["difference"] > 0 for query in queries) for sign in (1, -1))
-    says = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse; all"
-    head = ["query", "language", "judged pins", *names, "difference"]
-    return section("Queries, the worst beside bm25 first", f"{says} are in queries.csv.", head, body)
+        line = [escaped(query[name]) for name in names]
+        line += [f"{query[name]:.3f}" for name in scores]
+        line.append(f"{query['difference']:+.3f}")
+        body.append(line)
+    better = sum(query["difference"] > 0 for query in queries)
+    worse = sum(query["difference"] < 0 for query in queries)
+    text = f"nDCG@20: {better:,} of {len(queries):,} queries are better than with bm25, {worse:,} worse; all"
+    head = [*names, *scores, "difference"]
+    return section("Queries, the worst beside bm25 first", f"{text} are in queries.csv.", head, body)

@@ -1,6 +1,7 @@
 """Results as text: tables, report.md.
 
-A table here is {(system, language, metric): interval with value, low, high}; the language of all rows is "".
+A table here is {system: {"overall": {metric: m}, "by_language": {language: {metric: m}}}}, m an object with
+value, low and high; compared: a list of such of differences, with system, minus and metric (stage 05).
 """
 
 import html
@@ -8,36 +9,25 @@ import re
 import shlex
 import sys
 import time
-from types import SimpleNamespace
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
 from common import RELEVANT, THRESHOLDS
 from lib.inputs.inherited import whence, whose_labels
-from lib.results.temperatures import ENOUGH_QUERIES
 
-ALL = ""  # "language" of a metric over all rows
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
 FEW_QUERIES = 30  # an interval on fewer is marked
+ENOUGH_FITTED = 15  # queries to fit a temperature on: experiments/RESULTS.md, "Temperatures of few queries"
 # Systems are compared by the first of these that means something.
 AUROCS = {f"auroc_{level}": level for level in (RELEVANT, *THRESHOLDS)}
 WHAT_TO_DO = {  # where a trained system is below another one
     "student_human_labels": "the teacher's labels cost more than they bring",
     "student": "the teacher is the weaker one: other settings of stage 02, or more labels",
     "teacher": "03_label.py --pool none leaves the teacher alone",
-    None: "serve that instead, or label more queries",
 }
 
-
-class Metric(NamedTuple):
-    """How a metric stands in a table."""
-
-    heading: str
-    percent: bool
-    meaning: str
-
-
+Metric = namedtuple("Metric", "heading percent meaning")  # how a metric stands in a table
 ABOVE = "chance that P(level ≥ {0}) of a row of a level ≥ {0} is higher than that of another row"
 METRICS = {
     "accuracy": Metric("accuracy %", True, "rows whose most probable level is the human one; micro-F1 too"),
@@ -69,19 +59,9 @@ CAPTIONS = {
 # Tables
 
 
-def systems_of(table):
-    """The systems of a table, in its order."""
-    return list(dict.fromkeys(system for system, _, _ in table))
-
-
-def languages_of(table):
-    """The languages of a table."""
-    return list(dict.fromkeys(language for _, language, _ in table if language != ALL))
-
-
 def metrics_of(table):
     """The metrics of a table, in the order of METRICS."""
-    found = {metric for _, _, metric in table}
+    found = {metric for parts in table.values() for metric in parts["overall"]}
     return [metric for metric in METRICS if metric in found]
 
 
@@ -99,20 +79,6 @@ def meaningful(levels):
     return found
 
 
-def nested(table, compared):
-    """A table in the shape of metrics.json: systems, overall or by language, metrics; and the differences
-    {(system, other, metric): interval} of stage 05 as flat rows."""
-    systems = {}
-    for (system, language, metric), found in table.items():
-        parts = systems.setdefault(system, {"overall": {}, "by_language": {}})
-        part = parts["overall"] if language == ALL else parts["by_language"].setdefault(language, {})
-        part[metric] = found._asdict()
-    rows = []
-    for (system, other, metric), found in compared.items():
-        rows.append({"system": system, "minus": other, "metric": metric, **found._asdict()})
-    return {"systems": systems, "differences": rows}
-
-
 def cell(m, percent=True):
     """A metric's value, low and high as `value [low, high]`."""
     if m is None or m.value is None:
@@ -128,18 +94,15 @@ def escaped(text):
     return re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
 
 
-def headings(table):
-    """Headings of the metrics of a table."""
-    return [METRICS[metric].heading for metric in metrics_of(table)]
-
-
-def cells(table, system, language=ALL):
-    """All metrics of a system, as cell() writes them."""
-    texts = []
-    for metric in metrics_of(table):
-        found = table.get((system, language, metric))
-        texts.append(cell(found, METRICS[metric].percent))
-    return texts
+def metric_table(table, names, lines):
+    """All metrics as a Markdown table. names: headings of the first columns; lines: their cells, and the
+    metrics {metric: Interval}."""
+    metrics, body = metrics_of(table), []
+    for *first, found in lines:
+        values = [cell(found.get(metric), METRICS[metric].percent) for metric in metrics]
+        body.append([*first, *values])
+    headings = [METRICS[metric].heading for metric in metrics]
+    return markdown_table([*names, *headings], body)
 
 
 def markdown_table(head, lines):
@@ -162,17 +125,17 @@ def below(compared):
     """Lines on systems that are below what they are compared with, by the whole interval; of the untrained
     ones the best by each metric."""
     worse, best = {}, {}
-    for (system, other, metric), m in compared.items():
-        if other in UNTRAINED and m.value is not None:
-            best[system, metric] = min(best.get((system, metric), (m.value, other)), (m.value, other))
-    for (system, other, metric), m in compared.items():
-        counts = other not in UNTRAINED or best.get((system, metric), ("", ""))[1] == other
+    for m in compared:
+        if m.minus in UNTRAINED and m.value is not None:
+            best[m.system, m.metric] = min(m.value, best.get((m.system, m.metric), m.value))
+    for m in compared:
+        counts = m.minus not in UNTRAINED or m.value == best.get((m.system, m.metric))
         if counts and m.high is not None and m.high < 0:
-            by = f"{METRICS[metric].heading} {signed(m)}"
-            worse.setdefault((system, other), []).append(by)
+            found = f"{METRICS[m.metric].heading} {signed(m)}"
+            worse.setdefault((m.system, m.minus), []).append(found)
     lines = []
     for (system, other), found in worse.items():
-        advice = WHAT_TO_DO.get(other, WHAT_TO_DO[None])
+        advice = WHAT_TO_DO.get(other, "serve that instead, or label more queries")
         lines.append(f"{system} is below {other}: {', '.join(found)}; {advice}")
     return lines
 
@@ -181,16 +144,16 @@ def in_short(compared):
     """What a reader who reads no further should know: the system to serve beside bm25, the best of those that
     need no training, and human labels alone."""
     lines, beside = [], ("bm25", "match", "student_human_labels")
-    served = "student" if ("student", "bm25", "ndcg_20") in compared else "teacher"
-    for (system, other, metric), m in compared.items():
-        if system != served or other not in beside or m.value is None:
-            continue
-        verdict = "no clear difference"
-        if m.low > 0:
-            verdict = "better"
-        elif m.high < 0:
-            verdict = "worse"
-        lines.append(f"- {system} beside {other}, {METRICS[metric].heading}: {signed(m)}: **{verdict}**")
+    served = "student" if "student" in {m.system for m in compared} else "teacher"
+    for m in compared:
+        if m.system == served and m.minus in beside and m.value is not None:
+            verdict = "no clear difference"
+            if m.low > 0:
+                verdict = "better"
+            elif m.high < 0:
+                verdict = "worse"
+            heading = METRICS[m.metric].heading
+            lines.append(f"- {served} beside {m.minus}, {heading}: {signed(m)}: **{verdict}**")
     return ["## In short", "", *lines, ""] if lines else []
 
 
@@ -211,11 +174,12 @@ def few_queries(n):
 
 def summary(table, compared):
     """Lines for the terminal, by the AUROC that systems are compared by."""
-    shown = [name for name in AUROCS if name in metrics_of(table)][:1] + ["ndcg_20"]
-    lines = []
-    for system in systems_of(table):
-        cells = [f"  {system:<22} accuracy {cell(table[system, ALL, 'accuracy']):<18}"]
-        cells += [f"{METRICS[name].heading} {cell(table[system, ALL, name], False)}" for name in shown]
+    lines, metrics = [], metrics_of(table)
+    shown = [name for name in AUROCS if name in metrics][:1] + ["ndcg_20"]
+    for system, parts in table.items():
+        found = parts["overall"]
+        cells = [f"  {system:<22} accuracy {cell(found['accuracy']):<18}"]
+        cells += [f"{METRICS[name].heading} {cell(found[name], False)}" for name in shown]
         lines.append("  ".join(cells))
     return [*lines, *below(compared)]
 
@@ -224,52 +188,49 @@ def summary(table, compared):
 # report.md
 
 
-def facts(read, evaluation):
-    """What the report rests on, as pairs of a name and a text. read: {folder: its stage.json}."""
+def facts(read, n, queries, gainful):
+    """What the report rests on, {name: text}. read: {folder: its stage.json}; n: evaluation rows, of so many
+    queries, of which so many have a gain."""
     features, labels = read["features"], read["labels"]
-    used, command = features.get("models", {}), [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
-    index, query = np.unique(evaluation["query_index"], return_inverse=True)
-    best = np.zeros(len(index), int)
-    np.maximum.at(best, query, evaluation["label"])
-    rows = f"{len(query):,} human-labelled rows of {len(index):,} queries, none trained on"
-    known = [
-        ("dataset", features.get("dataset")),
-        ("evaluation", f"{rows}; {(best == 1).sum():,} queries have no gain and do not count in nDCG"),
-        ("text encoder", used.get("text encoder", {}).get("name", "none: the user's own embeddings")),
-        ("captions by", used.get("caption model", {}).get("name", "nobody: no picture can be read")),
-        ("teacher", whose_labels(labels) if "teacher" in labels else None),
-        ("its labels", whence(labels["labels"]) if "labels" in labels else None),
-    ]
+    used = features.get("models", {})
+    rows = f"{n:,} human-labelled rows of {queries:,} queries, none trained on"
+    known = {
+        "dataset": features.get("dataset"),
+        "evaluation": f"{rows}; {queries - gainful:,} queries have no gain and do not count in nDCG",
+        "text encoder": used.get("text encoder", {}).get("name", "none: the user's own embeddings"),
+        "captions by": used.get("caption model", {}).get("name", "nobody: no picture can be read"),
+        "teacher": "teacher" in labels and whose_labels(labels),
+        "its labels": "labels" in labels and whence(labels["labels"]),
+    }
     for name, about in read.items():
-        told, rows = about["arguments"], about.get("rows", {})
+        rows = about.get("rows", {})
         learnt = f"{rows.get('train', 0):,}"
         if name == "teacher":
             of = f" of {rows['train_queries']:,} queries" if "train_queries" in rows else ""
-            known.append(("the teacher learnt from", f"{learnt} human-labelled rows{of}"))
+            known["the teacher learnt from"] = f"{learnt} human-labelled rows{of}"
         elif name.startswith("student"):
-            learnt += f" rows, the {told['labels']} labels"
-            if told["labels"] == "teacher":
+            labels = about["arguments"]["labels"]
+            learnt += f" rows, the {labels} labels"
+            if labels == "teacher":
                 learnt += f"; {rows.get('human', 0):,} of them human-labelled rows too, half and half"
-            known.append((f"{name} learnt from", learnt))
+            known[f"{name} learnt from"] = learnt
             if about.get("curve"):
-                known.append(("would more labels help", more_labels(about["curve"])))
-    known += [("made", f"{time.strftime('%Y-%m-%d')} by `{shlex.join(command)}`")]
-    return [(name, str(value)) for name, value in known if value]
+                known["would more labels help"] = more_labels(about["curve"])
+    return {name: str(value) for name, value in known.items() if value}
 
 
 def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
-    """report.md. compared: differences() of stage 05; about: pairs of facts(); evaluation: columns of its
-    rows; one_by_one: lines on queries; pages: {file: caption}."""
-    queries = len(np.unique(evaluation["query_index"]))
-    lines = ["# Evaluation", ""]
-    for name, value in about:
-        lines.append(f"- {name}: {value if name == 'made' else escaped(value)}")
-    lines += ["", *in_short(compared)]
+    """report.md. about: facts(); evaluation: columns of its rows; one_by_one: lines on queries; pages: {file:
+    caption}."""
+    command = shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]])
+    lines = ["# Evaluation", "", *(f"- {name}: {escaped(value)}" for name, value in about.items())]
+    lines += [f"- made: {time.strftime('%Y-%m-%d')} by `{command}`", "", *in_short(compared)]
     lines += ["In brackets: 95 % bootstrap interval over queries, the same resamples for every system."]
-    body = [[escaped(system), *cells(table, system)] for system in systems_of(table)]
-    lines += markdown_table(["system", *headings(table)], body)
+    systems = [(escaped(system), parts["overall"]) for system, parts in table.items()]
+    lines += metric_table(table, ["system"], systems)
     lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics_of(table)]
-    lines += ["", *(f"**{escaped(line)}**\n" for line in few_queries(queries) + below(compared))]
+    warnings = few_queries(len(np.unique(evaluation["query_index"]))) + below(compared)
+    lines += ["", *(f"**{escaped(line)}**\n" for line in warnings)]
     lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
     lines += [*one_by_one, *of_temperatures(temperatures), "## Plots", ""]
     for name, caption in {**CAPTIONS, **pages}.items():
@@ -279,29 +240,27 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
 
 def of_differences(compared):
     """What training brings, as a table."""
-    metrics, body = list(dict.fromkeys(metric for _, _, metric in compared)), {}
-    for (system, other, metric), m in compared.items():
-        found = body.setdefault(f"{system} − {other}", dict.fromkeys(metrics, ""))
-        found[metric] = signed(m)
-    head = ["difference", *(METRICS[metric].heading for metric in metrics)]
+    lines, heads = {}, []
+    for m in compared:
+        lines.setdefault(f"{m.system} − {m.minus}", []).append(signed(m))
+        heads.append(METRICS[m.metric].heading)
     text = "Differences on the same resamples of the queries: above zero, the first is the better one."
-    body = [[escaped(pair), *found.values()] for pair, found in body.items()]
+    head = ["difference", *dict.fromkeys(heads)]
+    body = [[escaped(pair), *found] for pair, found in lines.items()]
     return section("What training brings", text, head, body)
 
 
 def by_language(table, evaluation):
     """Accuracy by language, where there are several."""
-    languages, head, body = sorted(languages_of(table)), ["system"], []
-    if len(languages) < 2:
-        return []
-    for language in languages:
+    head, body = ["system"], []
+    for language in sorted(set(evaluation["language"])):
         queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
         head.append(escaped(language) + " †" * (len(queries) < FEW_QUERIES))
-    for system in systems_of(table):
-        found = [cell(table[system, language, "accuracy"]) for language in languages]
+    for system, parts in table.items():
+        found = [cell(metrics["accuracy"]) for metrics in parts["by_language"].values()]
         body.append([escaped(system), *found])
     text = f"† fewer than {FEW_QUERIES} queries: an interval of so few is a rough guess."
-    return section("Accuracy by language, %", text, head, body)
+    return section("Accuracy by language, %", text, head, body) if len(head) > 2 else []
 
 
 def beside_the_paper(table):
@@ -310,7 +269,8 @@ def beside_the_paper(table):
         return []
     body = []
     for system, what, value in PAPER:
-        body.append([system, cell(table.get((system, ALL, "accuracy"))), f"{100 * value:.1f}", what])
+        ours = cell(table[system]["overall"]["accuracy"]) if system in table else "–"
+        body.append([system, ours, f"{100 * value:.1f}", what])
     head = ["", "accuracy here %", "accuracy in the paper %", "the paper's system"]
     text = "The paper's rows are its own data and models: for orientation, not to compare the numbers."
     return section("Beside the paper", text, head, body)
@@ -322,9 +282,9 @@ def of_temperatures(temperatures):
     if not temperatures:
         return [f"## {title}", "", "No training query was held out to tell, or there were too few.", ""]
     for system, found in temperatures.items():
-        errors = [cell(SimpleNamespace(**found[name]), False) for name in ("ece", "ece_at_temperature")]
         rows = f"{found['rows']:,} rows of {found['queries']:,} queries"
-        rows += ": too few" * (found["queries"] < ENOUGH_QUERIES)
+        rows += ": too few" * (found["queries"] < ENOUGH_FITTED)
+        errors = [cell(found[name], False) for name in ("ece", "ece_at_temperature")]
         body.append([escaped(system), f"{found['temperature']:.2f}", rows, *errors])
     text = (
         "One temperature a system, fitted on human-labelled training rows of queries that it was not trained "

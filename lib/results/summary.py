@@ -1,12 +1,12 @@
 """What stages 02, 03 and 04 print before and after their work."""
 
 import numpy as np
-import torch
 
-from common import LEVELS, NUM_LEVELS
+from common import LEVELS
 from lib.inputs.held_out import describe_held_out
 from lib.inputs.inherited import whence
 from lib.inputs.pairs import count_labels, read_labels
+from lib.inputs.regression import one_hot
 from lib.results.contract import input_names
 from lib.stages.hardware import dtype_name
 
@@ -14,37 +14,35 @@ TOY_WEIGHTS = 10_000_000  # of a larger model the learning rates of --preset toy
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
 
 
-def count_weights(model, trained=False):
-    """The number of a model's weights, or of those that are trained."""
-    weights = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(p.numel() for p in weights)
+def count_weights(parameters):
+    """How many numbers these are."""
+    return sum(p.numel() for p in parameters)
 
 
 def describe_teacher(teacher, finetuning, rows, settings):
     """What is going to be trained, on what. rows: LabelledRows."""
-    weights = count_weights(teacher, trained=True)
-    how = FINETUNING[finetuning]
+    trained = [p for p in teacher.parameters() if p.requires_grad]
     print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
-    print(f"{how}: {weights:,} weights;", dtype_name(teacher.dtype))
-    if settings.preset == "toy" and count_weights(teacher) > TOY_WEIGHTS:
-        rate = settings.encoder_lr if finetuning == "full" else settings.lr
-        print(f"--preset toy, learning rate {rate:g}, is for tiny models: try --preset small")
+    how = FINETUNING[finetuning]
+    dtype = dtype_name(teacher.dtype)
+    weights = count_weights(trained)
+    print(f"{how}: {weights:,} weights; {dtype}")
+    if settings.preset == "toy" and count_weights(teacher.parameters()) > TOY_WEIGHTS:
+        print("--preset toy is for tiny models, by its learning rates: try --preset small")
     n, lengths = len(rows.train), rows.lengths
     print(f"rows: {n:,} of {rows.train_queries:,} queries train")
     mean, longest = lengths.mean(), lengths.max()
     print(f"tokens a row: mean {mean:.0f}, max {longest} of {settings.max_tokens}")
-    levels = rows.levels[rows.train]
-    counts = torch.bincount(levels, minlength=NUM_LEVELS)
-    print_shares("labels", counts / n)
+    print_shares("labels", one_hot(rows.levels[rows.train] + 1))
     describe_held_out(rows)
 
 
-def print_shares(what, shares):
-    """The shares of the levels [C] in percent."""
-    named = []
+def print_shares(what, p):
+    """The mean of probabilities of the levels [N, C] in percent."""
+    named, shares = [], 100 * p.mean(axis=0)
     for level, share in enumerate(shares, 1):
         name = LEVELS[level]
-        named.append(f"{level} {name} {100 * share:.0f} %")
+        named.append(f"{level} {name} {share:.0f} %")
     print(f"{what}:", ", ".join(named))
 
 
@@ -56,22 +54,17 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"{settings.labels}'s labels: {rows.total:,} rows, {human}; {device}")
     n = len(held_out)
     queries = len(np.unique(held_out["query"]))
-    few = "" if queries else ": too few queries"
-    print(f"held out: {n:,} rows of {queries:,} queries{few}")
-    names = input_names(student.spec)
-    sizes = student.spec["embeddings"].values()
-    for place, size in enumerate(sizes):
-        names[place] += f" {size}"
-    print("inputs:", ", ".join(names))
-    weights = count_weights(student)
+    print(f"held out: {n:,} rows of {queries:,} queries")
+    print("inputs:", *input_names(student.spec))
+    weights = count_weights(student.parameters())
     print(f"parameters: {weights:,}")
 
 
 def describe_labelling(about, paths, todo, hardware, processes):
     """What is going to be labelled, by which teacher. about: teacher.json; paths, todo: all shards,
     and those left."""
-    fields = ", ".join(about["fields"])
-    print(f"teacher: {about['model']}, trained on {fields}")
+    model, fields = about["model"], ", ".join(about["fields"])
+    print(f"teacher: {model}, trained on {fields}")
     print(f"shards: {len(paths)}, of which {len(todo)} to label")
     print(f"{hardware}, {processes} process(es)")
 
@@ -90,10 +83,10 @@ def describe_labels(paths, table):
     """What stage 03 has made, and where it is from (count_labels). paths: files of labels; table: the run's
     LabelTable."""
     counts = count_labels(paths)
-    print(f"labels: {whence(counts)}")
+    print("labels:", whence(counts))
     name = table.path.name
     megabytes = table.path.stat().st_size / 1e6
     print(f"{name}: {table.rows:,} different pairs, {megabytes:.1f} MB")
-    labels = np.concatenate([read_labels(path) for path in paths[-10:]])
-    print_shares("mean soft label", labels.mean(axis=0))
+    some = [read_labels(path) for path in paths[-10:]]
+    print_shares("mean soft label", np.concatenate(some))
     return counts

@@ -74,9 +74,10 @@ def is_plain_file(path):
 
 
 def write_json(path, value):
-    """A value -> a JSON file."""
+    """A value -> a JSON file; an object as the dict of its attributes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=vars)
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_jsonl(path, rows):
