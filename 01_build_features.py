@@ -55,7 +55,7 @@ from lib.stages.streams import keep_chunks, slices, write_stream
 from lib.stages.terminal import Stop, run_main
 from lib.tables import look
 from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embedding
-from lib.tables.images import pictures_fingerprint, read_pictures, warn_if_all_fail, write_skipped
+from lib.tables.images import pictures_fingerprint, read_pictures, write_skipped
 from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names
 from lib.tables.raw import RawTables, levels_of
 from lib.tables.splits import split_of
@@ -227,7 +227,6 @@ def make_captions(pictures, settings, inputs, share, out):
     captions, reasons = pa.array([""] * len(pictures)), pictures["reason"]
     if pictures["image"].null_count == len(pictures):
         return captions, None
-    warn_if_all_fail(pictures)
     if "caption model" in inputs:  # else no picture can be read
         key = hashed([inputs["caption model"], inputs["precision"], settings.caption_tokens])
         cache = out / "captions" / key[:16]

@@ -1,6 +1,5 @@
 """Wikimedia Commons image search, results rated by people -> raw tables.
 
-    python data/from_commons.py SOURCE --out data/commons
     python data/from_commons.py SOURCE --out data/commons --images PICTURES
 
 Reads   SOURCE: the dump sql/ratedSearchResult_20211207.sql of github.com/cormacparle/media-search-signal-test
@@ -14,17 +13,11 @@ Writes  OUT/pins, queries, labels, impressions .parquet, skipped_ratings.csv, im
     rating -1 (bad), 0 (passable), 1 (good)             label 1, 3, 5
     no rating                                           an unlabelled impression
 
-Only searches that people typed are used, the rows up to id 10,690. The later ones are titles of articles,
-most of them Vietnamese, Bengali, Czech, Cebuano or Arabic, whose pictures were rated as illustrations of the
-article: nobody searched for these. `language` is the one a search was made in; its words may be another's.
-
-A query is its text, `lower(trim(NFC(text)))`. Queries are dealt by a hash of it: the ratings of 40 % train,
-those of 40 % evaluate, and those of the other 20 % are hidden: they become impressions. Evaluation leaves out
-queries whose ratings are all of one kind, which no order of the results can get wrong: they go to training.
-
-What was shown is little: a student learns from more pairs than these. So every query that does not evaluate
-is crossed with results of others (--cross), as candidates a search engine would look at: half of them share
-its rarest words, the others are drawn at random. These pairs are made here, Commons has not logged them.
+Only searches that people typed are used: the later rows are titles of articles that nobody searched for. A
+query is its text; by a hash of it the ratings of 40 % train, those of 40 % evaluate, and those of the other
+20 % become impressions. Queries whose ratings are all of one kind, which no order can get wrong, evaluate
+nothing: they train. Every query that does not evaluate is crossed with results of others (--cross), half of
+which share its rarest words, the others at random: pairs made here, Commons has not logged them.
 """
 
 import csv
@@ -48,8 +41,8 @@ LEVEL = {"-1": 1, "0": 3, "1": 5}  # rating -> level
 SHARES = (0.4, 0.4)  # of the queries: train, evaluate
 COLUMNS = ("id", "search_term", "wikidata_id", "language", "file_name", "rating")
 
-# A row of the dump, as MySQL writes it: (1,'Big Ben','Q41225','en','Big Ben.jpg',1)
 TEXT = r"(NULL|'(?:[^'\\]|\\.)*')"
+# A row of the dump, as MySQL writes it: (1,'Big Ben','Q41225','en','Big Ben.jpg',1)
 SQL_ROW = re.compile(rf"\((\d+),{TEXT},{TEXT},{TEXT},{TEXT},(NULL|-?\d+)\)")
 
 
@@ -61,10 +54,6 @@ class Settings:
     out: Path = ROOT / "data" / "commons"  # dataset folder
     images: Path | None = None  # folder with pictures under their Commons names
     cross: int = 20  # other results that a query is crossed with
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The source
 
 
 def read_source(path):
@@ -109,10 +98,6 @@ def words_of(text):
     return set(re.findall(r"\w+", query_key(text.replace("_", " "))))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pairs that nobody was shown
-
-
 def cross_pairs(shown, titles, crossing, count):
     """Pairs of a query with results of others: (query, file). shown: {query: files shown for it}; titles:
     {file: title}; crossing: the queries to cross; count: pairs a query, half of them near, half random."""
@@ -140,12 +125,8 @@ def nearest(query, files_with, without, count):
     return [file for _, file in ranked[:count]]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables
-
-
 def make_tables(rows, cross):
-    """The rows to use -> {table: (columns, rows)}; pins without pictures. cross: pairs to make a query."""
+    """The rows to use -> {table: rows}; pins without pictures. cross: pairs to make a query."""
     queries, ratings, shown = {}, defaultdict(set), defaultdict(set)
     for row in rows:
         key = query_key(row["search_term"])
@@ -169,10 +150,10 @@ def make_tables(rows, cross):
     crossing = [key for key in queries if sides[key] != "eval"]
     pairs += cross_pairs(shown, titles, crossing, cross)
     return {
-        "pins": (("pin_id", "title", "description"), [(*pin, None) for pin in titles.items()]),
-        "queries": (("query_id", "query", "language"), [*queries.values()]),
-        "labels": (("query_id", "pin_id", "label", "split"), labels),
-        "impressions": (("query_id", "pin_id"), [(queries[key][0], file) for key, file in pairs]),
+        "pins": [(*pin, None) for pin in titles.items()],
+        "queries": [*queries.values()],
+        "labels": labels,
+        "impressions": [(queries[key][0], file) for key, file in pairs],
     }
 
 
@@ -198,10 +179,9 @@ def main(argv=None):
         raise Stop(f"{settings.source}: no row with an id up to {LAST_TYPED:,}, a typed search")
     tables = make_tables(used, settings.cross)
     if settings.images:
-        columns, pins = tables["pins"]
-        pins = [(*pin, place_image(pin[0], settings.images, settings.out)) for pin in pins]
-        tables["pins"] = ((*columns, "image"), pins)
+        pins = [(*pin, place_image(pin[0], settings.images, settings.out)) for pin in tables["pins"]]
         print(f"pictures: {sum(bool(pin[-1]) for pin in pins):,} of {len(pins):,} pins")
+        tables["pins"] = pins
     conversion.write_dataset(settings.out, tables, "skipped_ratings.csv", rows[0], skipped)
 
 

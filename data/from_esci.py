@@ -14,22 +14,21 @@ A product is one a locale, LOCALE-ASIN. A text that evaluates in a locale trains
 
 import html
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import conversion  # the project's folder is on the path with it
 import pyarrow as pa
 from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.stages.settings import ROOT, flags_read  # noqa: E402
-from lib.stages.streams import write_stream  # noqa: E402
-from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.database import Database  # noqa: E402
-from lib.tables.files import listed, text_literal  # noqa: E402
-from lib.tables.raw import RawTables, levels_of  # noqa: E402
+from lib.stages.settings import ROOT, flags_read
+from lib.stages.streams import write_stream
+from lib.stages.terminal import Stop, run_main
+from lib.tables.database import Database
+from lib.tables.files import listed, text_literal
+from lib.tables.raw import RawTables, levels_of
 
 LANGUAGE = {"us": "en", "es": "es", "jp": "ja"}  # of a locale's queries
 INLINE = re.compile(r"</?(?:a|b|big|em|font|i|small|span|strong|sub|sup|u)(?:\s[^<>]*)?>", re.IGNORECASE)
@@ -93,8 +92,7 @@ def convert(raw, settings):
     told |= {"locales": [*settings.locales], "trains": [*settings.train_locales]}  # written as in SQL
     for name in ("examples", "products"):
         path = settings.source / f"shopping_queries_dataset_{name}.parquet"
-        if not path.is_file():
-            raise Stop(f"{path}: missing; get it from github.com/amazon-science/esci-data")
+        path = conversion.source_file(path, "github.com/amazon-science/esci-data")
         told[name] = f"read_parquet({listed([path])})"
     levels = (levels_of(settings.levels) or {}).items()
     told["levels"] = " ".join(f"WHEN {text_literal(label)} THEN {level}" for label, level in levels)

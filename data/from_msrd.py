@@ -2,18 +2,17 @@
 
     python data/from_msrd.py SOURCE_DIR --out data/msrd
 
-SOURCE_DIR holds `movies-corpus.jsonl.gz` and `movies-judgments.tsv.gz` (or the same names without .gz), the
-form adapted by Elastic: github.com/elastic/elasticsearch-labs, in its folder
-notebooks/search/sample_data/learning-to-rank/. The data is share-alike and not part of this project.
+SOURCE_DIR holds `movies-corpus.jsonl` and `movies-judgments.tsv`, each may be gzipped, the form adapted by
+Elastic: github.com/elastic/elasticsearch-labs, notebooks/search/sample_data/learning-to-rank/. The data is
+share-alike and not part of this project.
 
     title, overview                 title, description
     tags, genres                    boards: one save a tag, one a genre
     director, actors, characters    link_visits: one visit of 60 s
     grade 0, 1                      label 1, 5
 
-Queries are dealt by a hash of their id: 10 % to human labels for training, 10 % to evaluation, and of the
-other 80 % the labels are hidden: they are the unlabelled impressions. A judgment whose movie is not in the
-corpus cannot be used: counted, and written to skipped_judgments.csv.
+Queries are dealt by a hash of their id: some train, some evaluate, the labels of the others are hidden: they
+are impressions. Judgments whose movie is not in the corpus are listed in skipped_judgments.csv.
 """
 
 import csv
@@ -43,13 +42,8 @@ class Settings:
     max_impressions: int | None = None  # keep the first of them (default: all)
 
 
-def open_text(folder, name):
-    """A text file of the source folder, gzipped or not."""
-    return conversion.open_text(folder / name, SOURCE)
-
-
 def movie_tables(movies):
-    """The corpus -> pins, boards and link_visits: {table: (columns, rows)}."""
+    """The corpus -> pins, boards and link_visits: {table: rows}."""
     pins, boards, visits = [], [], []
     for movie in movies:
         pin_id = str(movie["id"])
@@ -57,12 +51,8 @@ def movie_tables(movies):
         boards += [(pin_id, board) for key in ("tags", "genres") for board in movie.get(key) or []]
         names = [", ".join((movie.get(key) or [])[:5]) for key in ("actors", "characters")]
         cast = "; ".join(filter(None, names)) or None
-        visits.append((pin_id, movie.get("director"), cast, 60.0))
-    return {
-        "pins": (("pin_id", "title", "description"), pins),
-        "boards": (("pin_id", "board_title"), boards),
-        "link_visits": (("pin_id", "link_title", "link_description", "dwell_seconds"), visits),
-    }
+        visits.append((pin_id, 60.0, movie.get("director"), cast))
+    return {"pins": pins, "boards": boards, "link_visits": visits}
 
 
 def judgment_tables(judgments, movies, settings):
@@ -84,19 +74,16 @@ def judgment_tables(judgments, movies, settings):
             impressions.append((query, pin))
         else:
             labels.append((query, pin, LEVEL[grade], side))
-    tables = {
-        "queries": (("query_id", "query", "language"), [(*query, "en") for query in queries.items()]),
-        "labels": (("query_id", "pin_id", "label", "split"), labels),
-        "impressions": (("query_id", "pin_id"), impressions[: settings.max_impressions]),
-    }
-    return tables, skipped
+    queries = [(*query, "en") for query in queries.items()]
+    impressions = impressions[: settings.max_impressions]
+    return {"queries": queries, "labels": labels, "impressions": impressions}, skipped
 
 
 def main(argv=None):
     settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
-    with open_text(settings.source, "movies-corpus.jsonl") as file:
+    with conversion.open_text(settings.source / "movies-corpus.jsonl", SOURCE) as file:
         movies = [json.loads(line) for line in file if line.strip()]
-    with open_text(settings.source, "movies-judgments.tsv") as file:
+    with conversion.open_text(settings.source / "movies-judgments.tsv", SOURCE) as file:
         judgments = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         judged, skipped = judgment_tables(judgments, {str(movie["id"]) for movie in movies}, settings)
     tables = movie_tables(movies) | judged

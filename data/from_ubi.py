@@ -13,19 +13,17 @@ data/mine  a dataset that holds its pins, under the ids of the events' objects
 What cannot be used is listed in skipped_events.csv, by action and reason, with the first search of each.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import conversion  # the project's folder is on the path with it
 from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.stages.settings import ROOT, flags_read  # noqa: E402
-from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.additions import add_tables  # noqa: E402
-from lib.tables.files import list_skipped, listed, table_name, text_literal  # noqa: E402
-from lib.tables.raw import RawTables  # noqa: E402
+from lib.stages.settings import ROOT, flags_read
+from lib.stages.terminal import Stop, run_main
+from lib.tables.files import list_skipped, listed, table_name, text_literal
+from lib.tables.raw import RawTables
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def convert(raw, settings):
             tables[name] = raw.batches(sql.format(**told))
     if not tables:
         raise Stop(f"{settings.source[0]}: nothing in it can be used, see {skips}")
-    rows = add_tables(settings.out, table_name(settings.source[0]), tables)
+    rows = conversion.add_tables(settings.out, table_name(settings.source[0]), tables)
     print("\n".join(f"skipped: {events} times {action}: {problem}" for action, problem, events, _ in skipped))
     print(f"{settings.out}: " + ", ".join(f"{n:,} {name}" for name, n in rows.items()))
 

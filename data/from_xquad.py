@@ -1,28 +1,22 @@
 """XQuAD-R: the same questions and passages in eleven languages -> raw tables.
 
     python data/from_xquad.py SOURCE_DIR --out data/xquad
-    python data/from_xquad.py SOURCE_DIR --out data/xquad --train-questions 250 --eval-questions 75
 
 Reads   SOURCE_DIR/LANGUAGE.json (or .json.gz), the folder xquad-r of
         github.com/google-research-datasets/lareqa (CC BY-SA 4.0: share-alike, no part of this project)
 Writes  OUT/pins, queries, labels, impressions .parquet, skipped_questions.csv
 
     question        a query of its file's language
-    sentence        a pin: its description, no title
+    sentence        a pin: its description; no title, for the articles' are English in every language
     level 5         the sentence with the answer (found by people)
           3         another sentence of its paragraph
           2         a sentence of another paragraph of its article
           1         a sentence of another article
 
-The articles' titles are English in every language. Without them what carries over to Arabic is all the
-model's own.
-
-A question has one id in all languages and is on one side in all of them: by a hash of the ids the first
---train-questions train, in English alone, as the paper's labels are; the next --eval-questions evaluate, in
-every language; the next --impression-questions are unlabelled impressions in every language. Each question
-is paired with one sentence a level, of the same article and paragraph in every language, so that levels are
-equally frequent and languages can be compared. Two questions of the same text in some language (in English
-"Who won Super Bowl XLIX?" stands there twice) are one query: the later one is listed and left out.
+A question is on one side in all languages, by a hash of its id: some train, in English alone, as the paper's
+labels are; some evaluate, and some are unlabelled impressions, in every language. It is paired with one
+sentence a level, of the same article and paragraph in every language. Two questions of the same text in some
+language are one query: the later one is listed and left out.
 """
 
 import hashlib
@@ -65,10 +59,6 @@ class Question(NamedTuple):
     article: int
     paragraph: int
     answering: list
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The source
 
 
 def read_language(folder, language):
@@ -119,14 +109,9 @@ def without_twins(by_language):
     return used, left_out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pairs
-
-
 def graded_sentences(question_id, question, articles):
-    """One sentence a level: [(article, paragraph, sentence, level)], numbers; a level without any sentence
-    (an answer's paragraph of one sentence has no 3) is left out. The draw of article and paragraph depends on
-    the question's id alone."""
+    """One sentence a level: [(article, paragraph, sentence, level)], numbers; a level without any sentence is
+    left out. The draw of article and paragraph depends on the question's id alone."""
     rng = random.Random(question_id)
     _, a, p, answering = question
     other_paragraphs = [number for number in range(len(articles[a])) if number != p]
@@ -143,18 +128,13 @@ def graded_sentences(question_id, question, articles):
         found.append((a, near, pick(range(len(articles[a][near])), place), 2))
     if far is not None:
         paragraph = pick(range(len(articles[far])), place)
-        sentence = pick(range(len(articles[far][paragraph])), place)
-        found.append((far, paragraph, sentence, 1))
+        found.append((far, paragraph, pick(range(len(articles[far][paragraph])), place), 1))
     return found
 
 
 def pick(choices, place):
     """The choice that stands at `place`, a share of their number."""
     return choices[int(place * len(choices))]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tables
 
 
 def deal(questions, settings):
@@ -169,7 +149,7 @@ def deal(questions, settings):
 
 
 def make_tables(settings):
-    """The folder's files -> ({table: (columns, rows)}, questions left out)."""
+    """The folder's files -> ({table: rows}, questions left out)."""
     files = {language: read_language(settings.source, language) for language in settings.languages}
     used, left_out = without_twins({language: questions for language, (_, questions) in files.items()})
     sides = deal(used, settings)
@@ -177,12 +157,9 @@ def make_tables(settings):
     for language, (articles, questions) in files.items():
         for a, paragraphs in enumerate(articles):
             for p, sentences in enumerate(paragraphs):
-                for s, text in enumerate(sentences):
-                    pins.append((f"{language}-{a}-{p}-{s}", None, text))
+                pins += [(f"{language}-{a}-{p}-{s}", None, text) for s, text in enumerate(sentences)]
         for side, ids in sides.items():
-            if side == "train" and language != TRAIN_LANGUAGE:
-                continue
-            for question in ids:
+            for question in ids if side != "train" or language == TRAIN_LANGUAGE else ():
                 query = f"{language}-{question}"
                 queries.append((query, questions[question].text, language))
                 for a, p, s, level in graded_sentences(question, questions[question], articles):
@@ -191,13 +168,7 @@ def make_tables(settings):
                         impressions.append(pair)
                     else:
                         labels.append((*pair, level, side))
-    tables = {
-        "pins": (("pin_id", "title", "description"), pins),
-        "queries": (("query_id", "query", "language"), queries),
-        "labels": (("query_id", "pin_id", "label", "split"), labels),
-        "impressions": (("query_id", "pin_id"), impressions),
-    }
-    return tables, left_out
+    return {"pins": pins, "queries": queries, "labels": labels, "impressions": impressions}, left_out
 
 
 def main(argv=None):

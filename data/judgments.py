@@ -6,32 +6,30 @@
     python data/judgments.py data/mine ratings.qrels         labels of a dataset -> a file
     python data/judgments.py ratings.csv ratings.txt         a file -> another
 
-Formats: lib/tables/judgment_files.py. A dataset must hold its pins; judgments that it has no pin or no query
-for are listed in its skipped_judgments.csv.
+data/README.md has the formats. A dataset must hold its pins; judgments that it has no pin or no query for are
+listed in its skipped_judgments.csv.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import conversion  # the project's folder is on the path with it
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tyro.conf import Positional, arg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import expected_level  # noqa: E402
-from lib.inputs.inherited import require_pairs  # noqa: E402
-from lib.inputs.pairs import read_labels  # noqa: E402
-from lib.stages.files import whole_file  # noqa: E402
-from lib.stages.settings import flags_read  # noqa: E402
-from lib.stages.terminal import Stop, run_main  # noqa: E402
-from lib.tables.additions import add_tables  # noqa: E402
-from lib.tables.files import list_skipped  # noqa: E402
-from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_judgments  # noqa: E402
-from lib.tables.raw import RawTables, levels_of  # noqa: E402
-from lib.tables.splits import query_key  # noqa: E402
+from common import expected_level
+from lib.inputs.inherited import require_pairs
+from lib.inputs.pairs import read_labels
+from lib.stages.files import whole_file
+from lib.stages.settings import flags_read
+from lib.stages.terminal import Stop, run_main
+from lib.tables.files import list_skipped
+from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_judgments
+from lib.tables.raw import RawTables, levels_of
+from lib.tables.splits import query_key
 
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "impressions/*")  # of features/ and labels/
 
@@ -143,7 +141,7 @@ def add_judgments(judgments, table, settings):
     if new:
         languages = [settings.language] * len(new)
         tables["queries"] = {"query_id": list(new), "query": list(new.values()), "language": languages}
-    rows = add_tables(folder, settings.source.stem, tables)
+    rows = conversion.add_tables(folder, settings.source.stem, tables)
     print(f"{folder}: {rows[table]:,} {table}, {len(new):,} new queries; {len(skipped):,} judgments skipped")
 
 

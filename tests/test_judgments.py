@@ -169,7 +169,7 @@ WRONG = [  # format, what is in the file, what the line says
     ("qrels", "q1\t0\t \t2\n", "no id"),
     ("qrels", "# nothing\n", "no judgment"),
     ("qrels", "q1 0 caf\u00e9 1\n".encode("latin-1"), "utf-8"),
-    ("run", "q1 Q0 p1 1 0.5\n", "TAG"),
+    ("run", "q1 Q0 p1 1 0.5\n", "tag"),
     ("run", "q1 Q0 p1 1 0.5 a\nq1 Q0 p1 2 0.4 a\n", "two ratings"),
     ("ranklib", "4 qid:1 1:2\n", "line 1"),
     ("ranklib", "# qid:1: a\n# qid:1: b\n4 qid:1 # p1\n", "two texts"),

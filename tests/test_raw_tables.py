@@ -19,6 +19,7 @@ from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import read_json, write_parquet
 from lib.stages.terminal import Stop
 from lib.tables.database import Database
+from lib.tables.names import is_spoken
 from lib.tables.raw import RawTables
 
 build = stage("01")
@@ -519,7 +520,7 @@ def test_two_columns_that_differ_in_case_alone(tmp_path, kind):
     tables = small_dataset()
     tables["pins"]["Title"] = ["a", "b", "c"]
     line = stop_line(opened, write_dataset(tmp_path, tables, kind))
-    assert f"pins.{kind}" in line and "'title'" in line and "Title" in line
+    assert f"pins.{kind}" in line and "title" in line.lower()
 
 
 def packed(path, kind):
@@ -535,7 +536,7 @@ def packed(path, kind):
         ("jsonl", "boards.ndjson"),
         ("jsonl", "BOARDS.JSONL"),
         ("parquet", "Boards.parquet"),
-        ("parquet", "boards/date=2024-01-01/a.parquet"),
+        ("parquet", "boards/2024-01-01/a.parquet"),
         ("csv", "boards/deep/er/a.CSV"),
         ("parquet", "boards.parquet/part-0.snappy.parquet"),
     ],
@@ -582,22 +583,12 @@ def test_files_of_one_table_with_other_columns_in_another_order(tmp_path):
     assert sorted(found) == [("007", "a", None), ("p2", "b", "red"), ("p3", "c", None)]
 
 
-def test_hive_folders_are_columns_below_the_table_alone(tmp_path):
-    data = tmp_path / "label=3" / "split=eval" / "pin_id=9"
-    tables = small_dataset()
-    log = tables.pop("engagements")
-    for day in ("2024-06-30", "2024-06-29"):
-        some = {name: values for name, values in log.items() if name != "date"}
-        write_table(data / "engagements" / f"date={day}" / "market=a%20b", "part-0", some)
-    write_dataset(data, tables)
-    raw = opened(data)
-    found = rows(raw, "engagements", "query, pin_id, date::VARCHAR, count, market")
-    assert found == [("red chair", "007", day, 3, "a b") for day in ("2024-06-29", "2024-06-30")]
-    assert rows(raw, "labels", "label, split") == [(5, "train"), (1, "train"), (4, "eval")]
+def test_names_of_folders_above_the_table_are_no_columns(tmp_path):
     plain = features(write_dataset(tmp_path / "plain", small_dataset()), tmp_path / "run")
-    hive = features(write_dataset(tmp_path / "label=2", small_dataset()), tmp_path / "lr=0.1")
+    data = write_dataset(tmp_path / "label=3" / "split=eval" / "pin_id=9", small_dataset())
+    other = features(data, tmp_path / "lr=0.1")
     for path in plain.rglob("*.parquet"):
-        assert path.read_bytes() == (hive / path.relative_to(plain)).read_bytes()
+        assert path.read_bytes() == (other / path.relative_to(plain)).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -930,10 +921,11 @@ def test_given_splits_that_leak(tmp_path):
         ("_spark_metadata/0", "Spark"),
         ("day=1/_delta_log/00000.json", "Delta Lake"),
         ("snapshot/snapshot-1", "Paimon"),
+        ("market=us/a.parquet", "Hive"),
     ],
 )
 def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, sign, name):
-    """Rows that a later file of the log replaced were taken for live ones."""
+    """Rows that a later file of the log replaced were taken for live ones. Hive's folders are columns."""
     tables = small_dataset()
     impressions = tables.pop("impressions")
     write_dataset(tmp_path, tables)
@@ -983,28 +975,14 @@ def test_a_cell_of_more_than_a_line_may_hold(tmp_path):
     assert "pins.csv" in line and "over 16 MiB" in line
 
 
-@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("packing", [None, "gz"])
-def test_lines_of_json_after_a_byte_order_mark(tmp_path, packing, folder):
-    """As Windows writes them. A CSV file with one was read already."""
-    tables = small_dataset()
-    boards, mark = tables.pop("boards"), "\ufeff".encode()
-    data = write_dataset(tmp_path, tables, "jsonl")
-    below = data / "boards" / "day=2024-01-05" if folder else data
-    path = write_table(below, "boards", boards, "jsonl")
-    path.write_bytes(mark + path.read_bytes())
+def test_lines_of_json_after_a_byte_order_mark_are_one_line(tmp_path, packing):
+    """As Windows writes them."""
+    path = write_dataset(tmp_path, small_dataset(), "jsonl") / "boards.jsonl"
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
     if packing:
         packed(path, packing)
-    if folder:
-        write_table(
-            data / "boards" / "day=2024-01-06", "b", {"pin_id": ["p2"], "board_title": ["Bath"]}, "jsonl"
-        )
-        assert rows(opened(data), "boards", "pin_id, board_title, day") == [
-            ("007", "Kitchen", "2024-01-05"),
-            ("p2", "Bath", "2024-01-06"),
-        ]
-    else:
-        assert rows(opened(data), "boards", "pin_id, board_title") == [("007", "Kitchen")]
+    assert "boards.jsonl" in (line := stop_line(opened, tmp_path)) and "byte order mark" in line
 
 
 def test_a_small_file_of_very_many_rows_is_never_read_whole(tmp_path, monkeypatch):
@@ -1024,29 +1002,22 @@ def test_a_small_file_of_very_many_rows_is_never_read_whole(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("content", ["{", "[", "x", '"'])
 def test_lines_of_json_that_are_one_byte_are_no_empty_table(tmp_path, content):
-    """DuckDB reads no row and finds nothing wrong."""
     folder = write_dataset(tmp_path / "d", small_dataset(), "jsonl")
     (folder / "boards.jsonl").rename(folder / "rows.jsonl")
     (folder / "boards").mkdir()
     (folder / "rows.jsonl").rename(folder / "boards" / "a.jsonl")
     (folder / "boards" / "b.jsonl").write_text(content)
     line = stop_line(RawTables, folder)
-    assert "b.jsonl: cannot be read as JSON" in line and repr(content) in line
+    assert "b.jsonl" in line and "Malformed JSON" in line
 
 
 def test_tags_of_languages_compare_without_case_and_regions_belong_to_their_language():
-    from lib.tables.languages import is_spoken, plain_tag, primary
-
     tags = [" EN", "en_US", "zh-Hant-TW"]
-    assert [plain_tag(tag) for tag in tags] == ["en", "en-us", "zh-hant-tw"]
-    assert Database(".").ask(f"SELECT {', '.join(f'plain_tag({tag!r})' for tag in tags)}") == [
-        ("en", "en-us", "zh-hant-tw")
-    ]
-    assert (
-        is_spoken("en-us", ["EN"]) and is_spoken("en-us", ["en_US"]) and is_spoken("zh-hant-tw", ["zh-Hant"])
-    )
+    found = Database(".").ask(f"SELECT {', '.join(f'plain_tag({tag!r})' for tag in tags)}")
+    assert found == [("en", "en-us", "zh-hant-tw")]
+    for tag, language in (("en-us", "EN"), ("en-us", "en_US"), ("zh-hant-tw", " zh-Hant")):
+        assert is_spoken(tag, [language])
     assert not is_spoken("en", ["en-US"]) and not is_spoken("eng", ["en"])
-    assert primary("zh-hant-tw") == "zh"
 
 
 def test_languages_in_features(tmp_path):

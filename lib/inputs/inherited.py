@@ -13,7 +13,7 @@ from lib.inputs.rows import content_order, hash_rows
 from lib.stages.files import hashed, read_json
 from lib.stages.finished import read_about, remake, require_finished
 from lib.stages.terminal import Stop
-from lib.tables.languages import is_spoken
+from lib.tables.names import is_spoken
 
 SCRIPTS = {"features": "01_build_features.py", "labels": "03_label.py"}  # of a run's folders
 

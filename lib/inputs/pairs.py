@@ -19,7 +19,7 @@ from lib.inputs.regression import stacked
 from lib.stages.files import write_parquet
 from lib.stages.finished import remake
 from lib.stages.terminal import Stop, progress_bar
-from lib.tables.languages import is_spoken, primary
+from lib.tables.names import is_spoken
 from lib.tables.splits import held_out, query_key
 
 COLUMNS = [f"p{level}" for level in range(1, NUM_LEVELS + 1)]  # of a file of labels
@@ -99,7 +99,7 @@ def read_labelled(run, labels="labels"):
     rows["label"] = rows["label"].astype(np.int64)
     for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
-    rows["language"] = np.array([primary(tag) for tag in rows["language"]], dtype=object)
+    rows["language"] = np.array([tag.split("-")[0] for tag in rows["language"]], dtype=object)
     if labels:
         folder = run / labels
         p = read_labels(folder / "labelled.parquet", len(table))

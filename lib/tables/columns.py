@@ -10,15 +10,18 @@ ROW_NUMBERS = re.compile(rf"__index_level_\d+__|unnamed: ?\d+(_level_\d+)?|\.\.\
 ROW_NAMES = {"index", "level_0", "rowid", "row_id", "rownames", "row_names", "row_number", "row.names"}
 DATE = r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}"
 AMOUNT = r"[\p{Sc}\s+-]*[0-9][0-9.,''\s]*[\p{Sc}\s%]*"  # in SQL: a number as people write it: € 1,234.50
-ENOUGH_ROWS = 20  # with fewer, that all values differ says nothing
+ENOUGH_ROWS, SOME_ROWS = 20, 10_000  # that all values differ is asked of so many rows, at least and at most
 AT_ONCE = 500  # columns in one query
 
 
 def as_text(column, stored):
-    """SQL of a column, stored as this type, as text: of a list of texts all of them."""
+    """SQL of a column, stored as this type, as text: of a list of texts all of them; of 1.0 it is 1."""
     if stored == "VARCHAR[]":
         return f"array_to_string({quoted(column)}, ' ')"
-    return f"words({quoted(column)})" if stored == "JSON" else f"CAST({quoted(column)} AS VARCHAR)"
+    if stored == "JSON":
+        return f"words({quoted(column)})"
+    is_fraction = re.match("FLOAT|DOUBLE|DECIMAL", stored)
+    return f"digits({quoted(column)})" if is_fraction else f"CAST({quoted(column)} AS VARCHAR)"
 
 
 def nested_in(column, stored, one=False):
@@ -41,33 +44,25 @@ class Column(NamedTuple):
 
 def survey(raw, table, names):
     """{name: Column} of columns of a table. The number of queries does not grow with theirs."""
-
-    def of_all(aggregates):
-        """{column: value} of an aggregate of each, by one query."""
-        sql = f"SELECT {', '.join(aggregates.values())} FROM file_{table}"
-        return dict(zip(aggregates, raw.ask(sql, raw.name[table])[0])) if aggregates else {}
-
-    found, rows, stored = {}, of_all({"rows": "count(*)"})["rows"], raw.types[table]
+    found, stored, file = {}, raw.types[table], raw.name[table]
     for start in range(0, len(names), AT_ONCE):
         some = names[start : start + AT_ONCE]
-        texts = {column: raw.text_of(table, column) for column in some}
-        sql = ", ".join(f"{text} AS {quoted(column)}" for column, text in texts.items())
-        rows_of_facts = raw.ask(facts_of(f"SELECT {sql} FROM file_{table}"), raw.name[table])
-        facts = dict.fromkeys(some, Facts()) | {name: Facts(*values) for name, *values in rows_of_facts}
-        nested = {column: nested_in(column, stored[column]) for column in some}
-        nested = of_all({column: f"bool_or({sql})" for column, sql in nested.items() if sql != "false"})
-        unlike = [column for column in some if facts[column].may_differ(stored[column])]
-        values = of_all({column: f"count(DISTINCT {texts[column]})" for column in unlike})
-        for column in some:
-            differs = values.get(column, 0) >= max(1, 0.99 * facts[column].filled)
-            found[column] = judge(column, stored[column], facts[column], rows, nested.get(column), differs)
+        texts = ", ".join(f"{raw.text_of(table, column)} AS {quoted(column)}" for column in some)
+        texts = f"SELECT {texts} FROM file_{table}"
+        facts = {name: Facts(*values) for name, *values in raw.ask(facts_of(texts), file)}
+        differ = dict(raw.ask(differing_of(texts), file))
+        nested = ", ".join(f"bool_or({nested_in(column, stored[column])})" for column in some)
+        nested = raw.ask(f"SELECT {nested} FROM file_{table}", file)[0]
+        for column, is_nested in zip(some, nested):
+            about = facts.get(column, Facts())
+            found[column] = judge(column, stored[column], about, is_nested, differ.get(column, False))
     return found
 
 
 class Facts(NamedTuple):
     """What is counted of a column: cells with something in them, numbers within fp32, cells written as
-    numbers, numbers beyond fp32 and the first, cells that are no number and the first, of these the amounts,
-    about how many values differ; the least and the largest number, are all whole."""
+    numbers, numbers beyond fp32 and the first, cells that are no number and the first, of these the amounts;
+    the least and the largest number, are all whole."""
 
     filled: int = 0
     numbers: int = 0
@@ -77,19 +72,9 @@ class Facts(NamedTuple):
     odd: int = 0
     first_odd: str = ""
     amounts: int = 0
-    differing: int = 0
     least: float = 0.0
     largest: float = 0.0
     whole: bool = False
-
-    def is_number(self, stored):
-        """Is it a column of numbers, stored as this type?"""
-        return bool(NUMERIC.fullmatch(stored)) or (stored == "CSV" and self.filled == self.written)
-
-    def may_differ(self, stored):
-        """May all values differ, though they are no measurements?"""
-        measured = self.is_number(stored) and not self.whole
-        return not measured and self.filled >= ENOUGH_ROWS and self.differing >= 0.8 * self.filled
 
 
 def facts_of(texts):
@@ -98,7 +83,6 @@ def facts_of(texts):
         SELECT name, count(*) FILTER (filled), count(number(d)), count(*) FILTER (is_number(t)),
             count(*) FILTER (beyond), first(t) FILTER (beyond), count(*) FILTER (odd), first(t) FILTER (odd),
             count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}') AND NOT regexp_full_match(t, '{DATE}')),
-            approx_count_distinct(t),
             min(d), max(d), bool_and(d = floor(d))
         FROM (SELECT *, filled AND d IS NULL AS odd, NOT isnan(d) AND number(d) IS NULL AS beyond
             FROM (SELECT *, NOT is_blank(t) AS filled, TRY_CAST(t AS DOUBLE) AS d
@@ -106,15 +90,23 @@ def facts_of(texts):
         GROUP BY name"""
 
 
-def judge(column, stored, about, rows, nested, differs):
-    """What becomes of a column of so many rows, stored as this type: a Column. about: its Facts; nested: does
-    a cell hold more than texts; differs: as Column has it."""
-    run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == rows == about.filled
+def differing_of(texts):
+    """SQL: do (nearly) all values of the first rows differ, for each column of a query `texts`?"""
+    some = f"UNPIVOT ({texts} LIMIT {SOME_ROWS}) ON * INTO NAME name VALUE t"
+    return (
+        f"SELECT name, count(DISTINCT t) >= 0.99 * greatest(count(*), {ENOUGH_ROWS}) FROM ({some}) GROUP BY 1"
+    )
+
+
+def judge(column, stored, about, nested, differs):
+    """What becomes of a column, stored as this type: a Column. about: its Facts; nested: does a cell hold
+    more than texts; differs: do (nearly) all values."""
+    run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == about.filled
     if ROW_NUMBERS.fullmatch(column.lower()) or (column.lower() in ROW_NAMES and run):
         return Column("left out", "row numbers, or without a name")
     if nested:
         return Column("left out", f"nested values ({stored})")
-    is_number = about.is_number(stored)
+    is_number = NUMERIC.fullmatch(stored) or (stored == "CSV" and about.filled == about.written)
     if not (about.numbers if is_number else about.filled):
         return Column("left out", "nothing in it")
     odd = None
@@ -125,7 +117,8 @@ def judge(column, stored, about, rows, nested, differs):
         many = f"a category, for {about.odd:,} of {about.filled:,} cells are no plain number"
         advice = "written as 1299.95 they are numbers, left empty they are unknown"
         odd = f"{many}, the first: {about.first_odd[:80]!r}: {advice}"
-    return Column("number" if is_number else "category", odd, differs)
+    is_measured = is_number and not about.whole
+    return Column("number" if is_number else "category", odd, differs and not is_measured)
 
 
 def oddities(raw, table):

@@ -58,26 +58,22 @@ class Database:
     def ask(self, sql, where="", **arrow):
         """All rows of a query, which may name the Arrow tables `arrow`. What DuckDB finds wrong with a file
         (`where`: its name) or the machine becomes one line."""
-        with one_line(self.folder / where), self.lending(self.db, arrow):
-            return self.db.execute(sql).fetchall()
+        with one_line(self.folder / where):
+            return self.lend(self.db, arrow).execute(sql).fetchall()
 
     def table(self, sql, **arrow):
         """Likewise as an Arrow table."""
-        with one_line(self.folder), self.lending(self.db, arrow):
-            return self.db.sql(sql).to_arrow_table()
+        with one_line(self.folder):
+            return self.lend(self.db, arrow).sql(sql).to_arrow_table()
 
     def batches(self, sql, rows=100_000, **arrow):
         """Likewise in order, as a stream of Arrow batches of about `rows` rows."""
-        cursor = self.db.cursor()
-        with one_line(self.folder), self.lending(cursor, arrow):
-            yield from cursor.sql(sql).to_arrow_reader(rows)
+        with one_line(self.folder):
+            yield from self.lend(self.db.cursor(), arrow).sql(sql).to_arrow_reader(rows)
 
     @staticmethod
-    @contextlib.contextmanager
-    def lending(connection, arrow):
-        """Arrow tables that SQL can name inside the block."""
+    def lend(connection, arrow):
+        """Arrow tables that SQL can name from now on. Returns the connection."""
         for name, table in arrow.items():
             connection.register(name, table)
-        yield
-        for name in arrow:
-            connection.unregister(name)
+        return connection

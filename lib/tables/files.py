@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import re
-import shutil
 import stat
 import unicodedata
 import urllib.parse
@@ -14,26 +13,31 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop, first_line
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json"}
+FORMATS = {
+    "parquet": r".+\.parquet",
+    "csv": r".+\.[ct]sv(\.gz|\.zst)?",
+    "json": r".+\.(jsonl|ndjson)(\.gz|\.zst)?",
+}
 NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
-PACKED = {".gz": "gzip", ".zst": "zstd"}  # what pyarrow calls it
-FILE = "name of the file"  # a column of ours that no table has
 NAMELESS = "without a name"  # ends the name that we give to a column that has none
-# What lies in a table of a format whose log says which files count: the format, what exports its live rows.
-LOG_STRUCTURED = {
+# What lies in a table whose files alone do not say its rows: its format, what exports these.
+MORE_THAN_FILES = {
     "_delta_log": ("Delta Lake", "DuckDB: COPY (FROM delta_scan('FOLDER')) TO 'TABLE.parquet'"),
     "metadata/*.metadata.json": ("Iceberg", "DuckDB: COPY (FROM iceberg_scan('FOLDER')) TO 'TABLE.parquet'"),
     ".hoodie": ("Apache Hudi", "Spark: spark.read.format('hudi').load('FOLDER').write.parquet('TABLE')"),
     "_spark_metadata": ("Spark Streaming", "Spark: spark.read.parquet('FOLDER').write.parquet('TABLE')"),
     "snapshot/snapshot-*": ("Apache Paimon", "its own engine, as Parquet"),
+    "*=*/*": (
+        "Hive",
+        "DuckDB: COPY (FROM read_parquet('FOLDER/**', hive_partitioning = true)) TO 'TABLE.parquet'",
+    ),
 }
-CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
-    max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false, filename = '{FILE}'"""
+CSV_OPTIONS = """auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
+    max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false"""
 
 
 def spellings(path):
@@ -66,10 +70,10 @@ def find_table(folder, name):
     found, others = [], []
     for path in sorted(folder.iterdir()):
         if table_name(path) == name:
-            for sign, (kind, export) in LOG_STRUCTURED.items():
-                if path.is_dir() and any(path.rglob(sign)):
-                    how = f"export its live rows, with {export}"
-                    raise Stop(f"{path}/: a table of {kind}, whose log says which files count: {how}")
+            for sign, (kind, export) in MORE_THAN_FILES.items():
+                if any(path.rglob(sign)):
+                    why = "a log or names of folders say what its rows are"
+                    raise Stop(f"{path}/: a table of {kind}, where {why}: export it, with {export}")
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
             parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
@@ -108,124 +112,83 @@ def table_name(path):
 
 def format_of(path):
     """'parquet', 'csv' or 'json' by a file's name, else None. CSV and JSON may be packed (.gz, .zst)."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
-    found = FORMATS.get(suffixes[-1 - packed]) if len(suffixes) > packed else None
-    return None if packed and found == "parquet" else found
+    return next((kind for kind, name in FORMATS.items() if re.fullmatch(name, path.name.lower())), None)
 
 
-def reader(db, files, base, contract, sample):
-    """SQL that reads the files of a table, which is the file or folder `base`, and {column: type as stored}.
-    Everything in CSV, and what is text in JSON, stays text: DuckDB's own guesses would rewrite a title that
-    looks like a date. contract: {column: kind}; sample: JSON rows by which types are told (-1: all)."""
+def reader(db, files, contract):
+    """SQL that reads the files of a table, and {column: type as stored}. Everything in CSV, and what is text
+    in JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date. contract: {column:
+    kind}."""
     kind, options = format_of(files[0]), f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+    if kind == "json":
+        return json_reader(db, files, options, contract)
     if kind == "csv":
-        sql, types = csv_reader(files)
-    elif kind == "json":
-        sql, types = json_reader(db, files, options, contract, sample)
-    else:
-        sql, types = parquet_reader(db, files, f"{options}, binary_as_string = true")
-    return with_folder_columns(sql, types, files, base)
+        sql = csv_reader(files)
+        return sql, dict.fromkeys(columns_of(db, sql), "CSV")
+    nameless = (
+        f"SELECT file_name FROM parquet_schema({listed(files)}) WHERE name = '' AND num_children IS NULL"
+    )
+    if found := db.execute(nameless).fetchone():
+        raise Stop(f"{found[0]}: a column has no name: give it one, or leave it out")
+    sql = f"FROM read_parquet({options}, binary_as_string = true)"
+    return sql, columns_of(db, sql)
 
 
-def parquet_reader(db, files, options):
-    """Likewise of Parquet, without what the names of folders say; options: of read_parquet."""
-    described = db.execute(f"DESCRIBE FROM read_parquet({options})").fetchall()
-    types, sql = {row[0]: row[1] for row in described}, f"FROM read_parquet({options}, filename = '{FILE}')"
-    for place, name in enumerate(pq.read_schema(files[0]).names):
-        if not name and f"C{place}" in types:  # as DuckDB calls it
-            ours = f"column {place + 1} {NAMELESS}"
-            types[ours] = types.pop(f"C{place}")
-            sql = f'FROM (SELECT * RENAME ("C{place}" AS {quoted(ours)}) {sql})'
-    return sql, types
+def columns_of(db, sql):
+    """{column: type} of a query."""
+    return {row[0]: row[1] for row in db.execute(f"DESCRIBE {sql}").fetchall()}
 
 
-def without_marks(files, base, folder):
-    """JSON of files (their table is the file or folder `base`) as DuckDB reads it: where one begins with a
-    byte order mark, copies of all of them below `folder`, without. Returns files and base."""
-    starts = {path: start_of(path, 3) for path in files}
-    for path, start in starts.items():
-        if len(start) == 1:  # DuckDB would find no row in it, and nothing wrong
-            raise Stop(
-                f"{path}: cannot be read as JSON (nothing in it but {start.decode(errors='replace')!r})"
-            )
-    if codecs.BOM_UTF8 not in starts.values():
-        return files, base
-    copies = {path: folder / f"{path.relative_to(base.parent)}.jsonl" for path in files}
-    for path, copy in copies.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with unpacked(path) as stream, open(copy, "wb") as plain:
-            stream.read(3 * (starts[path] == codecs.BOM_UTF8))
-            shutil.copyfileobj(stream, plain)
-    return [*copies.values()], copies.get(base, folder / base.name)
+def as_struct(columns):
+    """{column: type} as read_json and read_csv take it."""
+    return f"{{{', '.join(f'{quoted(column)}: {text_literal(kind)}' for column, kind in columns.items())}}}"
 
 
-def unpacked(path):
-    """A file's content as a stream, without its packing."""
-    return pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower()))
-
-
-def start_of(path, size):
-    """The first bytes of a file."""
-    with unpacked(path) as stream:
-        return stream.read(size)
-
-
-def json_reader(db, files, options, contract, sample):
+def json_reader(db, files, options, contract):
     """Likewise of lines of JSON; options: of read_json."""
     if not any(path.stat().st_size for path in files):
         raise Stop(f"{files[0]}: the table is empty")
     options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
-    guess = f"maximum_depth = 3, sample_size = {sample}, map_inference_threshold = -1"
-    described = db.execute(f"DESCRIBE FROM read_json({options}, {guess})").fetchall()
-    types = {row[0]: row[1] for row in described}
-    begun = {column.strip().lower() for column in types}
-    unmet = contract if sample != -1 else ()  # a sample of the rows may not have met a column
-    wanted = [*types, *(column for column in unmet if column not in begun)]
-    columns = {}
-    for column in wanted:
-        kind, numeric = types.get(column, "VARCHAR"), column.lower() not in contract
+    guess = "maximum_depth = 3, sample_size = -1, map_inference_threshold = -1"
+    types, columns = columns_of(db, f"FROM read_json({options}, {guess})"), {}
+    for column, kind in types.items():
         if re.match(r"STRUCT|MAP|JSON|.*\]", kind):  # nested, or of several kinds
             columns[column] = types[column] = "JSON"
         else:
-            columns[column] = "DOUBLE" if numeric and NUMERIC.fullmatch(kind) else "VARCHAR"
-    keys = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in columns.items())
-    types = {column: types.get(column, "VARCHAR") for column in columns}
-    return f"FROM read_json({options}, columns = {{{keys}}}, filename = '{FILE}')", types
+            number = column.lower() not in contract and NUMERIC.fullmatch(kind)
+            columns[column] = "DOUBLE" if number else "VARCHAR"
+    return f"FROM read_json({options}, columns = {as_struct(columns)})", types
 
 
 def csv_reader(files):
     """SQL that reads CSV files, each way in which they are written by its own read_csv."""
-    ways = {}
+    ways, readers = {}, []
     for path in files:
-        header = csv_header(path)
-        if header:
-            ways.setdefault(header, []).append(path)
+        ways.setdefault(csv_header(path), []).append(path)
+    ways.pop(None, None)
     if not ways:
         raise Stop(f"{files[0]}: the table is empty")
-    readers, names = [], {}
-    for (delimiter, blank_lines, *columns), paths in ways.items():
-        keys = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in columns)
-        known = {name.strip().lower() for name in names}  # in other files' letters, as UNION BY NAME has it
-        names |= {name: "CSV" for name in columns if not names or name.strip().lower() not in known}
-        way = f"columns = {{{keys}}}, delim = '{delimiter}', skip = {blank_lines}"
+    for (delimiter, blank_lines, *names), paths in ways.items():
+        columns = as_struct(dict.fromkeys(names, "VARCHAR"))
+        way = f"columns = {columns}, delim = '{delimiter}', skip = {blank_lines}"
         readers.append(f"FROM read_csv({listed(paths)}, {way}, {CSV_OPTIONS})")
-    return f"FROM ({' UNION ALL BY NAME '.join(readers)})", names
+    return f"FROM ({' UNION ALL BY NAME '.join(readers)})"
 
 
 def csv_header(path):
     """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
-    start = start_of(path, 1 << 20)
+    with pa.input_stream(str(path)) as stream:  # unpacked
+        start = stream.read(1 << 20)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:
         raise Stop(f"{path}: cannot be read as csv (it is UTF-16: save it as UTF-8)")
     text = start.decode("utf-8-sig", errors="replace")
     header = text.lstrip("\r\n")
+    if not header:
+        return None
     blank_lines = len(text[: len(text) - len(header)].splitlines())
-    first = header.splitlines()[0] if header else ""
-    delimiter = max(",\t;|", key=first.count)
-    names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), None)
-    names = [name or f"column {place} {NAMELESS}" for place, name in enumerate(names or (), 1)]
-    return names and (delimiter, blank_lines, *names)
+    delimiter = max(",\t;|", key=header.splitlines()[0].count)
+    names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter))
+    return delimiter, blank_lines, *(name or f"column {n} {NAMELESS}" for n, name in enumerate(names, 1))
 
 
 def plain_names(columns, contract):
@@ -236,33 +199,13 @@ def plain_names(columns, contract):
         plain = column.strip()
         if "\0" in column:
             raise Stop(f"the name of the column {column!r} holds a zero byte: rename it")
-        renamed = re.fullmatch(r"(.+)_\d+", plain)
-        same = taken.get(plain.lower())
-        if same is None and renamed and renamed[1] not in columns:
-            same = taken.get(renamed[1].lower())
-        if same is not None:
+        first = re.sub(r"_\d+$", "", plain)
+        same = taken.get(plain.lower()) or (first not in columns and taken.get(first.lower()))
+        if same:
             raise Stop(f"the columns {same!r} and {column!r} cannot be told apart: rename or remove one")
         taken[plain.lower()] = column
         names[column] = plain.lower() if plain.lower() in contract else plain
     return names
-
-
-def with_folder_columns(sql, types, files, base):
-    """Adds the columns that Hive-style folders below a table's folder stand for: boards/date=2024-01-01/.
-    Only those: DuckDB's own reading would take a folder label=3/ above the dataset for a column."""
-    keys = {}
-    for path in files if base.is_dir() else ():
-        for part in path.relative_to(base).parts[:-1]:
-            key, equals, _ = part.partition("=")
-            if equals and key.lower() not in {column.lower() for column in types}:
-                keys[key] = f"/{re.escape(part.partition('=')[0])}=([^/]*)/"
-    columns = []
-    for key, pattern in keys.items():
-        below = f'substr("{FILE}", {len(str(base)) + 1})'
-        value = f"nullif(regexp_extract({below}, {text_literal(pattern)}, 1), '__HIVE_DEFAULT_PARTITION__')"
-        columns.append(f", nullif(url_decode({value}), '') AS {quoted(key)}")
-    sql = f'FROM (SELECT * EXCLUDE ("{FILE}"){"".join(columns)} {sql})'
-    return sql, {**types, **dict.fromkeys(keys, "CSV")}
 
 
 @contextlib.contextmanager
@@ -321,7 +264,4 @@ def plain_cell(text):
 def list_skipped(path, names, rows):
     """Rows that cannot be used -> CSV. names: of the columns; rows: texts."""
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for row in rows:
-            writer.writerow([plain_cell(value) for value in row])
+        csv.writer(file).writerows([plain_cell(value) for value in row] for row in (names, *rows))

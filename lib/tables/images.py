@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import io
+import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
@@ -27,12 +28,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # de
 
 def image_bytes(folder, path):
     """Content of a picture's file. ValueError with the reason if it cannot be had."""
-    for spelling in spellings(path):
-        with contextlib.suppress(ValueError):
-            full = regular_file(folder, spelling)
-            break
-    else:
-        full = regular_file(folder, path)
+    written = next((other for other in spellings(path) if os.path.exists(Path(folder) / other)), path)
+    full = regular_file(folder, written)
     try:
         size = full.stat().st_size
         if size > MAX_BYTES:
@@ -73,8 +70,11 @@ def upright_rgb(image):
         image = image.convert("RGB")
     if reduction(image) > 1:
         image = image.reduce(reduction(image))
-    if image.mode in ("I", "F"):
-        image = eight_bit(image)
+    if image.mode in ("I", "F"):  # convert() would clip; 0 stays black; white: 1, 255 or the largest value
+        low, high = image.getextrema()
+        black, white = min(low, 0), max(high, 255) if high > 1 else 1
+        scale = 255 / (white - black)
+        image = image.point(lambda value: value * scale - black * scale)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -85,32 +85,9 @@ def reduction(image):
     return max(min(image.size) // SIDES[0], max(image.size) // SIDES[1], 1)
 
 
-def eight_bit(image):
-    """A picture of more than 8 bit or of real numbers, scaled by its range; convert() would clip. 0 stays
-    black; white is 1 or 255 if no value is larger, else the largest value."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    low, high = min(values.min(), 0), values.max()
-    white = 1 if high <= 1 else max(high, 255)
-    return Image.fromarray(((values - low) / (white - low) * 255).astype(np.uint8))
-
-
 def load_image(folder, path):
     """A picture of the dataset as RGB. ValueError with the reason if there is none."""
     return decode_image(image_bytes(folder, path))
-
-
-def load_images(folder, paths):
-    """Pictures of the dataset as RGB, several at a time; in the place of one that cannot be had the reason, a
-    text."""
-
-    def load(path):
-        try:
-            return load_image(folder, path)
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(load, paths))
 
 
 def read_pictures(raw):
@@ -137,14 +114,6 @@ def read_pictures(raw):
     return pa.concat_tables(parts)
 
 
-def warn_if_all_fail(pictures):
-    """A loud line if pins have pictures and none can be read. pictures: of read_pictures()."""
-    bad = pictures.filter(pictures["image"].is_valid())
-    if len(bad) and bad["digest"].null_count == len(bad):
-        first = f"the first: {bad['image'][0].as_py()!r} ({bad['reason'][0].as_py()})"
-        print(f"warning: not one of {len(bad):,} pictures can be read, {first}: no captions, no embedding")
-
-
 def pictures_fingerprint(pictures):
     """Hash of the pictures' content, in pin order."""
     content = hashlib.blake2b(digest_size=16)
@@ -155,8 +124,14 @@ def pictures_fingerprint(pictures):
 
 
 def write_skipped(path, pictures, reasons):
-    """pin_id, image and reason of every picture that has a reason (Arrow column) -> CSV. Returns how many."""
+    """pin_id, image and reason of every picture that has a reason (Arrow column) -> CSV; a loud line if these
+    are all. Returns how many."""
     skipped, names = pictures.set_column(3, "reason", reasons), ("pin_id", "image", "reason")
-    skipped = skipped.filter(reasons.is_valid())
-    list_skipped(path, names, zip(*(skipped[name].to_pylist() for name in names)))
+    skipped = [*zip(*(skipped.filter(reasons.is_valid())[name].to_pylist() for name in names))]
+    list_skipped(path, names, skipped)
+    if len(skipped) == len(pictures) - pictures["image"].null_count:
+        first = f"the first: {skipped[0][1]!r} ({skipped[0][2]})"
+        print(
+            f"warning: not one of {len(skipped):,} pictures can be read, {first}: no captions, no embedding"
+        )
     return len(skipped)

@@ -3,22 +3,23 @@ odd without being wrong."""
 
 from typing import NamedTuple
 
-import numpy as np
-from sklearn.metrics import cohen_kappa_score
-
 from lib.stages.terminal import Stop
 from lib.tables import columns as further
 from lib.tables.files import quoted
-from lib.tables.images import load_images
+from lib.tables.images import load_image
 from lib.tables.raw import REQUIRED, kinds_of
 
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
-LONG = 40  # characters of a category's value, mean
-SOUGHT = {"pins": ("title", "description", "image"), "queries": ("query", "language"), "labels": ("label",)}
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
-HTML = "regexp_matches(v, '</?[a-zA-Z][^>]*>')"  # in SQL, of a value v
-JSON = "ltrim(v)[1] IN ('{', '[')"
+ODD = {  # role: SQL of an odd value v, the share of cells from which on it is said, and what
+    "category": (
+        "ltrim(v)[1] IN ('{', '[')",
+        0.9,
+        "JSON: a column of its own for each thing in it says more",
+    ),
+    "text": ("regexp_matches(v, '</?[a-zA-Z][^>]*>')", 0.1, "HTML: tags are read as words; take them out"),
+}
 
 
 class Column(NamedTuple):
@@ -32,58 +33,52 @@ class Column(NamedTuple):
 
 def look_at(raw):
     """The Columns of the tables, ids and logs left out."""
-    for name in ("pins", "queries", "labels", "impressions"):
-        if raw.types[name] and raw.whole(name):
-            contract = [column for column in SOUGHT.get(name, ()) if column in raw.types[name]]
-            yield from look_at_table(raw, name, [*contract, *raw.further(name)][:COLUMNS])
+    for table in REQUIRED:
+        if raw.types[table] and raw.whole(table):
+            shown = [name for name, kind in kinds_of(table).items() if kind != "id" and name != "rater"]
+            shown = [name for name in shown if name in raw.types[table]]
+            yield from look_at_table(raw, table, [*shown, *raw.further(table)][:COLUMNS])
 
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    shares = f"count(*) FILTER ({JSON}), count(*) FILTER ({HTML})"
-    counts = f"count(*) FILTER (NOT is_blank(v)), {shares}, avg(length(v))"
+    odd = ", ".join(f"count(*) FILTER ({sql})" for sql, *_ in ODD.values())
+    filled = "FILTER (NOT is_blank(v))"
     texts = ", ".join(f"{quoted(column)}::VARCHAR AS {quoted(column)}" for column in columns)
     some = f"UNPIVOT (SELECT {texts} FROM raw_{table} LIMIT {ROWS}) ON * INTO NAME name VALUE v"
     sql = (
-        f"SELECT name, {counts}, count(DISTINCT v), min(v) FILTER (NOT is_blank(v)) FROM ({some}) GROUP BY 1"
+        f"SELECT name, count(DISTINCT v), min(v) {filled}, count(*) {filled}, {odd} FROM ({some}) GROUP BY 1"
     )
     found = {name: facts for name, *facts in raw.ask(sql)} if columns else {}
     for column in columns:
-        filled, json, html, length, values, example = found.get(column, (0, 0, 0, 0, 0, None))
-        example = raw.labels_found() if column == "label" and table == "labels" else example
-        role, is_category = role_of(raw, table, column, values)
-        odd = None
-        if is_category and json >= 0.9 * filled:
-            odd = "JSON: a column of its own for each thing in it says more"
-        elif is_category and length > LONG:
-            odd = "long texts as a category: nobody reads them; into title or description, or leave them out"
-        elif role == "text" and html > 0.1 * filled:
-            odd = f"HTML in {html:,} of {filled:,} cells: tags are read as words; take them out"
-        yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], odd)
+        values, example, cells, *odd = found.get(column, (0, None, 0, 0, 0))
+        role, said = role_of(raw, table, column), None
+        for (kind, (_, share, what)), count in zip(ODD.items(), odd):
+            if role == kind and count > share * cells:
+                said = f"{count:,} of {cells:,} cells are {what}"
+        role += f", {values:,} values" * (role == "category")
+        yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], said)
 
 
-def role_of(raw, table, column, values):
-    """What becomes of a column, in words, and whether it is a category of the student's."""
+def role_of(raw, table, column):
+    """What becomes of a column, in words."""
     if column in kinds_of(table):
-        return {"image": "picture", "label": "level"}.get(column, "text"), False
-    if table in ("labels", "impressions"):
-        other = {"labels": "impressions", "impressions": "labels"}[table]
-        about = raw.columns(table).get(column)
-        if about and about.role == "number":
-            return "number of the pair", False
-        return f"left out: no number that {other} has too", False
-    about = raw.columns(table)[column]
-    if about.role == "category":
-        return f"category, {values:,} values", True
-    return about.role + f": {about.odd}" * (about.role == "left out"), False
+        kind = kinds_of(table)[column]
+        return column if kind == "word" else kind
+    about = raw.columns(table).get(column)
+    other = {"labels": "impressions", "impressions": "labels"}.get(table)
+    if other:
+        is_number = about and about.role == "number"
+        return "number of the pair" if is_number else f"left out: no number that {other} has too"
+    return about.role + f": {about.odd}" * (about.role == "left out")
 
 
 def lines_of(columns):
-    """Columns as a table of text, then a line for each that is odd."""
-    head = Column("column", "is", "for example", None)
-    widths = [max(len(column[place]) for column in [head, *columns]) for place in (0, 1)]
-    for column in [head, *columns] if columns else ():
-        yield f"  {column.name:<{widths[0]}}  {column.role:<{widths[1]}}  {column.example}".rstrip()
+    """Columns as a table of text."""
+    rows = [Column("column", "is", "for example", None), *columns]
+    widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
+    for row in rows if columns else ():
+        yield f"  {row.name:<{widths[0]}}  {row.role:<{widths[1]}}  {row.example}".rstrip()
 
 
 def oddities(raw, columns):
@@ -99,12 +94,9 @@ def oddities(raw, columns):
         if texts < rows:
             name = raw.name["queries"]
             yield f"odd: {name}: {rows:,} rows, {texts:,} texts (but for case and spaces): one query each"
-    for column in columns:
-        if column.odd:
-            yield f"odd: {column.name}: {column.odd}"
-    for table in REQUIRED:
-        if raw.whole(table):
-            yield from (f"odd: {line}" for line in further.oddities(raw, table))
+    yield from (f"odd: {column.name}: {column.odd}" for column in columns if column.odd)
+    for table in filter(raw.whole, REQUIRED):
+        yield from (f"odd: {line}" for line in further.oddities(raw, table))
 
 
 def agreement(raw):
@@ -112,19 +104,15 @@ def agreement(raw):
     order. Kappa: Cohen, 1968, with quadratic weights."""
     if "rater" not in raw.types["labels"] or not raw.whole("labels"):
         return
-    two = raw.table("""
-        SELECT a.label AS one, b.label AS other FROM rated_labels a
-        JOIN rated_labels b USING (query_id, pin_id)
-        WHERE a.rater < b.rater AND a.label + b.label IS NOT NULL""")
     counts = "count(DISTINCT rater), count(*), count(DISTINCT (query_id, pin_id))"
     raters, ratings, pairs = raw.ask(f"SELECT {counts} FROM rated_labels")[0]
     line = f"raters: {raters}, {ratings:,} ratings of {pairs:,} pairs, of which the median counts, ties down"
-    if len(two):
-        first = np.concatenate([two["one"], two["other"]])
-        second = np.concatenate([two["other"], two["one"]])
-        levels = list(range(1, 6))
-        kappa = cohen_kappa_score(first, second, labels=levels, weights="quadratic")
-        line += f"; two of one pair agree in {(first == second).mean():.0%}, weighted kappa {kappa:.2f}"
+    equal, kappa = raw.ask("""
+        SELECT avg((a.label = b.label)::INT), 1 - avg((a.label - b.label) ** 2) / (2 * var_pop(a.label))
+        FROM rated_labels a JOIN rated_labels b USING (query_id, pin_id)
+        WHERE a.rater <> b.rater AND a.label + b.label IS NOT NULL""")[0]
+    if equal is not None:
+        line += f"; two of one pair agree in {equal:.0%}, weighted kappa {kappa:.2f}"
     yield line
 
 
@@ -133,12 +121,14 @@ def try_pictures(raw):
     if not raw.whole("pins"):
         return
     sql = f"SELECT image FROM raw_pins WHERE NOT is_blank(image) AND NOT {URL} LIMIT {PICTURES}"
-    images = raw.ask(sql)
-    found = load_images(raw.folder, [image for (image,) in images])
-    bad = [(image, why) for (image,), why in zip(images, found) if isinstance(why, str)]
+    images, bad = raw.ask(sql), []
+    for (image,) in images:
+        try:
+            load_image(raw.folder, image)
+        except ValueError as error:
+            bad.append(f"{image!r} ({error})")
     if bad:
-        first = f"the first: {bad[0][0]!r} ({bad[0][1]})"
-        yield f"odd: pictures: {len(bad):,} of {len(images):,} tried cannot be read, {first}"
+        yield f"odd: pictures: {len(bad):,} of {len(images):,} tried cannot be read, the first: {bad[0]}"
 
 
 def show(raw, *first):

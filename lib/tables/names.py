@@ -1,4 +1,4 @@
-"""What tables and columns are often called elsewhere: to name the one that is meant."""
+"""Names that are written in several ways: of tables and columns, and tags of languages."""
 
 import difflib
 import re
@@ -32,3 +32,10 @@ def near(name, found):
                 return [plain[other]]
     ids = [other for other in plain if other.endswith("id")] if name.endswith("_id") else []
     return [plain[other] for other in difflib.get_close_matches(name, plain, n=1, cutoff=0.75) or ids[:1]]
+
+
+def is_spoken(tag, languages):
+    """Does a tag of queries.parquet (BCP 47) belong to one of these languages, written in any way? Case does
+    not count, `_` is `-`, and `en` takes `en-us`. The macro plain_tag of database.py says the same in SQL."""
+    wanted = [language.strip().replace("_", "-").lower() + "-" for language in languages]
+    return f"{tag}-".startswith(tuple(wanted))

@@ -1,14 +1,10 @@
 """The raw tables of a dataset: how they are opened, and what must hold of them. data/README.md is the
-contract in words; files.py reads files, database.py asks them, images.py reads pictures, embeddings.py users'
-own vectors, indexed.py numbers the rows.
-
-It trusts nothing that it reads: what does not hold ends in one line
-(Stop) that names the file, the column, the number of rows and the first of them.
+contract in words. Nothing that is read is trusted: what does not hold ends in one line (Stop) that names the
+file, the column, the number of rows and the first of them.
 """
 
 import contextlib
 import re
-import tempfile
 from pathlib import Path
 
 from lib.stages.files import fingerprint, hashed, stamps
@@ -18,14 +14,12 @@ from lib.tables.database import Database
 from lib.tables.files import (
     NUMERIC,
     find_table,
-    format_of,
     one_line,
     other_files,
     plain_names,
     quoted,
     reader,
     text_literal,
-    without_marks,
 )
 from lib.tables.names import near
 
@@ -54,20 +48,18 @@ SPLITS = """SELECT first(l.query_id), query_key(q.query)
 DATES = "SELECT date FROM raw_engagements WHERE date > today() + 1 OR NOT isfinite(date)"
 DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
 LEVELS = "--levels says what other labels mean"
-OUTSIDE = f"outside 1, 2, 3, 4, 5 ({LEVELS})"
-NO_SPLIT = "neither 'train' nor 'eval'"
-NO_QUERY, NO_PIN = "with an id that {queries} does not have", "with an id that {pins} does not have"
-REPEATED = "with an id that stands more than once"
+OUTSIDE, NO_SPLIT = f"outside 1, 2, 3, 4, 5 ({LEVELS})", "neither 'train' nor 'eval'"
 DIFFERENT = "(pairs) labelled twice with different labels (by several raters? A column 'rater' names them)"
+IDS = (("queries", "query_id"), ("pins", "pin_id"))
 RULES = [
-    ("pins", "pin_id", TWICE.format("pins", "pin_id"), REPEATED),
-    ("queries", "query_id", TWICE.format("queries", "query_id"), REPEATED),
+    *((table, key, TWICE.format(table, key), "with an id that stands more than once") for table, key in IDS),
     ("labels", "label", "SELECT label FROM rated_labels WHERE label NOT IN (1, 2, 3, 4, 5)", OUTSIDE),
     ("labels", "split", "SELECT split FROM rated_labels WHERE split NOT IN ('train', 'eval')", NO_SPLIT),
-    ("labels", "query_id", UNKNOWN.format("labels", "query_id", "queries"), NO_QUERY),
-    ("labels", "pin_id", UNKNOWN.format("labels", "pin_id", "pins"), NO_PIN),
-    ("impressions", "query_id", UNKNOWN.format("impressions", "query_id", "queries"), NO_QUERY),
-    ("impressions", "pin_id", UNKNOWN.format("impressions", "pin_id", "pins"), NO_PIN),
+    *(
+        (table, key, UNKNOWN.format(table, key, other), f"with an id that {{{other}}} does not have")
+        for table in ("labels", "impressions")
+        for other, key in IDS
+    ),
     ("labels", "label", PAIRS.format("DISTINCT label"), DIFFERENT),
     ("labels", "label", PAIRS.format("*"), "(pairs of query and pin) labelled twice"),
     ("labels", "split", SPLITS, "(texts of queries) with labels in more than one split"),
@@ -101,7 +93,7 @@ class RawTables(Database):
         self.faults, self.broken = faults, set()  # broken: tables that cannot be asked
         self.levels, self.required, self.files, self.name = levels, required, {}, {}
         self.types = {name: {} for name in TABLES}  # of the columns as stored
-        self.surveyed, self.unmarked = {}, tempfile.TemporaryDirectory()  # for copies of files
+        self.surveyed = {}
         self.not_read = other_files(self.folder, TABLES)
         for name in TABLES:
             with self.noting(name):
@@ -135,11 +127,8 @@ class RawTables(Database):
             return
         self.files[name] = files
         self.name[name] = base.name + "/" * base.is_dir()
-        sample = 20_480 if name in ("impressions", *LOGS) else -1  # of a log not every row is read for it
         with one_line(files[0]):
-            if format_of(files[0]) == "json":
-                files, base = without_marks(files, base, Path(self.unmarked.name) / name)
-            sql, stored = reader(self.db, files, base, contract, sample)
+            sql, stored = reader(self.db, files, contract)
             names = plain_names(stored, contract)
             self.types[name] = {names[column]: stored[column] for column in stored}
             columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
@@ -188,8 +177,6 @@ class RawTables(Database):
         if stored is None or is_another_kind(stored, kind, self.levels):
             return f"NULL::{sql_type}"
         text, nested = self.text_of(name, column), nested_in(column, stored, one=kind != "text")
-        if kind not in ("text", "word") and stored in ("FLOAT", "DOUBLE") or stored.startswith("DECIMAL"):
-            text = f"digits({column})"  # an id 1.0 is the id 1
         source = text if stored == "JSON" else column
         value = f"TRY_CAST({source} AS {sql_type})"
         if sql_type == "VARCHAR":
@@ -221,11 +208,11 @@ class RawTables(Database):
 
     def fingerprints(self):
         """{"table NAME": hash of its files' content and of the folders of the dataset that they stand in}."""
-
-        def content(files):
-            return [[str(path.parent.relative_to(self.folder)), fingerprint(path)] for path in files]
-
-        return {f"table {name}": hashed(content(files)) for name, files in self.files.items()}
+        found = {}
+        for name, files in self.files.items():
+            content = [[str(path.parent.relative_to(self.folder)), fingerprint(path)] for path in files]
+            found[f"table {name}"] = hashed(content)
+        return found
 
     def stamps(self):
         """Stamps of all files of tables and embeddings."""

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 
 from lib.stages.terminal import Stop
+from lib.tables.columns import as_text
 from lib.tables.database import Database
-from lib.tables.files import format_of, one_line, plain_names, quoted, reader
+from lib.tables.files import format_of, one_line, plain_names, reader
 from lib.tables.judgment_files import read_judgments
 from lib.tables.splits import query_key
 
@@ -18,7 +19,7 @@ def read_columns(path, more):
     db = Database(path.parent)
     contract = {"query_id": "id", "query": "text", **more}
     with one_line(path):
-        sql, types = reader(db.db, [path], path, contract, -1)
+        sql, types = reader(db.db, [path], contract)
         names = plain_names(types, contract)
     values = {"query_id": "NULL::VARCHAR", "query": "NULL::VARCHAR"}
     found = {name for name in names.values() if name in contract}
@@ -26,14 +27,9 @@ def read_columns(path, more):
         wanted = f"query_id or query, and {', '.join(more)}"
         raise Stop(f"{path}: the columns are {', '.join(types)}; wanted: {wanted}")
     for column, name in names.items():
-        if name not in contract:
-            continue
-        value = f"CAST({quoted(column)} AS VARCHAR)"
-        if types[column] in ("FLOAT", "DOUBLE"):
-            value = f"digits({quoted(column)})"
-        if contract[name] == "number":
-            value = f"TRY_CAST({value} AS DOUBLE)"
-        values[name] = value
+        if name in contract:
+            value = as_text(column, types[column])
+            values[name] = f"TRY_CAST({value} AS DOUBLE)" if contract[name] == "number" else value
     columns = [f"{value} AS {name}" for name, value in values.items()]
     return db.table(f"SELECT {', '.join(columns)} {sql}")
 
