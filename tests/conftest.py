@@ -38,16 +38,16 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "usual"))
 def toy(tmp_path_factory):
     """The toy world at one twentieth of its size: 100 pins, 33 queries, 2,000 impressions."""
     folder = tmp_path_factory.mktemp("toy") / "data"
-    make_toy.main(["--scale", "0.05", "--out", str(folder)])
+    make_toy.main(folder, scale=0.05)
     return folder
 
 
 def toy_words():
     """English and Spanish words of the toy world."""
     words = []
-    for table in (make_toy.OBJECTS, make_toy.COLOURS, make_toy.STYLES):
-        for by_language in table.values():
-            words += by_language["en"] + by_language["es"]
+    for kind in ("object", "colour", "style"):
+        for english, spanish, *_ in make_toy.WORDS[kind].values():
+            words += f"{english} {spanish}".split()
     return [word.partition(".")[0].strip("+") for word in words]
 
 

@@ -35,7 +35,8 @@ FIXED = {
     "paper": "#f6f3e8",
     "metal": "#5c5e64",
 }
-SUPERSAMPLE = 3  # drawn three times as large, then averaged down: smooth edges
+SIZE = 80  # pixels of a picture's side
+LARGE = 3 * SIZE  # drawn three times as large, then averaged down: smooth edges
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -52,14 +53,10 @@ def ellipse(points, steps):
 
 def rectangle(points, radius):
     """The outline [n, 2] of a rectangle with round corners. points: top left, bottom right."""
-    (left, top), (right, bottom) = points
-    if not radius:
-        return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-    left, right = left + radius, right - radius
-    top, bottom = top + radius, bottom - radius
+    (left, top), (right, bottom) = points + [[radius], [-radius]]
     outline = []
-    for x, y, angle in ((right, top, -90), (right, bottom, 0), (left, bottom, 90), (left, top, 180)):
-        outline.extend(ellipse([(x, y), (radius, radius), (angle, angle + 90)], 5))
+    for x, y, angle in ((left, top, 180), (right, top, 270), (right, bottom, 0), (left, bottom, 90)):
+        outline.extend(ellipse([(x, y), (radius, radius), (angle, angle + 90)], 5 if radius else 0))
     return np.array(outline)
 
 
@@ -98,94 +95,87 @@ SHAPES = read_shapes(Path(__file__).resolve().parent / "shapes.txt")
 # Pictures
 
 
-def draw_line(draw, xy, width, colour):
-    """A line with round joints and ends."""
-    draw.line(xy, fill=colour, width=width, joint="curve")
-    for x, y in (xy[0], xy[-1]):
-        draw.circle((x, y), width / 2, fill=colour)
-
-
-def paint(draw, strokes, tones, edge):
-    """Draws strokes, in pixels: first all of them thickened in the colour `edge` (the outline), then in their
-    own tones."""
-    thick = 2 * max(1, round(draw.im.size[0] / 110))
+def paint(draw, strokes, colours, grow):
+    """Draws strokes, in pixels, whose tone has a colour in `colours`, all of them `grow` pixels thicker."""
     for xy, tone, width in strokes:
-        if tone == "back":
-            continue
-        if width:
-            draw_line(draw, xy, width + thick, edge)
-        else:
-            draw.polygon(xy, fill=edge)
-            draw.line(xy + xy[:2], fill=edge, width=thick, joint="curve")
-    for xy, tone, width in strokes:
-        if width:
-            draw_line(draw, xy, width, tones[tone])
-        else:
-            draw.polygon(xy, fill=tones[tone])
+        colour = colours.get(tone)
+        if colour and width:  # a line with round joints and ends
+            draw.line(xy, fill=colour, width=width + grow, joint="curve")
+            for end in (xy[0], xy[-1]):
+                draw.circle(end, (width + grow) / 2, fill=colour)
+        elif colour:
+            draw.polygon(xy, fill=colour)
+            if grow:
+                draw.line(xy + xy[:2], fill=colour, width=grow, joint="curve")
 
 
 def rounded(colour):
     return tuple(int(value) for value in colour)
 
 
-def background(rng, size, avoid):
-    """A picture of a pale tint that is not close to the colour `avoid`, plain, striped, dotted, shaded or
-    with a floor; and the tint."""
+def background(rng, avoid):
+    """A large picture of a pale tint that is not close to the colour `avoid`, plain, striped, dotted, shaded
+    or with a floor; and the tint."""
     for _ in range(8):
         tint = rng.uniform(170, 245) + rng.uniform(-22, 22, 3)
         if np.abs(tint - avoid).max() > 45:
             break
-    other = rounded(np.clip(tint * rng.uniform(0.86, 0.95), 0, 255))
-    tint = rounded(np.clip(tint, 0, 255))
-    image = Image.new("RGB", (size, size), tint)
+    other = np.clip(tint * rng.uniform(0.86, 0.95), 0, 255)
+    tint, other = rounded(np.clip(tint, 0, 255)), rounded(other)
+    image = Image.new("RGB", (LARGE, LARGE), tint)
     draw = ImageDraw.Draw(image)
-    kind = rng.integers(5)
-    step = int(rng.integers(size // 9, size // 5))
+    kind, step = rng.integers(5), int(rng.integers(26, 48))
+    width = step // 3
     if kind == 1:
-        for x in range(0, 2 * size, step):
-            draw.line((x, 0, x - size, size), fill=other, width=step // 3)
+        for x in range(0, 2 * LARGE, step):
+            draw.line((x, 0, x - LARGE, LARGE), fill=other, width=width)
     elif kind == 2:
-        for x in range(step // 2, size, step):
-            for y in range(step // 2, size, step):
-                draw.ellipse((x, y, x + step // 3, y + step // 3), fill=other)
+        for x in range(step // 2, LARGE, step):
+            for y in range(step // 2, LARGE, step):
+                draw.ellipse((x, y, x + width, y + width), fill=other)
     elif kind == 3:
-        draw.rectangle((0, int(size * rng.uniform(0.6, 0.85)), size, size), fill=other)
+        top = int(LARGE * rng.uniform(0.6, 0.85))
+        draw.rectangle((0, top, LARGE, LARGE), fill=other)
     elif kind == 4:
-        shade = Image.linear_gradient("L").resize((size, size))
-        image = Image.composite(image, Image.new("RGB", (size, size), other), shade)
+        shade = Image.linear_gradient("L").resize((LARGE, LARGE))
+        image = Image.composite(image, Image.new("RGB", image.size, other), shade)
     return image, tint
 
 
 def tones_of(main):
     """A colour, RGB of 0 to 255 -> {tone: colour}, and the colour of the outline."""
     brightness = main @ (0.3, 0.59, 0.11) / 255
-    is_dark, is_white = brightness <= 0.25, brightness >= 0.85
-    dark = main + (255 - main) * 0.3 if is_dark else main * 0.62  # of a black thing it is lighter
-    light = main - 26 if is_white else main + (255 - main) * 0.55
-    tones = FIXED | {"main": rounded(main), "dark": rounded(dark), "light": rounded(light)}
-    return tones, rounded(main * (0.3 if is_dark else 0.35))
+    dark, light, edge = main * 0.62, main + (255 - main) * 0.55, main * 0.35
+    if brightness <= 0.25:  # the dark parts of a black thing are lighter
+        dark, edge = main + (255 - main) * 0.3, main * 0.3
+    if brightness >= 0.85:
+        light = main - 26
+    tones = {"main": rounded(main), "dark": rounded(dark), "light": rounded(light)}
+    return FIXED | tones, rounded(edge)
 
 
-def render(obj: str, colour: str, rng: np.random.Generator, size: int = 80) -> Image.Image:
-    """An RGB picture of `size` × `size` pixels of the object `obj` in about the colour `colour`; the same
-    state of `rng` gives the same picture."""
-    main = np.array(ImageColor.getrgb(COLOURS[colour]))
-    main = np.clip(main * rng.uniform(0.92, 1.06) + rng.uniform(-10, 10, 3), 0, 255)
-    big = size * SUPERSAMPLE
-    image, tint = background(rng, big, main)
+def render(obj: str, colour: str, rng: np.random.Generator) -> Image.Image:
+    """An RGB picture of SIZE × SIZE pixels of the object `obj` in about the colour `colour`; the same state
+    of `rng` gives the same picture."""
+    main = np.array(ImageColor.getrgb(COLOURS[colour])) * rng.uniform(0.92, 1.06)
+    main = np.clip(main + rng.uniform(-10, 10, 3), 0, 255)
+    image, tint = background(rng, main)
     tones, edge = tones_of(main)
 
-    unit = big * rng.uniform(0.6, 0.84)  # the canvas' side in pixels
+    unit = LARGE * rng.uniform(0.6, 0.84)  # the canvas' side in pixels
     angle = math.radians(rng.uniform(-14, 14))
-    cos, sin, mirrored = math.cos(angle), math.sin(angle), rng.choice((-1, 1))
-    turn = unit * np.array([[mirrored * cos, mirrored * sin], [-sin, cos]])
-    centre = big / 2 + rng.uniform(-0.5, 0.5, 2) * (big - unit) * 0.7
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = unit * np.array([[cos, sin], [-sin, cos]])
+    turn[0] *= rng.choice((-1, 1))  # mirrored or not
+    centre = LARGE / 2 + rng.uniform(-0.5, 0.5, 2) * (LARGE - unit) * 0.7
     strokes = []
     for points, tone, width in SHAPES[obj]:
         placed = (points - 0.5) @ turn + centre
         width = max(1, round(width * unit)) if width else 0
         strokes.append(([*map(tuple, placed.tolist())], tone, width))
-    paint(ImageDraw.Draw(image), strokes, tones | {"back": tint}, edge)
+    draw = ImageDraw.Draw(image)
+    paint(draw, strokes, dict.fromkeys(tones, edge), 4)  # the outline
+    paint(draw, strokes, tones | {"back": tint}, 0)
 
-    pixels = np.asarray(image.reduce(SUPERSAMPLE), float) + rng.normal(0, 4, (size, size, 3))
+    pixels = image.reduce(LARGE // SIZE) + rng.normal(0, 4, (SIZE, SIZE, 3))
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
