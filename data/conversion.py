@@ -46,9 +46,8 @@ def write_dataset(folder, tables, listed, skipped_columns, skipped):
     for name, rows in tables.items():
         columns = list(kinds_of(name))
         values = zip(*rows) if rows else [()] * len(columns)
-        arrays = {}
-        for column, of_column in zip(columns, values):
-            arrays[column] = pa.array(of_column, NUMBERS.get(column, pa.string()))
+        kinds = (NUMBERS.get(column, pa.string()) for column in columns)
+        arrays = {column: pa.array(*typed) for column, *typed in zip(columns, values, kinds)}
         write_parquet(folder / f"{name}.parquet", arrays)
     list_skipped(folder / listed, (*skipped_columns, "reason"), skipped)
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in tables.items())

@@ -96,9 +96,8 @@ def without_twins(by_language):
     Question}}. A question that some language lacks is left out; of two of one text the later id."""
     used, left_out, taken = [], [], set()
     for question in sorted(set().union(*by_language.values())):
-        texts = {}
-        for language, questions in by_language.items():
-            texts[language] = questions[question].text if question in questions else ""
+        asked = {language: questions.get(question) for language, questions in by_language.items()}
+        texts = {language: found.text if found else "" for language, found in asked.items()}
         keys = {language: (language, query_key(text)) for language, text in texts.items()}
         problems = [language for language in texts if not texts[language] or keys[language] in taken]
         if problems:

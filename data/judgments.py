@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import conversion  # the project's folder is on the path with it
-import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tyro.conf import Positional, arg
@@ -31,6 +31,7 @@ from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_
 from lib.tables.raw import RawTables, levels_of
 from lib.tables.splits import query_key
 
+PAIR = ["query_index", "pin_index"]
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet", "impressions/*")  # of features/ and labels/
 
 
@@ -52,27 +53,24 @@ def of_run(run, which, expected):
     """Judgments of a run, each pair once, best first: people's labels, or 03's of every labelled and shown
     pair, its most probable level or its expected one."""
     made = require_pairs(run, READS, labels=which == "teacher")
-    features, keys, ratings = run / "features", [], []
+    features, parts = run / "features", []
     paths = [features / "labelled.parquet"]
     if which != "human" and not made.get("labels", {"arguments": {}})["arguments"].get("only_labelled"):
         paths += sorted(features.glob("impressions/part-*.parquet"))
     for path in paths:
-        rows = pq.read_table(path)
-        keys.append(rows["query_index"].to_numpy().astype(np.int64) << 32 | rows["pin_index"].to_numpy())
-        if which == "human":
-            ratings.append(rows["label"].to_numpy())
-            continue
-        p = read_labels(run / "labels" / path.relative_to(features), len(rows))
-        ratings.append(expected_level(p) if expected else p.argmax(1) + 1)
-    keys, first = np.unique(np.concatenate(keys), return_index=True)
-    rating = np.concatenate(ratings)[first]
+        rows = pd.read_parquet(path, columns=[*PAIR, "label"] if which == "human" else PAIR)
+        if which != "human":
+            p = read_labels(run / "labels" / path.relative_to(features), len(rows))
+            rows["label"] = expected_level(p) if expected else p.argmax(1) + 1
+        parts.append(rows)
+    rows = pd.concat(parts).drop_duplicates(PAIR)
+    print(f"{run}: {len(rows):,} pairs of {rows['query_index'].nunique():,} queries")
     queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query"]).to_pylist()
     pins = pq.read_table(features / "pins.parquet", columns=["pin_id", "title"])
-    print(f"{run}: {len(keys):,} pairs of {len(np.unique(keys >> 32)):,} queries")
-    for row in np.lexsort((-rating, keys >> 32)):
-        query, pin = queries[keys[row] >> 32], int(keys[row] & 0xFFFFFFFF)
-        texts = pins["pin_id"][pin].as_py(), float(rating[row]), pins["title"][pin].as_py()
-        yield Judgment(*query.values(), *texts)
+    order = ["query_index", "label", "pin_index"]
+    for row in rows.sort_values(order, ascending=[True, False, True]).itertuples():
+        pin_id, title = (pins[name][row.pin_index].as_py() for name in ("pin_id", "title"))
+        yield Judgment(*queries[row.query_index].values(), pin_id, float(row.label), title)
 
 
 def of_dataset(folder):

@@ -1,6 +1,7 @@
 """Columns of a user's tables beyond the contract: which of them become features, and what is said of them."""
 
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from lib.tables.files import NAMELESS, NUMERIC, quoted
@@ -44,62 +45,46 @@ class Column(NamedTuple):
 
 def survey(raw, table, names):
     """{name: Column} of columns of a table. The number of queries does not grow with theirs."""
-    found, stored, file = {}, raw.types[table], raw.name[table]
+    found, stored = {}, raw.types[table]
     for start in range(0, len(names), AT_ONCE):
         some = names[start : start + AT_ONCE]
-        texts = ", ".join(f"{raw.text_of(table, column)} AS {quoted(column)}" for column in some)
+        texts = ", ".join(f"{as_text(column, stored[column])} AS {quoted(column)}" for column in some)
         texts = f"SELECT {texts} FROM file_{table}"
-        facts = {name: Facts(*values) for name, *values in raw.ask(facts_of(texts), file)}
-        differ = dict(raw.ask(differing_of(texts), file))
+        facts = {row["name"]: SimpleNamespace(**row) for row in raw.table(facts_of(texts)).to_pylist()}
+        differ = f"count(DISTINCT t) >= 0.99 * greatest(count(t), {ENOUGH_ROWS})"
+        differ = dict(
+            raw.ask(f"SELECT name, {differ} FROM {cells_of(f'{texts} LIMIT {SOME_ROWS}')} GROUP BY 1")
+        )
         nested = ", ".join(f"bool_or({nested_in(column, stored[column])})" for column in some)
-        nested = raw.ask(f"SELECT {nested} FROM file_{table}", file)[0]
+        nested = raw.ask(f"SELECT {nested} FROM file_{table}")[0]
         for column, is_nested in zip(some, nested):
-            about = facts.get(column, Facts())
-            found[column] = judge(column, stored[column], about, is_nested, differ.get(column, False))
+            found[column] = judge(column, stored[column], facts[column], is_nested, differ[column])
     return found
 
 
-class Facts(NamedTuple):
-    """What is counted of a column: cells with something in them, numbers within fp32, cells written as
-    numbers, numbers beyond fp32 and the first, cells that are no number and the first, of these the amounts;
-    the least and the largest number, are all whole."""
-
-    filled: int = 0
-    numbers: int = 0
-    written: int = 0
-    beyond: int = 0
-    first_beyond: str = ""
-    odd: int = 0
-    first_odd: str = ""
-    amounts: int = 0
-    least: float = 0.0
-    largest: float = 0.0
-    whole: bool = False
+def cells_of(texts):
+    """SQL of all cells of a query `texts`: name of the column, t."""
+    return f"({texts}) UNPIVOT INCLUDE NULLS (t FOR name IN (*))"
 
 
 def facts_of(texts):
-    """SQL: a row of Facts for each column of a query `texts`. Its plan does not grow with their number."""
+    """SQL: what is counted of each column of a query `texts`: cells with something in them, numbers within
+    fp32, cells written as numbers, numbers beyond fp32, cells that are no number, of these the amounts; the
+    least and the largest number, are all whole. Its plan does not grow with the number of columns."""
     return f"""
-        SELECT name, count(*) FILTER (filled), count(number(d)), count(*) FILTER (is_number(t)),
-            count(*) FILTER (beyond), first(t) FILTER (beyond), count(*) FILTER (odd), first(t) FILTER (odd),
-            count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}') AND NOT regexp_full_match(t, '{DATE}')),
-            min(d), max(d), bool_and(d = floor(d))
+        SELECT name, count(*) FILTER (filled) AS filled, count(number(d)) AS numbers,
+            count(*) FILTER (is_number(t)) AS written,
+            count(*) FILTER (beyond) AS beyond, first(t) FILTER (beyond) AS first_beyond,
+            count(*) FILTER (odd) AS odd, first(t) FILTER (odd) AS first_odd,
+            count(*) FILTER (odd AND regexp_full_match(t, '{AMOUNT}') AND NOT regexp_full_match(t, '{DATE}'))
+                AS amounts, min(d) AS least, max(d) AS largest, bool_and(d = floor(d)) AS whole
         FROM (SELECT *, filled AND d IS NULL AS odd, NOT isnan(d) AND number(d) IS NULL AS beyond
-            FROM (SELECT *, NOT is_blank(t) AS filled, TRY_CAST(t AS DOUBLE) AS d
-                FROM (UNPIVOT ({texts}) ON * INTO NAME name VALUE t)))
+            FROM (SELECT *, NOT is_blank(t) AS filled, TRY_CAST(t AS DOUBLE) AS d FROM {cells_of(texts)}))
         GROUP BY name"""
 
 
-def differing_of(texts):
-    """SQL: do (nearly) all values of the first rows differ, for each column of a query `texts`?"""
-    some = f"UNPIVOT ({texts} LIMIT {SOME_ROWS}) ON * INTO NAME name VALUE t"
-    return (
-        f"SELECT name, count(DISTINCT t) >= 0.99 * greatest(count(*), {ENOUGH_ROWS}) FROM ({some}) GROUP BY 1"
-    )
-
-
 def judge(column, stored, about, nested, differs):
-    """What becomes of a column, stored as this type: a Column. about: its Facts; nested: does a cell hold
+    """What becomes of a column, stored as this type: a Column. about: of facts_of(); nested: does a cell hold
     more than texts; differs: do (nearly) all values."""
     run = about.whole and about.least in (0, 1) and about.largest - about.least + 1 == about.filled
     if ROW_NUMBERS.fullmatch(column.lower()) or (column.lower() in ROW_NAMES and run):

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from lib.stages.files import fingerprint, hashed
 from lib.stages.streams import new_matrix
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.files import regular_file
 
 
@@ -15,17 +15,19 @@ def own_embeddings(folder):
     names = sorted(path.stem for path in (folder / "embeddings").glob("*.npy"))
     for name in names:
         source = folder / "embeddings" / f"{name}.npy"
+        ids = source.with_suffix(".ids")
         if not name.startswith(("query_", "pin_")):
             raise Stop(f"{source}: the name must begin with query_ or pin_")
-        for path in (source, source.with_suffix(".ids")):
+        for path in (source, ids):
             try:
                 regular_file(folder, path.relative_to(folder))
             except ValueError as error:
                 what = "NAME.ids holds the id of every row of NAME.npy, one a line"
                 raise Stop(f"{path}: {error}; {what}") from None
-        rows, size = len(open_vectors(source)), path.stat().st_size
+        rows = len(open_vectors(source))
+        size = ids.stat().st_size
         if size > 1_000 * (rows + 1):
-            raise Stop(f"{path}: {size:,} bytes are too many for {rows:,} ids")
+            raise Stop(f"{ids}: {size:,} bytes are too many for {rows:,} ids")
     return names
 
 
@@ -37,10 +39,8 @@ def own_fingerprint(folder, name):
 
 def open_vectors(path):
     """A user's vectors [rows, D], memory-mapped: no more is taken on a header's word than the file holds."""
-    try:
+    with stop_on_error(f"{path}: no NumPy array"):
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as error:
-        raise Stop(f"{path}: no NumPy array ({first_line(error)})") from error
     shape = list(vectors.shape)
     is_matrix = len(shape) == 2 and shape[1] > 0
     if not is_matrix or vectors.dtype not in (np.float16, np.float32):
@@ -50,19 +50,15 @@ def open_vectors(path):
 
 def read_ids(path, rows):
     """The ids of a user's vectors, one a line, as an Arrow column. Stop if they do not fit, or repeat."""
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
-    except UnicodeDecodeError as error:
-        raise Stop(f"{path}: not UTF-8 ({error})") from error
+    with stop_on_error(f"{path}: not UTF-8"), open(path, encoding="utf-8-sig") as lines:
+        ids = pa.array([line.rstrip("\n") for line in lines], pa.string())
     if len(ids) != rows:
         raise Stop(f"{path}: {len(ids):,} ids for {rows:,} rows of {path.stem}.npy")
-    counts = ids.value_counts()
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    first = pc.index_in(ids, ids)
+    repeated = ids.filter(pc.not_equal(first, np.arange(rows)))
     if len(repeated):
-        more = len(ids) - len(counts)
-        first = repeated.field("values")[0].as_py()
-        raise Stop(f"{path}: {more:,} ids stand more than once, the first: {first!r}")
+        example = repeated[0].as_py()
+        raise Stop(f"{path}: {len(repeated):,} ids stand more than once, the first: {example!r}")
     return ids
 
 

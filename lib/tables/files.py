@@ -125,10 +125,8 @@ def reader(db, files, contract):
     if kind == "csv":
         sql = csv_reader(files)
         return sql, dict.fromkeys(columns_of(db, sql), "CSV")
-    nameless = (
-        f"SELECT file_name FROM parquet_schema({listed(files)}) WHERE name = '' AND num_children IS NULL"
-    )
-    if found := db.execute(nameless).fetchone():
+    unnamed = f"FROM parquet_schema({listed(files)}) WHERE name = '' AND num_children IS NULL"
+    if found := db.execute(f"SELECT file_name {unnamed}").fetchone():
         raise Stop(f"{found[0]}: a column has no name: give it one, or leave it out")
     sql = f"FROM read_parquet({options}, binary_as_string = true)"
     return sql, columns_of(db, sql)
@@ -234,10 +232,9 @@ def reason(error):
         return f"{file[1]}: its lines end in different ways (LF, CRLF, CR), or a quote is not closed"
     if not line:
         return first_line(error)
-    if "unterminated quote" in text:
-        return f"{file[1]}, line {line[1]}: unterminated quote, or a line over 16 MiB"
     said = re.split(r"\n+Possible ", text)[0].strip().split("\n")[-1]
-    return f"{file[1]}, line {line[1]}: {first_line(said)}"
+    said = "unterminated quote, or a line over 16 MiB" if "unterminated quote" in text else first_line(said)
+    return f"{file[1]}, line {line[1]}: {said}"
 
 
 def quoted(name):

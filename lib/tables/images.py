@@ -16,9 +16,7 @@ from lib.stages.terminal import first_line, progress_bar
 from lib.tables.files import list_skipped, regular_file, spellings
 
 # What Pillow decodes by itself: for others (EPS) it starts other programs.
-Image.init()
-KNOWN = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "AVIF", "JPEG2000")
-PICTURES = [name for name in KNOWN if name in Image.OPEN]
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
 MAX_BYTES = 100_000_000  # of a picture's file
 SIDES = 512, 2048  # a larger picture is reduced, its shorter side not below the first
 # Large pictures are decoded one at a time, in one thread: every thread keeps memory that it has used.
@@ -100,8 +98,7 @@ def read_pictures(raw):
         except ValueError as error:
             return None, str(error)
 
-    kinds = {"pin_id": pa.string(), "image": pa.string(), "digest": pa.binary(16), "reason": pa.string()}
-    parts = [pa.schema(kinds).empty_table()]
+    parts = []
     with ThreadPoolExecutor(8) as pool, progress_bar(desc="pictures read", unit=" pins") as bar:
         for batch in raw.batches("SELECT pin_id, nullif(image, '') AS image FROM raw_pins"):
             paths = batch["image"].to_pylist()

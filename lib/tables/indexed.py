@@ -1,6 +1,4 @@
-"""Rows of the raw tables under their numbers: query_index and pin_index, by which everything after stage 01
-names a query and a pin.
-"""
+"""Rows of the raw tables under their numbers, query_index and pin_index, which name them after stage 01."""
 
 from lib.stages.streams import slices
 from lib.stages.terminal import Stop
@@ -11,10 +9,11 @@ from lib.tables.raw import kinds_of
 RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
 
 
-def refuse_names(raw, table, reserved):
-    """Stop if a further column of a table has a name of ours."""
-    for column in raw.further(table):
-        refuse_name(raw, table, column, reserved)
+def refuse_names(raw, table, reserved, columns=None):
+    """Stop if a further column of a table, or one of `columns`, has a name of ours."""
+    for column in raw.further(table) if columns is None else columns:
+        if column.lower() in reserved:
+            raise Stop(f"{raw.name[table]}: column {column!r} has a name of ours: rename it")
 
 
 def number_rows(raw, table, side, reserved=()):
@@ -38,15 +37,9 @@ def pair_numbers(raw, reserved):
     labels = {column.lower(): about.role for column, about in raw.columns("labels").items()}
     for column, about in raw.columns("impressions").items():
         if about.role == labels[column.lower()] == "number":
-            refuse_name(raw, "impressions", column, (*RESERVED, *reserved))
             found[column] = f"number({quoted(column)})::FLOAT"
+    refuse_names(raw, "impressions", (*RESERVED, *reserved), found)
     return found
-
-
-def refuse_name(raw, table, column, reserved):
-    """Stop if a column has a name of ours."""
-    if column.lower() in reserved:
-        raise Stop(f"{raw.name[table]}: column {column!r} has a name of ours: rename it")
 
 
 def index_pairs(raw, table, columns, chunk=500_000):

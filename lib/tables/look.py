@@ -1,8 +1,6 @@
 """A first look at a user's tables, in seconds: what becomes of each column, how far raters agree, and what is
 odd without being wrong."""
 
-from typing import NamedTuple
-
 from lib.stages.terminal import Stop
 from lib.tables import columns as further
 from lib.tables.files import quoted
@@ -12,27 +10,16 @@ from lib.tables.raw import REQUIRED, kinds_of
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
+IS_JSON, IS_HTML = "ltrim(v)[1] IN ('{', '[')", "regexp_matches(v, '</?[a-zA-Z][^>]*>')"
 ODD = {  # role: SQL of an odd value v, the share of cells from which on it is said, and what
-    "category": (
-        "ltrim(v)[1] IN ('{', '[')",
-        0.9,
-        "JSON: a column of its own for each thing in it says more",
-    ),
-    "text": ("regexp_matches(v, '</?[a-zA-Z][^>]*>')", 0.1, "HTML: tags are read as words; take them out"),
+    "category": (IS_JSON, 0.9, "JSON: a column of its own for each thing in it says more"),
+    "text": (IS_HTML, 0.1, "HTML: tags are read as words; take them out"),
 }
 
 
-class Column(NamedTuple):
-    """What becomes of a column: its role in words, an example, and what is odd (text, or None)."""
-
-    name: str
-    role: str
-    example: str
-    odd: str | None
-
-
 def look_at(raw):
-    """The Columns of the tables, ids and logs left out."""
+    """What becomes of the columns of the tables, ids and logs left out: name, role in words, an example, and
+    what is odd (text, or None)."""
     for table in REQUIRED:
         if raw.types[table] and raw.whole(table):
             shown = [name for name, kind in kinds_of(table).items() if kind != "id" and name != "rater"]
@@ -43,21 +30,19 @@ def look_at(raw):
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
     odd = ", ".join(f"count(*) FILTER ({sql})" for sql, *_ in ODD.values())
-    filled = "FILTER (NOT is_blank(v))"
+    counts = f"count(DISTINCT v), count(*) FILTER (filled), min(v) FILTER (filled), {odd}"
     texts = ", ".join(f"{quoted(column)}::VARCHAR AS {quoted(column)}" for column in columns)
     some = f"UNPIVOT (SELECT {texts} FROM raw_{table} LIMIT {ROWS}) ON * INTO NAME name VALUE v"
-    sql = (
-        f"SELECT name, count(DISTINCT v), min(v) {filled}, count(*) {filled}, {odd} FROM ({some}) GROUP BY 1"
-    )
+    sql = f"SELECT name, {counts} FROM (SELECT *, NOT is_blank(v) AS filled FROM ({some})) GROUP BY 1"
     found = {name: facts for name, *facts in raw.ask(sql)} if columns else {}
     for column in columns:
-        values, example, cells, *odd = found.get(column, (0, None, 0, 0, 0))
+        values, cells, example, *odd = found.get(column, (0, 0, None, 0, 0))
         role, said = role_of(raw, table, column), None
         for (kind, (_, share, what)), count in zip(ODD.items(), odd):
             if role == kind and count > share * cells:
                 said = f"{count:,} of {cells:,} cells are {what}"
         role += f", {values:,} values" * (role == "category")
-        yield Column(f"{table}.{column}", role, " ".join((example or "").split())[:40], said)
+        yield f"{table}.{column}", role, " ".join((example or "").split())[:40], said
 
 
 def role_of(raw, table, column):
@@ -75,10 +60,10 @@ def role_of(raw, table, column):
 
 def lines_of(columns):
     """Columns as a table of text."""
-    rows = [Column("column", "is", "for example", None), *columns]
+    rows = [("column", "is", "for example", None), *columns]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
-    for row in rows if columns else ():
-        yield f"  {row.name:<{widths[0]}}  {row.role:<{widths[1]}}  {row.example}".rstrip()
+    for name, role, example, _ in rows if columns else ():
+        yield f"  {name:<{widths[0]}}  {role:<{widths[1]}}  {example}".rstrip()
 
 
 def oddities(raw, columns):
@@ -94,7 +79,7 @@ def oddities(raw, columns):
         if texts < rows:
             name = raw.name["queries"]
             yield f"odd: {name}: {rows:,} rows, {texts:,} texts (but for case and spaces): one query each"
-    yield from (f"odd: {column.name}: {column.odd}" for column in columns if column.odd)
+    yield from (f"odd: {name}: {odd}" for name, _, _, odd in columns if odd)
     for table in filter(raw.whole, REQUIRED):
         yield from (f"odd: {line}" for line in further.oddities(raw, table))
 

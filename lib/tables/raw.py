@@ -119,27 +119,26 @@ class RawTables(Database):
         """Makes the views file_NAME (as stored) and raw_NAME (as the contract says)."""
         files, base, others = find_table(self.folder, name)
         self.not_read += others
-        contract = kinds_of(name)
+        contract, source = kinds_of(name), "LIMIT 0"
         if not files:
             self.refuse_missing(name)
-            columns = [f"{self.typed(name, column)} AS {column}" for column in contract]
-            self.db.execute(f"CREATE VIEW raw_{name} AS SELECT {', '.join(columns)} LIMIT 0")
-            return
-        self.files[name] = files
-        self.name[name] = base.name + "/" * base.is_dir()
-        with one_line(files[0]):
-            sql, stored = reader(self.db, files, contract)
-            names = plain_names(stored, contract)
-            self.types[name] = {names[column]: stored[column] for column in stored}
-            columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
-            self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
+        with one_line(files[0] if files else self.folder):
+            if files:
+                self.files[name], self.name[name] = files, base.name + "/" * base.is_dir()
+                sql, stored = reader(self.db, files, contract)
+                names = plain_names(stored, contract)
+                self.types[name] = {names[column]: stored[column] for column in stored}
+                columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
+                self.db.execute(f"CREATE VIEW file_{name} AS SELECT {', '.join(columns)} {sql}")
+                source = f"FROM file_{name}"
             columns = [f"{self.typed(name, column)} AS {column}" for column in contract]
             columns += [quoted(column) for column in self.further(name)]
             view = "rated_labels" if name == "labels" else f"raw_{name}"
-            self.db.execute(f"CREATE VIEW {view} AS SELECT {', '.join(columns)} FROM file_{name}")
+            self.db.execute(f"CREATE VIEW {view} AS SELECT {', '.join(columns)} {source}")
             if name == "labels":
                 self.merge_raters()
-            self.require_columns(name)
+            if files:
+                self.require_columns(name)
 
     def merge_raters(self):
         """Makes raw_labels of rated_labels: one row of each pair."""
@@ -176,7 +175,7 @@ class RawTables(Database):
         sql_type = SQL_TYPES.get(kind, "DOUBLE")
         if stored is None or is_another_kind(stored, kind, self.levels):
             return f"NULL::{sql_type}"
-        text, nested = self.text_of(name, column), nested_in(column, stored, one=kind != "text")
+        text, nested = as_text(column, stored), nested_in(column, stored, one=kind != "text")
         source = text if stored == "JSON" else column
         value = f"TRY_CAST({source} AS {sql_type})"
         if sql_type == "VARCHAR":
@@ -187,10 +186,6 @@ class RawTables(Database):
         elif kind == "whole number":  # a cast alone would round
             value = f"CASE WHEN TRY_CAST({source} AS DOUBLE) = {value} THEN {value} END"
         return value if nested == "false" else f"CASE WHEN NOT coalesce({nested}, false) THEN {value} END"
-
-    def text_of(self, name, column):
-        """SQL of a column as text."""
-        return as_text(column, self.types[name][column])
 
     def further(self, name):
         """Names of the columns of a table that the contract does not name."""
@@ -265,7 +260,7 @@ class RawTables(Database):
         value = self.typed(name, column)
         if column in TABLES[name][0]:
             problem = f"empty or not {what}"
-            bad = f"{value} IS NULL OR is_blank({self.text_of(name, column)})"
+            bad = f"{value} IS NULL OR is_blank({as_text(column, self.types[name][column])})"
         else:
             problem = f"not {what}"
             bad = f"{column} IS NOT NULL AND {value} IS NULL"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib.stages.terminal import Stop
 from lib.tables.columns import as_text
@@ -40,7 +41,8 @@ def read_results(path):
     names = ["query_id", "query", "pin_id", "score"]
     if format_of(path) is None:
         rows = [judgment._asdict() for judgment in read_judgments(path)]
-        return pa.Table.from_pylist(rows, pa.schema(JUDGED)).rename_columns(names)
+        table = pa.Table.from_pylist(rows, pa.schema(JUDGED))
+        return table.rename_columns(names)
     table = read_columns(path, {"pin_id": "id", "rank": "number", "score": "number"})
     found = table.column_names
     order = "score" if "score" in found else "rank"
@@ -57,13 +59,9 @@ def read_results(path):
 def rows_of_queries(table, ids, keys):
     """Row of a run's query for each row of a table with query_id or query [N], -1: unknown. ids, keys: of the
     run's queries (query_key); a query is known by its id, or by its text."""
-    by_id, by_key, found = {}, {}, []
-    for row, (query_id, key) in enumerate(zip(ids, keys)):
-        by_id.setdefault(query_id, row)
-        by_key.setdefault(key, row)
-    for query_id, text in zip(table["query_id"].to_pylist(), table["query"].to_pylist()):
-        row = by_id.get(query_id, -1)
-        if row < 0 and text is not None:
-            row = by_key.get(query_key(text), -1)
-        found.append(row)
-    return np.array(found, np.int64)
+    keys_of = [text and query_key(text) for text in table["query"].to_pylist()]
+    ids, keys = pa.array(ids, pa.string()), pa.array(keys, pa.string())
+    by_id = pc.index_in(table["query_id"], ids)
+    by_key = pc.index_in(pa.array(keys_of, pa.string()), keys)
+    found = pc.coalesce(by_id, by_key, -1)
+    return found.to_numpy().astype(np.int64)
