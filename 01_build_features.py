@@ -3,12 +3,6 @@
 Paper: "Pin Text Representations" (the six text sources) and "Distill LLM into Servable Student Model" (the
 student's features).
 
-    1  the raw tables, checked; their rows numbered
-    2  the text of a pin: its own, BLIP's caption, and what logs of queries, boards and link visits say
-    3  embeddings, once a query and once a pin
-    4  match features of every labelled and unlabelled pair: BM25, cosine, engagement
-    5  a summary
-
 Reads   --data DIR      raw tables, see data/README.md
 Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_embedding.npy,
                         labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;
@@ -85,34 +79,17 @@ class Settings(ModelSettings):
     seed: Size = 0
 
 
-REAL = replace(
-    Settings(),
-    data=ROOT / "data" / "search",
-    # Our choice; the paper has SearchSage.
-    text_encoder="sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
-    text_tokens=128,  # not stated in the paper; our choice
-    caption_tokens=30,  # not stated in the paper; our choice
-    precision="auto",  # not stated in the paper; our choice
-    top_tokens=20,  # "top tokens": stated; how many: our choice
-    graph_dim=256,  # the size of PinSage-like embeddings in Pinterest's public code
-    shard_rows=250_000,  # our choice
-)
-PRESETS = {
-    "toy": Settings(),
-    "small": replace(
-        REAL,
-        preset="small",
-        caption_model="Salesforce/blip-image-captioning-base",  # a laptop captions some images a second
-        token_batch=8_192,
-        graph_dim=64,
-    ),
-    "paper": replace(
-        REAL,
-        preset="paper",
-        caption_model="Salesforce/blip-image-captioning-large",  # BLIP: stated; this size: our choice
-        token_batch=65_536,  # our choice
-    ),
-}
+# Our choice; the paper's embeddings are SearchSage's.
+MINILM = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
+# Not stated in the paper, our choice; of the tokens it says "top", not how many.
+SIZES = dict(text_tokens=128, caption_tokens=30, top_tokens=20, shard_rows=250_000, precision="auto")
+REAL = replace(Settings(), data=ROOT / "data" / "search", text_encoder=MINILM, **SIZES)
+# BLIP: stated; its size: our choice, of base a laptop captions some images a second. token_batch: our choice.
+BASE, LARGE = (f"Salesforce/blip-image-captioning-{size}" for size in ("base", "large"))
+SMALL = replace(REAL, preset="small", caption_model=BASE, token_batch=8_192, graph_dim=64)
+# graph_dim: the size of PinSage-like embeddings in Pinterest's public code.
+PAPER = replace(REAL, preset="paper", caption_model=LARGE, token_batch=65_536, graph_dim=256)
+PRESETS = {"toy": Settings(), "small": SMALL, "paper": PAPER}
 MIN_DWELL = 10  # paper: link visits that stayed 10 seconds or more
 CHUNK = 4_096  # images captioned, or texts embedded, between two files of a resumable cache
 WORTH_PROCESSES = 200_000  # pins; the text of fewer is counted faster by one process

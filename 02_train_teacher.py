@@ -3,12 +3,6 @@
 Paper: "LLM as Relevance Model". [CLS] query [SEP] pin text -> language model -> fully connected layers ->
 five levels; point-wise cross-entropy.
 
-    1  settings
-    2  the text of the human-labelled pairs, in token ids
-    3  the language model and a fresh head: encoders (BERT, T5's) are trained in full, decoders with QLoRA
-    4  training; scores on held-out queries after each epoch
-    5  the teacher is saved
-
 Reads   RUN/features/   pins.parquet, queries.parquet, labelled.parquet (its `train` rows)
 Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, teacher.json, training_log.jsonl
 
@@ -66,42 +60,22 @@ class Settings(ModelSettings):
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
     rows: Count | None = None  # train on a random N of the training rows (default: all)
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # activations computed twice instead of kept: less
-    # memory, more time; auto: on a GPU where the largest pass needs it
     checkpoint_steps: Count = 100  # steps between two checkpoints to resume from
     seed: Size = 0  # of the head's weights, held-out queries, row order and dropout
 
 
 TOY = Settings()
-PAPER = replace(
-    TOY,
-    preset="paper",
-    model="meta-llama/Meta-Llama-3-8B",  # stated
-    max_tokens=256,  # not stated; our choice
-    lora_rank=64,  # not stated; the QLoRA paper's (Dettmers et al., 2023, appendix B)
-    lora_alpha=16.0,  # not stated; as the rank
-    lora_dropout=0.1,  # not stated; the QLoRA paper's for 7B and 13B (section 4)
-    epochs=2,  # not stated; our choice
-    batch_size=128,  # not stated; our choice
-    batch_tokens=8_192,  # our choice
-    lr=2e-4,  # not stated; the QLoRA paper's for 7B and 13B (table 9)
-    encoder_lr=2e-5,  # not stated; within the range of Devlin et al., 2019, appendix A.3
-    head_lr=2e-4,  # not stated; our choice
-    warmup=0.03,  # not stated; our choice
-    precision="auto",  # our choice
-    checkpoint_steps=200,  # our choice
-)
-SMALL = replace(
-    TOY,
-    preset="small",  # a real encoder on a laptop or one small GPU; all values our choice
-    model=None,
-    max_tokens=128,
-    epochs=None,  # few rows need more than 3: experiments/RESULTS.md
-    lr=5e-4,  # better than 1e-4 and 2e-4: experiments/RESULTS.md
-    encoder_lr=1e-4,  # with the head's 1e-3 better than 5e-5 for both: likewise
-    head_lr=1e-3,
-    precision="auto",
-)
+# The paper states the model alone. For 7B and 13B the QLoRA paper (Dettmers et al., 2023) has rank and alpha
+# (appendix B), dropout (section 4) and learning rate (table 9); Devlin et al., 2019, have the range of
+# encoder_lr (appendix A.3). All else is our choice.
+QLORA = dict(model="meta-llama/Meta-Llama-3-8B", lora_rank=64, lora_alpha=16.0, lora_dropout=0.1, lr=2e-4)
+STEPS = dict(epochs=2, batch_size=128, encoder_lr=2e-5, head_lr=2e-4, warmup=0.03)
+SIZES = dict(max_tokens=256, batch_tokens=8_192, checkpoint_steps=200, precision="auto")
+PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
+# A real encoder on a laptop or one small GPU, our choice: few rows need more than 3 epochs, lr is better than
+# 1e-4 and 2e-4, encoder_lr with the head's 1e-3 better than 5e-5 for both (experiments/RESULTS.md).
+ENCODER = dict(model=None, max_tokens=128, epochs=None, lr=5e-4, encoder_lr=1e-4, head_lr=1e-3)
+SMALL = replace(TOY, preset="small", precision="auto", **ENCODER)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
@@ -155,19 +129,19 @@ def activations_fit(teacher, rows, settings, device):
 
 
 def computed_again(backbone):
-    """Turns activation checkpointing on."""
+    """Turns activation checkpointing on: activations are computed twice instead of kept, which takes less
+    memory and more time."""
     backbone.enable_input_require_grads()
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def checkpoint_activations(teacher, rows, settings, accelerator):
-    """Turns activation checkpointing on where it is wanted, on all processes alike."""
-    wanted, device = settings.checkpointing == "on", accelerator.device
-    if settings.checkpointing == "auto" and device.type == "cuda":
-        wanted = not all(gather_object([activations_fit(teacher, rows, settings, device)]))
-    if wanted:
+    """Turns activation checkpointing on where a GPU's memory needs it, on all processes alike."""
+    device, how = accelerator.device, "kept"
+    fits = device.type != "cuda" or activations_fit(teacher, rows, settings, device)
+    if not all(gather_object([fits])):
         computed_again(teacher.backbone)
-    how = "computed again in the backward pass" if wanted else "kept"
+        how = "computed again in the backward pass"
     accelerator.print(f"{device}, {accelerator.num_processes} process(es); activations are {how}")
 
 

@@ -4,13 +4,6 @@ Paper: "Distill LLM into Servable Student Model". The soft labels are the teache
 levels on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to
 other languages.
 
-    1  settings; what is inherited
-    2  the text of the pairs; which shards are left to label, and which labels are known
-    3  the teacher, LoRA merged, loaded for the first pair that nobody has labelled; --compile its layers
-    4  soft labels, one output shard an input shard
-    5  --pool (ours): they are weighed against a regression on the match features; where human labels are
-       few, the teacher alone is worse than that, and where it is clearly better it stays alone
-
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
                         p1 … p5 float32 (p5: excellent), the teacher's own, each row sums to 1
@@ -129,12 +122,12 @@ def merge_lora(teacher, adapter):
 
 
 def compile_layers(teacher, sample, pad_id, settings, accelerator):
-    """Where it is wanted, compiles the backbone's layers in place: one code for all of them and for batches
-    of any shape, by torch.compile. Tried on `sample`, rows of token ids. Stop if labels move by more than
+    """The teacher, where it is wanted its backbone's layers compiled by torch.compile: one code for all of
+    them and for batches of any shape. Tried on `sample`, rows of token ids. Stop if labels move by more than
     rounding."""
     on_gpu, token_budget = accelerator.device.type == "cuda", settings.batch_tokens
     if settings.compile == "off" or (settings.compile == "auto" and not on_gpu):
-        return
+        return teacher
     before = soft_labels(teacher, sample, pad_id, token_budget)
     for layer in layers_of(teacher.backbone):
         layer.compile(dynamic=True)
@@ -147,6 +140,7 @@ def compile_layers(teacher, sample, pad_id, settings, accelerator):
     )
     if not moved < ROUNDING[teacher.dtype]:
         raise Stop("--compile: labels move by more than rounding; --compile off labels without")
+    return teacher
 
 
 def layers_of(module):
@@ -164,13 +158,6 @@ def load_teacher(folder, settings, device, dtype):
     if about["finetuning"] != "full" and settings.merge:
         with stop_on_error("LoRA cannot be merged", "--no-merge labels without"):
             merge_lora(teacher, folder / "adapter")
-    return teacher
-
-
-def ready_teacher(folder, settings, sample, pad_id, accelerator, dtype):
-    """load_teacher()'s, its layers compiled if wanted (compile_layers)."""
-    teacher = load_teacher(folder, settings, accelerator.device, dtype)
-    compile_layers(teacher, sample, pad_id, settings, accelerator)
     return teacher
 
 
@@ -269,8 +256,9 @@ def main(argv=None):
         require_trained_on(run, read["teacher"], rows)
     if is_main:
         summary.describe_labelling(about, paths, todo, hardware, accelerator.num_processes)
+    loaded = functools.partial(load_teacher, folder, settings, accelerator.device, dtype)
     sample, pad_id = rows[:CHECKED_ROWS], text.tokenizer.pad_token_id
-    teacher = functools.cache(lambda: ready_teacher(folder, settings, sample, pad_id, accelerator, dtype))
+    teacher = functools.cache(lambda: compile_layers(loaded(), sample, pad_id, settings, accelerator))
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -279,7 +267,8 @@ def main(argv=None):
         label_shards(teacher, shards, known, text, settings, bar)
     wait_for_all(accelerator, target.values())
 
-    # 5. What the match features say, pooled with that (ours); summary
+    # 5. They are weighed against a regression on the match features (ours): where human labels are few the
+    #    teacher alone is worse than that, where it is clearly better it stays alone; summary
     if is_main:
         if settings.pool == "auto":
             pool_labels(run, work, read["teacher"]["held_out"], taken)

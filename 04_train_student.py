@@ -4,12 +4,6 @@ Paper: "Distill LLM into Servable Student Model". The student learns the teacher
 levels on unlabelled impressions (knowledge distillation). The paper does not give the loss; ours is Hinton et
 al., 2015: KL divergence at temperature T, times T squared.
 
-    1  settings; labels and features must belong together
-    2  rows: impressions with soft labels, human-labelled ones with the mean of both labels
-    3  the network, which starts at a regression of the human labels on the match features (ours)
-    4  distillation; scores on held-out queries after each epoch
-    5  the student is saved, also as ONNX
-
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
 Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it: student.onnx,
                         student_one_query.onnx, features.json (their inputs, how each is computed)
@@ -88,19 +82,10 @@ class Settings(DeviceSettings):
 
 
 TOY = Settings()
-PAPER = replace(
-    TOY,
-    preset="paper",
-    hidden=(1024, 512, 256),  # not stated in the paper; our choice
-    category_dim=32,  # not stated; our choice
-    temperature=1.0,  # not stated; at 1 the gradient is that of soft cross-entropy
-    epochs=3,  # not stated; our choice
-    batch_size=4_096,  # not stated; our choice
-    weight_decay=1e-5,  # not stated; our choice
-    warmup=0.01,  # not stated; our choice
-    shuffle_window=8,  # our choice
-    checkpoint_steps=2_000,  # our choice
-)
+# Not stated in the paper, our choice; at temperature 1 the gradient is that of soft cross-entropy.
+SIZES = dict(hidden=(1024, 512, 256), category_dim=32, batch_size=4_096, shuffle_window=8)
+STEPS = dict(epochs=3, weight_decay=1e-5, warmup=0.01, temperature=1.0, checkpoint_steps=2_000)
+PAPER = replace(TOY, preset="paper", **SIZES, **STEPS)
 PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
 # (input_dropout, dropout), our choice. Rows with human labels alone, at most FEW_ROWS, choose among them by
 # cross-validation over queries; fewer than ENOUGH_QUERIES cannot tell, and take the last. More rows, and a
@@ -166,25 +151,21 @@ def held_out_scores(student, inputs, held_out, device, chunk=16_384):
     return {"held_out_kl": loss / n, "held_out_agreement": right / n} if n else {}
 
 
-def train_step(student, optimizer, features, target, temperature):
-    """One step on a batch; returns its loss."""
-    student.train()
-    loss = distillation_loss(student(features), target, temperature)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 def new_optimizer(student, settings):
     """AdamW of all weights."""
     return torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
 
 
-def set_lr(optimizer, settings, progress):
-    """The learning rate at `progress` in [0, 1) of the training."""
+def train_step(student, optimizer, features, target, settings, progress):
+    """One step on a batch, at `progress` in [0, 1) of the training; returns its loss."""
     for group in optimizer.param_groups:
         group["lr"] = settings.lr * linear_warmup_decay(progress, settings.warmup)
+    student.train()
+    loss = distillation_loss(student(features), target, settings.temperature)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def train(student, rows, inputs, held_out, settings, device, folder):
@@ -200,10 +181,9 @@ def train(student, rows, inputs, held_out, settings, device, folder):
         loss_sum, batches = torch.tensor(state["loss_sum"]), rows.batches(epoch, skip=state["step"])
         bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")
         for features, target in ahead((tensors(inputs, batch, device) for batch in batches), depth=4):
-            set_lr(optimizer, settings, state["rows"] / planned)
             # A seed of its own for every step's dropout: a resumed run equals an undisturbed one.
             torch.manual_seed((settings.seed * 1_009 + epoch) * 10_000_019 + state["step"])
-            loss = train_step(student, optimizer, features, target, settings.temperature)
+            loss = train_step(student, optimizer, features, target, settings, state["rows"] / planned)
             loss_sum = loss_sum.to(loss.device) + loss * len(target)
             state["step"] += 1
             state["rows"] += len(target)
@@ -228,34 +208,25 @@ def finite(loss, epoch):
 
 def with_dropout(settings, rows, inputs, moments, device):
     """The settings with both shares of dropout: as given, or those of DROPOUTS with which students learn most
-    from some queries' human labels about other queries'. Where they were compared, also learning_curve()."""
-    if None not in (settings.input_dropout, settings.dropout):
-        return settings, None
-    choices = []
-    for input_dropout, dropout in DROPOUTS:
-        given = {"input_dropout": settings.input_dropout, "dropout": settings.dropout}
-        given = {name: share for name, share in given.items() if share is not None}
-        choices.append(replace(settings, **{"input_dropout": input_dropout, "dropout": dropout, **given}))
-    if settings.labels == "teacher" or rows.total > FEW_ROWS:
+    from some queries' human labels about other queries'. Where they were compared, also the learning curve:
+    KL on queries left out, of the regression and of the student, from a third and from two thirds of the
+    other queries: {"queries": [n, n], "match": [KL, KL], "student": [KL, KL]}."""
+    names = ("input_dropout", "dropout")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    choices = [replace(settings, **dict(zip(names, shares)) | given) for shares in DROPOUTS]
+    queries, data = len(np.unique(rows.human["query"])), (rows, inputs, moments, device)
+    if len(given) == 2 or settings.labels == "teacher" or rows.total > FEW_ROWS:
         return choices[0], None
-    if len(np.unique(rows.human["query"])) < ENOUGH_QUERIES:
+    if queries < ENOUGH_QUERIES:
         return choices[-1], None
-    found, data = [], (rows, inputs, moments, device)
+    found = []
     for choice in progress_bar(iterable=choices, desc="cross-validation", unit=" dropouts"):
         found.append(cross_validated(choice, FOLDS - 1, *data))
         print(f"dropout {choice.input_dropout}, {choice.dropout}: KL on other queries {found[-1][1]:.4f}")
     best = int(np.argmin([student for _, student in found]))
-    fewer = cross_validated(choices[best], 1, *data)
-    return choices[best], learning_curve(rows, fewer, found[best])
-
-
-def learning_curve(rows, fewer, more):
-    """KL on queries left out, of the regression and of the student, from a third and two thirds of the other
-    queries: {"queries": [n, n], "match": [KL, KL], "student": [KL, KL]}. fewer, more: of cross_validated().
-    """
-    queries = len(np.unique(rows.human["query"]))
-    match, student = ([float(before), float(after)] for before, after in zip(fewer, more))
-    return {"queries": [queries // FOLDS, queries * (FOLDS - 1) // FOLDS], "match": match, "student": student}
+    match, student = np.transpose([cross_validated(choices[best], 1, *data), found[best]]).tolist()
+    sizes = [queries * folds // FOLDS for folds in (1, FOLDS - 1)]
+    return choices[best], {"queries": sizes, "match": match, "student": student}
 
 
 def cross_validated(settings, folds, rows, inputs, moments, device):
@@ -281,8 +252,7 @@ def train_at_once(student, rows, inputs, settings, device):
     optimizer = new_optimizer(student, settings)
     batches = [batch for epoch in range(settings.epochs) for batch in rows.batches(epoch)]
     for step, batch in enumerate(batches):
-        set_lr(optimizer, settings, step / len(batches))
-        train_step(student, optimizer, *tensors(inputs, batch, device), settings.temperature)
+        train_step(student, optimizer, *tensors(inputs, batch, device), settings, step / len(batches))
 
 
 def warn_if_by_heart(log):
@@ -306,26 +276,15 @@ def with_name(settings):
     return replace(settings, name=name)
 
 
-def student_spec(settings, inputs, moments):
-    """What the network is made of, and how its inputs are normalized; match features by `moments`."""
-    return {
-        "embeddings": inputs.dims,
-        "categories": inputs.categories,
-        "category_dim": settings.category_dim,
-        "numbers": inputs.numbers,
-        "match": inputs.match,
-        **{name: values.tolist() for name, values in moments.items()},
-        "hidden": list(settings.hidden),
-        "dropout": settings.dropout,
-        "input_dropout": settings.input_dropout,
-    }
-
-
 def new_student(settings, inputs, moments, human, device):
     """A student before its training. moments: of the match features (survey()); human: the
     human-labelled rows among those that it will learn."""
     torch.manual_seed(settings.seed)
-    student = Student(student_spec(settings, inputs, moments)).to(device)
+    spec = {"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": settings.category_dim}
+    spec |= {"numbers": inputs.numbers, "match": inputs.match}
+    spec |= {name: values.tolist() for name, values in moments.items()}
+    spec |= {"hidden": list(settings.hidden), "dropout": settings.dropout}
+    student = Student({**spec, "input_dropout": settings.input_dropout}).to(device)
     if len(human):
         start_at_regression(student, human)
     return student

@@ -18,16 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lib.levels import (  # noqa: F401  a service takes them from there
-    FIELDS,
-    LEVELS,
-    NUM_LEVELS,
-    RELEVANT,
-    THRESHOLDS,
-    at_least,
-    expected_level,
-    side_of,
-)
+from lib.levels import FIELDS, LEVELS, NUM_LEVELS, RELEVANT, THRESHOLDS, at_least, expected_level, side_of
 from lib.models import load_backbone, load_lora, output_width
 from lib.stages.files import read_json, write_json
 from lib.stages.finished import remake

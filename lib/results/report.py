@@ -158,7 +158,7 @@ def in_short(compared):
 
 
 def more_labels(curve):
-    """One sentence on whether more labels would help. curve: learning_curve() of stage 04."""
+    """One sentence on whether more labels would help. curve: of with_dropout() in stage 04."""
     (few, many), (before, after) = curve["queries"], curve["student"]
     learned = f"from {few:,} to {many:,} labelled queries its KL on others goes {before:.3f} -> {after:.3f}"
     beside = f"(the regression's {curve['match'][0]:.3f} -> {curve['match'][1]:.3f})"

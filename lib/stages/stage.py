@@ -29,9 +29,8 @@ from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
 # Neither can change a result: these are not part of a folder's identity …
-WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given"}
-WITHOUT_EFFECT |= {"device", "workers", "memory", "batch_tokens", "checkpoint_steps", "long_queries"}
-WITHOUT_EFFECT |= {"compile", "checkpointing"}
+WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given", "compile", "device", "workers", "memory"}
+WITHOUT_EFFECT |= {"batch_tokens", "checkpoint_steps", "long_queries"}
 # … and of these it is the content that counts, which stands among the inputs.
 PLACES = {"base", "data", "teacher", "model", "caption_model", "text_encoder", "precision"}
 PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are noted
