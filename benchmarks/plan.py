@@ -159,22 +159,21 @@ def teacher_speeds(config, tokens):
     teacher = Teacher(models.random_backbone(config), models.backbone_kind(config), dtype).to(device)
     optimizer = stage02.make_optimizer(teacher, "full", train)
 
-    def batch(rows):
-        ids = torch.randint(5, min(config.vocab_size, 30_000), (rows, tokens), device=device)
-        return ids, torch.ones_like(ids)
+    few, many = train.batch_size, max(1, label.batch_tokens // tokens)
+    ids = torch.randint(5, min(config.vocab_size, 30_000), (max(few, many), tokens), device=device)
+    mask = torch.ones_like(ids)
 
     def step():
-        ids, mask = batch(train.batch_size)
-        teacher.loss(teacher.train()(ids, mask), ids[:, 0] % NUM_LEVELS).backward()
+        logits = teacher.train()(ids[:few], mask[:few])
+        teacher.loss(logits, ids[:few, 0] % NUM_LEVELS).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.inference_mode()
     def forward():
-        float(teacher.eval()(*batch(rows)).sum())
+        float(teacher.eval()(ids[:many], mask[:many]).sum())
 
-    rows = max(1, label.batch_tokens // tokens)
-    return train.batch_size / seconds_of(step), rows / seconds_of(forward)
+    return few / seconds_of(step), many / seconds_of(forward)
 
 
 def student_speed(width):

@@ -3,7 +3,6 @@
     python benchmarks/scale.py --impressions 300000 3000000 --pins 1000000            one line a size
     python benchmarks/scale.py --stages 01 --impressions 3000000 --pins 100000 1000000 10000000
     python benchmarks/scale.py --stages 04 --width 1100 --impressions 3000000
-    python benchmarks/scale.py --stages 01 --naive          beside pandas, everything in one DataFrame
 
 Made by DuckDB from hashes: queries and pins of a Zipf-like popularity, pin text of 12 words out of 200
 thousand, an engagement log. Query and pin embeddings are random and given as the user's own, so stage 01
@@ -45,7 +44,6 @@ class Settings:
     stages: tuple[Literal["01", "03", "04"], ...] = ("01", "03", "04")
     hidden: tuple[Width, ...] = (1024, 512, 256)  # widths of 04's hidden layers
     memory: str = "4GB"  # DuckDB's limit in 01
-    naive: bool = False  # also 01's joins in pandas
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,35 +130,17 @@ def measured(*command):
 
 
 def tiny_encoder(folder):
-    """A one-layer BERT of width 64 with random weights and a tokenizer of words, saved as a hub model is."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    """A one-layer BERT of width 64 with random weights and a vocabulary of words, as a hub model is saved."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    words = [*special.values(), *(f"w{i}" for i in range(20_000)), "title", "description", ":"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "title", "description", ":"]
+    words += [f"w{i}" for i in range(20_000)]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)
-    BertModel(config).save_pretrained(folder)
-
-
-PANDAS = """
-import sys
-import pandas as pd
-tables = {name: pd.read_parquet(f"{sys.argv[1]}/{name}.parquet")
-          for name in ("pins", "queries", "impressions", "engagements")}
-tables["pins"]["pin_index"] = range(len(tables["pins"]))
-tables["queries"]["query_index"] = range(len(tables["queries"]))
-log = tables["engagements"]
-log = log[log["date"] > log["date"].max() - pd.Timedelta(days=730)]
-log = log.groupby(["query", "pin_id"], as_index=False)["count"].sum()
-pairs = tables["impressions"].merge(tables["queries"], on="query_id").merge(tables["pins"], on="pin_id")
-print(len(pairs.merge(log, on=["query", "pin_id"], how="left")))
-"""
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,8 +164,6 @@ def measure(settings, impressions, pins, folder):
         flags = ["--preset", "paper", "--epochs", 1, "--hidden", *settings.hidden]
         made = measured("04_train_student.py", "--run", run, *flags)
         yield f"04, one epoch, hidden layers of {settings.hidden}", *made
-    if settings.naive:
-        yield "naive: 01's joins in pandas", *measured("-c", PANDAS, data)
 
 
 def main(argv=None):

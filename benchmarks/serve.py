@@ -10,7 +10,8 @@ Reads   RUN/features, RUN/student, RUN/teacher; prints a Markdown table
               one query: student_one_query.onnx, which a service takes; any pairs: student.onnx
     fresh     from the query's text on: its embedding, its match features, gathering, network, order
     teacher   from the texts on: tokens of all pairs, network, order; one call for a hundred of the others
-    start     from nothing to a Ranker's first answer; without PyTorch where RUN/text_encoder is there
+    start     from nothing to a Ranker's first answer: seconds, memory; after `python -m serving.text_encoder
+              --run RUN` it needs no PyTorch
     HTTP      until the whole answer is there, to clients that ask again at once
 
 Candidates are drawn with repetition from the run's pins; queries are the run's own, one after another. The
@@ -45,12 +46,7 @@ from serving.ranker import Query, Ranker  # noqa: E402
 
 WARM_UP = 3  # calls before those that are measured
 LEAST = 100  # calls, whatever the time
-START = """
-import sys
-sys.modules.update(dict.fromkeys(sys.argv[2:]))  # they cannot be imported
-from serving.ranker import Ranker
-Ranker(sys.argv[1]).rank("red chair")
-"""
+START = "import sys; from serving.ranker import Ranker; Ranker(sys.argv[1]).rank('red chair')"
 
 
 @dataclass(frozen=True)
@@ -119,14 +115,6 @@ def in_turns(calls, seconds):
                 times[name].append(1e3 * (time.perf_counter() - before))
         turn += 1
     return times
-
-
-def print_start(run):
-    """Seconds and memory of a process that answers once."""
-    for what, missing in (("with PyTorch", ()), ("without", ("torch", "transformers"))):
-        if not missing or (run / "text_encoder").exists():
-            seconds, peak = measured("-c", START, run, *missing)
-            print(f"start, {what}: {seconds:.1f} s, {1e3 * peak:,.0f} MB", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -198,7 +186,8 @@ def main(argv=None):
             p50, p99 = np.percentile(times, [50, 99])
             print(f"| {name} | {candidates:,} | {p50:,.1f} | {p99:,.1f} | {len(times):,} |", flush=True)
     if systems:
-        print_start(settings.run)
+        seconds, peak = measured("-c", START, settings.run)
+        print(f"start: {seconds:.1f} s, {1e3 * peak:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@
     python benchmarks/teacher.py --small --device cpu         the same code at a tiny shape
     python benchmarks/teacher.py --parts peers --device cpu --run RUN --model MODEL       a model and pairs
 
-Weights are random, of Llama-3-8B's, BLIP-large's and MiniLM's shapes: speed does not depend on their values.
-Rows have 144 to 256 random tokens, 200 on average. Tokens are counted without padding.
+Weights are random, of Llama-3-8B's, BLIP-large's and MiniLM's shapes. Rows have 144 to 256 random tokens, 200
+on average. Tokens are counted, without padding; `naive` takes padded batches in the given order.
 
-    train     02's steps; activations kept, and computed again in the backward pass. naive: padded batches in
-              the given order after prepare_model_for_kbit_training
-    label     03's soft_labels, weights as after merging LoRA; the same after compile_layers. naive: padded
-              batches in the given order, NF4 with LoRA beside it
-    caption   01's caption_chunk, from JPEG files on. naive: one picture at a time in fp32
+    train     02's steps; activations kept, and computed again in the backward pass. naive: after
+              prepare_model_for_kbit_training
+    label     03's soft_labels, weights as after merging LoRA; the same after compile_layers. naive: NF4 with
+              LoRA beside it
+    caption   01's caption_chunk, from JPEG files on: pictures
     embed     01's TextEncoder, without its tokenizer
     peers     pairs of RUN, labelled by a BERT-like model with a random classifier: 03's soft_labels beside
-              sentence_transformers.CrossEncoder.predict (pip install -r benchmarks/requirements.txt). They
-              tokenize the same text, and must agree
+              sentence-transformers' CrossEncoder, which must agree: pairs
 
-Bounds: 6 FLOP a linear weight and token for training, activations kept or not (the weights are frozen), 2 for
-labelling, at the GPU's dense bf16 peak.
+Bounds: 6 FLOP a linear weight and token for training, 2 for labelling, at the GPU's dense bf16 peak.
 """
 
 import importlib
@@ -33,10 +31,12 @@ from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from bitsandbytes import nn as bnb
 from PIL import Image
 from torch import nn
 
@@ -67,13 +67,12 @@ BLIP["text"] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size"
 WAYS = {
     "train": ("activations kept", "activations twice", "naive"),
     "label": ("plain", "compiled", "naive"),
-    "caption": ("ours", "naive"),
+    "caption": ("ours",),
     "embed": ("ours",),
     "peers": ("CrossEncoder", "ours"),
 }
-UNITS = {"train": "tokens", "label": "tokens", "embed": "tokens", "caption": "pictures", "peers": "rows"}
 FLOP = {"train": 6, "label": 2}  # a linear weight and token
-COLUMNS = {"share_of_bound": "{:.0%}", "padding": "{:.1%}", "peak_gb": "{:.1f} GB"}  # of the table
+COLUMNS = {"per_second": "{:,.1f}", "share_of_bound": "{:.0%}", "padding": "{:.1%}", "peak_gb": "{:.1f}"}
 COLUMNS |= {"max_difference": "{:.1e}", "said": "{}"}
 
 
@@ -108,20 +107,17 @@ class RandomRows(LabelledRows):
         self.levels, self.pad_id = torch.from_numpy(rng.integers(0, NUM_LEVELS, n)), 0
 
 
-def into_4_bit(linear, dtype):
+def into_4_bit(linear):
     """A linear layer in NF4, as QLoRA holds it."""
-    import bitsandbytes as bnb
-
-    options = {"compress_statistics": True, "quant_type": "nf4"}
-    shape, weight = (linear.in_features, linear.out_features), linear.weight
-    packed = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, device="meta", **options)
-    packed.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, **options).to(weight.device)
+    options, weight = {"compress_statistics": True, "quant_type": "nf4"}, linear.weight
+    packed = bnb.Linear4bit(*weight.shape[::-1], False, weight.dtype, device="meta", **options)
+    packed.weight = bnb.Params4bit(weight.data, requires_grad=False, **options).to(weight.device)
     packed.support_avx512bf16_for_cpu = False
     return packed
 
 
 class Bench:
-    """What is measured, each part in its ways: {"per_second", and some of COLUMNS}."""
+    """What is measured, each part in its ways: figures by COLUMNS."""
 
     def __init__(self, options):
         self.options, self.make_config = options, transformers.AutoConfig.for_model
@@ -160,19 +156,17 @@ class Bench:
         if quantize:
             for name, module in list(backbone.named_modules()):
                 if type(module) is nn.Linear:
-                    backbone.set_submodule(name, into_4_bit(module, self.dtype))
+                    backbone.set_submodule(name, into_4_bit(module))
             backbone.is_loaded_in_4bit = True
             backbone = stage02.add_lora(prepare(backbone), self.settings)
         return Teacher(backbone, "decoder", self.dtype).to(self.device)
 
     def train(self, way):
         """Tokens of optimizer steps, the first of which is not timed."""
-        from peft import prepare_model_for_kbit_training
-
         settings, steps = self.settings, self.options.steps + 1
         rows = RandomRows(settings.batch_size * steps, self.config.vocab_size)
         if way == "naive":  # 02's limit of tokens makes passes of NAIVE_ROWS
-            teacher = self.teacher(True, prepare_model_for_kbit_training)
+            teacher = self.teacher(True, peft.prepare_model_for_kbit_training)
             batches = np.split(np.arange(len(rows.ids)), steps)
         else:
             teacher = self.teacher(True)
@@ -200,14 +194,14 @@ class Bench:
         rows, said = RandomRows(self.options.rows, self.config.vocab_size), []
         teacher = self.teacher(quantize=way == "naive").eval()
         settings = replace(stage03.PRESETS["paper"], compile="on")
+        size, budget = len(rows.ids), settings.batch_tokens
+        if way == "naive":
+            size, budget = NAIVE_ROWS, 512 * NAIVE_ROWS  # all of them at once
         if way == "compiled":
             process = SimpleNamespace(device=self.device, print=said.append)
             stage03.compile_layers(teacher, rows.ids[:256], 0, settings, process)
 
         def work(ids):
-            size, budget = len(ids), settings.batch_tokens
-            if way == "naive":
-                size, budget = NAIVE_ROWS, 512 * NAIVE_ROWS  # all of them at once
             for start in range(0, len(ids), size):
                 stage03.soft_labels(teacher, ids[start : start + size], 0, budget)
 
@@ -219,14 +213,10 @@ class Bench:
     # 01
 
     def caption(self, way):
-        """Pictures, from JPEG files of 640 x 480 on."""
+        """Pictures of 640 x 480."""
         captioner, batch, images = self.captioner(), stage01.Settings().image_batch, self.options.images
-        if way == "naive":
-            captioner.model.float()
-            batch, images = 1, -(-images // 16)
         with tempfile.TemporaryDirectory() as folder:
-            pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
-            Image.fromarray(pixels).resize((640, 480)).save(f"{folder}/one.jpg")
+            Image.effect_noise((640, 480), 100).convert("RGB").save(f"{folder}/one.jpg")
             chunk = pa.table(dict.fromkeys(("digest", "image"), ["one.jpg"] * images))
             caption_chunk(chunk[:batch], captioner, Path(folder), batch)
             return self.measured(lambda: caption_chunk(chunk, captioner, Path(folder), batch), images)
@@ -276,8 +266,7 @@ class Bench:
             raise Stop("--parts peers: --run RUN --model MODEL")
         pairs = pq.read_table(run / "features" / "labelled.parquet").slice(0, self.options.rows)
         torch.manual_seed(0)
-        auto = transformers.AutoModelForSequenceClassification
-        network = auto.from_pretrained(model, num_labels=NUM_LEVELS)
+        network = transformers.BertForSequenceClassification.from_pretrained(model, num_labels=NUM_LEVELS)
         nn.init.normal_(network.classifier.weight, std=0.8)  # so that probabilities are spread
         names = ["input_ids", "attention_mask"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, model_input_names=names)
@@ -328,7 +317,6 @@ def attempt(bench, part, way, peak):
     try:
         figures = getattr(bench, part)(way)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return {"said": "out of memory"}
     if peak and part in FLOP:
         figures["share_of_bound"] = figures["per_second"] * FLOP[part] * bench.linear / (peak * 1e12)
@@ -343,15 +331,14 @@ def main(argv=None):
     peak = options.peak_tflops or next((tflops for key, tflops in PEAK.items() if key in name), None)
     found = {"device": name, "torch": torch.__version__, "linear_weights": bench.linear, "peak_tflops": peak}
     print(", ".join(f"{key} {value}" for key, value in found.items()), end=f", {bench.dtype}\n\n")
-    print("| what | way | a second |" + "".join(f" {name.replace('_', ' ')} |" for name in COLUMNS))
-    print("| --- | --- |" + " ---: |" * (1 + len(COLUMNS)))
+    print(f"| what | way | {' | '.join(COLUMNS)} |".replace("_", " "))
+    print("| --- | --- |" + " ---: |" * len(COLUMNS))
     for part in options.parts:
         found[part] = {}
         for way in WAYS[part]:
             figures = found[part][way] = attempt(bench, part, way, peak)
-            speed = f"{figures['per_second']:,.1f} {UNITS[part]}" if "per_second" in figures else ""
             cells = [form.format(figures[key]) if key in figures else "" for key, form in COLUMNS.items()]
-            print(f"| {' | '.join([part, way, speed, *cells])} |", flush=True)
+            print(f"| {' | '.join([part, way, *cells])} |", flush=True)
     for way, figures in found.get("train", {}).items():
         if "profile" in figures:
             print(f"\na step of training, {way}\n{figures['profile']}")

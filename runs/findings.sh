@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's four findings as experiments on a run, by default the toy's: experiments/findings.py says how.
+# The paper's four findings as experiments on a run, by default the toy's (experiments/findings.py).
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ -z "$*" ]; then  # for (b): the toy world with 20 impressions a human label, where the toy run has six
     [ -e outputs/toy/report/metrics.json ] || bash runs/toy.sh

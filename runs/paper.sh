@@ -1,23 +1,15 @@
 #!/usr/bin/env bash
 # The paper's models on your own tables: BLIP-large captions, Llama-3-8B with QLoRA, 30 million soft labels.
-#
-#     bash runs/paper.sh DATASET_DIR        your raw tables (data/README.md); RUN=DIR puts the run elsewhere
-#
-# Access      Llama-3 is gated: ask for it on huggingface.co/meta-llama/Meta-Llama-3-8B, then `hf auth login`.
-# Hardware    one GPU of 24 GB or more with bf16, or eight; 64 GB of memory, 200 GB of disk.
-# Before      `DRY=1 bash runs/paper.sh DATASET_DIR` prints parameters, memory, hours, cost and disk for your
-#             rows (benchmarks/plan.py).
-# Expected    for 280,000 labels, two epochs, 30 million impressions of 200 tokens, as the dry run reckons
-#             from speeds measured on one H200 (benchmarks/RESULTS.md): 02 5.3 hours, 03 54.2 hours.
-# Memory      too small: 02 --batch-tokens 4096 (same result up to rounding); 03 --batch-tokens 8192, or
-#             --no-merge (NF4, slower).
-# Machines    several: runs/slurm.sh. Two processes on CPUs, of 01 to 03:
-#         accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
-#             --dynamo_backend no 03_label.py --device cpu
-[ $# -ge 1 ] || { echo "usage: bash runs/paper.sh DATASET_DIR"; exit 2; }
+#     bash runs/paper.sh DATASET_DIR            raw tables (data/README.md); RUN=DIR puts the run elsewhere
+#     DRY=1 bash runs/paper.sh DATASET_DIR      parameters, memory, hours, cost, disk (benchmarks/plan.py)
+# Access: Llama-3 is gated; ask for it on huggingface.co/meta-llama/Meta-Llama-3-8B, then `hf auth login`.
+# Hardware: a GPU of 24 GB or more with bf16, or eight; 64 GB of memory, 200 GB of disk. Of 280,000 labels and
+# 30 million impressions of 200 tokens plan.py expects 5.3 hours of 02 and 54.2 of 03 on one H200. Memory too
+# small: 02 --batch-tokens 4096; 03 --batch-tokens 8192, or --no-merge (NF4, slower).
+# Several machines: runs/slurm.sh. Two processes on CPUs, of 01 to 03: accelerate launch --multi_gpu
+#     --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no 03_label.py --device cpu
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-DATA="$(from_here "$1")"
-RUN="${RUN:-outputs/paper}"
+DATA="$(from_here "${1:?usage: bash runs/paper.sh DATASET_DIR}")"; RUN="${RUN:-outputs/paper}"
 if [ -n "${DRY:-}" ]; then
     run python benchmarks/plan.py --data "$DATA"
     exit

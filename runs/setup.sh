@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other recipes: goes to the project's folder and makes `python` one that has requirements.txt.
-# Uses the active virtual or conda environment if there is one, otherwise .venv, which it makes.
+# Sourced by the other recipes: goes to the project's folder and makes `python` one that has requirements.txt,
+# of the active virtual or conda environment if there is one, else of .venv, which it makes.
 set -euo pipefail
 HERE="$PWD"  # where the user stands: relative paths are meant from there
 from_here() {  # a hub id stays as it is
@@ -9,10 +9,7 @@ from_here() {  # a hub id stays as it is
 if [[ -n "${RUN:-}" && "$RUN" != /* ]]; then RUN="$HERE/$RUN"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-    if [ ! -d .venv ]; then
-        echo "+ making .venv"
-        python3 -m venv .venv
-    fi
+    [ -d .venv ] || python3 -m venv .venv
     # shellcheck disable=SC1091  # made just above
     . .venv/bin/activate
 fi
@@ -34,16 +31,15 @@ launch() {  # a script, one process a GPU (GPUS: how many)
         run python "$@"
     fi
 }
-
 # 02 to 05 over the features of a run: the_stages PRESET RUN FLAG_OF_02 …
 # SEED: of 02 and 04; OF_05: an array of flags of 05.
 the_stages() {
-    local preset=$1 folder=$2
+    local flags=(--preset "$1" --run "$2")
     shift 2
-    launch 02_train_teacher.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"} "$@"
-    launch 03_label.py --preset "$preset" --run "$folder"
-    # the baseline, human labels alone; then the student
-    run python 04_train_student.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"} --labels human
-    run python 04_train_student.py --preset "$preset" --run "$folder" ${SEED:+--seed "$SEED"}
-    run python 05_evaluate.py --preset "$preset" --run "$folder" ${OF_05[@]+"${OF_05[@]}"}
+    launch 02_train_teacher.py "${flags[@]}" ${SEED:+--seed "$SEED"} "$@"
+    launch 03_label.py "${flags[@]}"
+    run python 04_train_student.py "${flags[@]}" ${SEED:+--seed "$SEED"} --labels human  # the baseline
+    run python 04_train_student.py "${flags[@]}" ${SEED:+--seed "$SEED"}
+    run python 05_evaluate.py "${flags[@]}" ${OF_05[@]+"${OF_05[@]}"}
+    echo; echo "all: $SECONDS s"
 }

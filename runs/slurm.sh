@@ -10,21 +10,16 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 # The paper's models on your own tables, on any number of nodes under Slurm: 01, 02 and 03 on every GPU.
-#
 #     sbatch --nodes=4 runs/slurm.sh DATASET_DIR RUN_DIR        from the project's folder; absolute paths
-#
-# Before      the virtual environment is active when you submit (`bash runs/toy.sh` makes one in .venv), the
-#             models are in the cache of the hub (HF_HOME): nodes often have no network.
-# Shared      by all nodes, under the same path: this folder, the virtual environment, DATASET_DIR, RUN_DIR,
-#             HF_HOME; on a file system with locks.
-# Tasks       one a node: it is accelerate launch, which starts a process a GPU. 01 alone is CPU work most of
-#             the time: run it first, with --nodes=1, if pictures are few.
-# A dead node, process or GPU ends the step (--kill-on-bad-exit), and Slurm begins this script again
-#             (--requeue). Each stage then continues, with equal results. After another fault, or a time limit
-#             too short: sbatch the same line again, also with other --nodes.
+# Before: the virtual environment is active when you submit (`bash runs/toy.sh` makes one in .venv); models
+# are in the hub's cache (HF_HOME), for nodes often have no network. All nodes share, under the same path,
+# this folder, the environment, DATASET_DIR, RUN_DIR and HF_HOME, on a file system with locks.
+# A task a node: accelerate launch, which starts a process a GPU. 01 is CPU work most of the time: where
+# pictures are few, run it first with --nodes=1. A dead node, process or GPU ends the step
+# (--kill-on-bad-exit), and Slurm begins this script again (--requeue): each stage continues, with equal
+# results. After another fault, or a time limit too short: sbatch the same line again, or other --nodes.
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: sbatch --nodes=N runs/slurm.sh DATASET_DIR RUN_DIR"; exit 2; }
-DATA="$1" RUN="$2"
+DATA="${1:?usage: sbatch --nodes=N runs/slurm.sh DATASET_DIR RUN_DIR}" RUN="${2:?RUN_DIR}"
 cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy of this script that lies elsewhere
 export MAIN PORT GPUS HF_HUB_OFFLINE=1
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over from sbatch since Slurm 22.05

@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# The whole method on the toy dataset: raw tables -> teacher -> soft labels -> student -> report.
-# Hardware: two CPU cores, 4 GB. Time: see README.md. Ends with outputs/toy/report/report.md.
-# Run it again at any time: finished stages say so and do nothing, a killed one continues.
-# RUN=DIR puts the run elsewhere.
+# The whole method on the toy dataset, into outputs/toy or RUN: two CPU cores, 4 GB, minutes (README.md). Run
+# it again at any time: finished stages say so and do nothing, a killed one continues.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 RUN="${RUN:-outputs/toy}"
-
 run python data/toy/make_toy.py
 SECONDS=0
 run python 01_build_features.py --run "$RUN"                # captions, texts, embeddings, match features

@@ -57,7 +57,7 @@ def test_benchmark(run, capsys, monkeypatch):
     assert len(rows) == 2 * 5 and {row[1] for row in rows} == {"3", "20"}
     for system, _, p50, p99, calls in rows:
         assert 0 < float(p50) <= float(p99) and calls == ("1" if system == "teacher" else "5")
-    assert re.search(r"start, with PyTorch: [1-9][\d.]* s, [1-9]\d+ MB", out)
+    assert re.search(r"start: [1-9][\d.]* s, [1-9]\d+ MB", out)
 
 
 def test_wrong_flags(capsys):
