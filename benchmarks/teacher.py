@@ -36,7 +36,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from bitsandbytes import nn as bnb
 from PIL import Image
 from torch import nn
 
@@ -109,6 +108,8 @@ class RandomRows(LabelledRows):
 
 def into_4_bit(linear):
     """A linear layer in NF4, as QLoRA holds it."""
+    from bitsandbytes import nn as bnb
+
     options, weight = {"compress_statistics": True, "quant_type": "nf4"}, linear.weight
     packed = bnb.Linear4bit(*weight.shape[::-1], False, weight.dtype, device="meta", **options)
     packed.weight = bnb.Params4bit(weight.data, requires_grad=False, **options).to(weight.device)
