@@ -41,7 +41,7 @@ from lib.models import quiet_libraries  # noqa: E402
 from lib.results.contract import ONNX, OUTPUTS, open_onnx  # noqa: E402
 from lib.stages.settings import Count, NonNegative, flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
-from serving.pair_teacher import PairTeacher  # noqa: E402
+from serving.page import PairTeacher  # noqa: E402
 from serving.ranker import Query, Ranker  # noqa: E402
 
 WARM_UP = 3  # calls before those that are measured

@@ -1,7 +1,7 @@
 """Features of queries and pins that stage 01 has not seen, from what it left in features/."""
 
 import copy
-import io
+import functools
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from lib.inputs.match import ENGAGEMENTS, MatchFeatures, pin_text, pin_texts
 from lib.inputs.student_inputs import StudentInputs
 from lib.levels import FIELDS, side_of
 from lib.stages.streams import matrix_of
-from lib.stages.terminal import Stop, first_line, stop_on_error
+from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.splits import query_key
 from serving.text_encoder import model_of_01, saved_encoder
 
 LARGEST = 1e30  # a number beyond is not known, as in the raw tables
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Query:
     """A query as it comes in. What is not given of one that the run has is as stage 01 found it."""
 
@@ -32,11 +32,11 @@ class Query:
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
 
     def __post_init__(self):
-        if not text_of(self.text, "the query").strip():
+        if not text_of(self.text).strip():
             raise Stop("the query: empty")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pin:
     """A pin that the run does not have."""
 
@@ -48,11 +48,9 @@ class Pin:
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
 
     def __post_init__(self):
-        boards = [self.boards] if is_missing(self.boards) or isinstance(self.boards, str) else self.boards
-        boards = tuple(text_of(title, "a board's title") for title in boards if not is_missing(title))
-        object.__setattr__(self, "boards", boards)
-        for name in ("title", "description"):
-            object.__setattr__(self, name, text_of(getattr(self, name), f"the pin's {name}"))
+        boards = [self.boards] if self.boards is None or isinstance(self.boards, str) else self.boards
+        self.boards = [title for title in map(text_of, boards) if title]
+        self.title, self.description = text_of(self.title), text_of(self.description)
 
 
 @dataclass(frozen=True)
@@ -68,51 +66,15 @@ class Side:
 
 
 class SavedBM25(PairBM25):
-    """Stage 01's BM25 with the statistics that it saved."""
+    """Stage 01's BM25 with the statistics that it saved; of which queries and pins, each call says."""
 
     def __init__(self, path):
         numbers, idf = saved_statistics(path)
-        self.k1, self.b, self.avgdl = numbers["k1"], numbers["b"], numbers["mean_length"]
+        self.k1, self.b = numbers["k1"], numbers["b"]
+        self.avgdl = numbers["mean_length"]
         self.term_idf = np.array([*idf.values()])
-        self.column_of = {term: column for column, term in enumerate(idf)}
-
-    def count(self, texts):
-        """N texts -> counts of the known terms [N, terms] and lengths [N] in tokens."""
-        return count_terms(self.column_of, texts)[:2]
-
-    def between(self, query, pins):
-        """The same, to score a query (Side of one) and pins (Side)."""
-        pairs = copy.copy(self)  # what is set here belongs to one call: a service has several threads
-        pairs.queries, pairs.query_length = query.counts, query.length
-        pairs.pins, pairs.doc_len = pins.counts, pins.length
-        return pairs
-
-
-class KnownQueries:
-    """The run's queries by their text: columns and engagement that stage 01 gave them. columns: {input of the
-    student: [Q] or [Q, D]}."""
-
-    def __init__(self, folder, columns):
-        self.columns = columns
-        self.texts = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
-        backwards = [*enumerate(self.texts)][::-1]  # the first of several stays
-        self.row_of = {spaced_key(text): row for row, text in backwards} | {t: row for row, t in backwards}
-        self.pins = pq.read_metadata(folder / "pins.parquet").num_rows
-        pairs = pq.read_table(folder / ENGAGEMENTS)
-        names = ("query_index", "pin_index", "engaged")
-        self.query, self.pin, self.engaged = (pairs[name].to_numpy() for name in names)
-
-    def row(self, text):
-        """Row number of a query with this text, or its key; None: there is none."""
-        return self.row_of.get(text, self.row_of.get(spaced_key(text)))
-
-    def events(self, row, pins):
-        """Engagement events of the query `row` (None: no known one) on pins, row numbers [B] -> [B]."""
-        events = np.zeros(self.pins)
-        if row is not None:
-            found = slice(*np.searchsorted(self.query, [row, row + 1]))
-            events[self.pin[found]] = self.engaged[found]
-        return events[pins]
+        column_of = {term: column for column, term in enumerate(idf)}
+        self.count = functools.partial(count_terms, column_of)
 
 
 def spaced_key(text):
@@ -129,18 +91,25 @@ class NewFeatures:
         """folder: RUN/features; about: its stage.json; spec: the student's; models: {"text encoder": …,
         "caption model": …}, where they are if they have moved."""
         self.folder, self.about, self.spec, self.models = folder, about, spec, models or {}
-        self.bm25, self.graph = SavedBM25(folder / "bm25.parquet"), None
+        self.locks = {kind: threading.Lock() for kind in ("text", "caption")}  # tokenizers take one thread
+        self.captioner = self.text_encoder = self.graph = None
+        if "text encoder" in about["models"]:
+            self.text_encoder = saved_encoder(folder.parent, about) or self.load("text encoder")
+        self.bm25 = SavedBM25(folder / "bm25.parquet")
+        inputs = StudentInputs(folder, spec)
+        self.stored = {"query": {}, "pin": {}}  # the run's own: {input: [N] or [N, D]}
+        for name, column in {**inputs.embeddings, **inputs.codes, **inputs.values}.items():
+            self.stored[side_of(name)][name] = column
         if (folder / "graph.parquet").exists():
             self.graph = pq.read_table(folder / "graph.parquet")
             self.board_row = {title: row for row, title in enumerate(self.graph["board_title"].to_pylist())}
-        self.locks = {kind: threading.Lock() for kind in ("text", "caption")}  # tokenizers take one thread
-        self.captioner, self.text_encoder = None, None
-        if "text encoder" in about["models"]:
-            self.text_encoder = saved_encoder(folder.parent, about) or self.load("text encoder")
-        inputs, sides = StudentInputs(folder, spec), {"query": {}, "pin": {}}
-        for name, column in {**inputs.embeddings, **inputs.codes, **inputs.values}.items():
-            sides[side_of(name)][name] = column
-        self.known, self.pin_columns = KnownQueries(folder, sides["query"]), sides["pin"]
+        self.texts = pq.read_table(folder / "queries.parquet", columns=["query"])["query"].to_pylist()
+        backwards = [*enumerate(self.texts)][::-1]  # the first of several stays
+        self.row_of = {spaced_key(text): row for row, text in backwards} | {t: row for row, t in backwards}
+        pins = pq.read_metadata(folder / "pins.parquet").num_rows
+        pairs = pq.read_table(folder / ENGAGEMENTS)
+        events, *at = (pairs[name].to_numpy() for name in ("engaged", "query_index", "pin_index"))
+        self.engaged = csr_matrix((events.astype(np.float64), at), (len(self.texts), pins))
 
     def load(self, kind):
         """The "text encoder" or the "caption model" of stage 01, in PyTorch."""
@@ -156,97 +125,90 @@ class NewFeatures:
             return Captioner(name, told["caption_tokens"], "cpu", dtype)
         return TextEncoder(name, told["text_tokens"], told["token_batch"], "cpu", dtype)
 
-    def is_own(self, name):
-        """Does the user bring this embedding?"""
-        return f"embeddings/{name}" in self.about["inputs"]
-
     # Sides
 
     def known_pins(self):
         """Side of the run's pins, in index order. Embeddings stay memory-mapped."""
-        counts, lengths = zip(*map(self.bm25.count, pin_texts(self.folder / "pins.parquet")))
-        return Side(self.pin_columns, vstack(counts, format="csr"), np.concatenate(lengths))
+        counts, lengths, _ = zip(*map(self.bm25.count, pin_texts(self.folder / "pins.parquet")))
+        return Side(self.stored["pin"], vstack(counts, format="csr"), np.concatenate(lengths))
 
     def query(self, query):
         """Side of one Query, or text: of one that the run has with what stage 01 gave it, unless the caller
         gives others."""
-        query = query if isinstance(query, Query) else Query(query)
-        row, text = self.known.row(query.text), query.text
+        if not isinstance(query, Query):
+            query = Query(query)
+        text = query.text
+        row = self.row_of.get(text, self.row_of.get(spaced_key(text)))
         if row is None:
-            made = self.embed("query_text", [text])
+            made = self.embed("query_text", text)
         else:
-            text = self.known.texts[row]
-            made = {name: column[row : row + 1] for name, column in self.known.columns.items()}
-        return Side(self.columns("query", [query], made), *self.bm25.count([text]), row)
+            text = self.texts[row]
+            made = {name: column[row] for name, column in self.stored["query"].items()}
+        return self.side("query", [query], [text], [made], row)
 
     def pins(self, pins):
         """Side of N Pins."""
-        captions, made = self.caption(pins)
-        texts = []
-        for pin, caption in zip(pins, captions):
-            text = {"title": pin.title, "description": pin.description, "caption": caption}
-            text["boards"] = self.top_tokens(pin.boards)
-            texts.append(pin_text({name: [text.get(name)] for name in FIELDS}, 0))
-        made |= self.embed("pin_text", texts)
-        if self.graph is not None and not self.is_own("pin_graph"):
-            made["pin_graph"] = np.stack([self.graph_embedding(pin.boards) for pin in pins])
-        return Side(self.columns("pin", pins, made), *self.bm25.count(texts))
+        texts, made = zip(*map(self.look_at, pins))
+        return self.side("pin", pins, texts, made)
 
-    def columns(self, side, items, made):
-        """Inputs of N queries or pins: what is given, else `made` {input: [N] or [N, D]}, else zeros, or not
-        known."""
-        sizes = {name: size for name, size in self.spec["embeddings"].items() if side_of(name) == side}
-        names = [name for name in (*self.spec["categories"], *self.spec["numbers"]) if side_of(name) == side]
-        raw_name = {name: name.removeprefix(f"{side}_") for name in names}
-        for item in items:
-            refuse_unknown(item.columns, raw_name.values(), f"column of a {side}")
-            refuse_unknown(item.embeddings, sizes, f"embedding of a {side}")
-        columns = {}
-        for name, size in sizes.items():
-            columns[name] = np.array(made.get(name, np.zeros((len(items), size))), np.float32)
-            for row, item in enumerate(items):
-                if name in item.embeddings:
-                    columns[name][row] = finite_vector(name, item.embeddings[name], size)
-        for name, column in raw_name.items():
-            given = [item.columns.get(column) for item in items]
-            if name in made and column not in items[0].columns:  # of a known query
-                columns[name] = made[name]
-            else:
-                columns[name] = np.array([self.value(name, value) for value in given])
-        return columns
+    def look_at(self, pin):
+        """The text of a Pin, and what of the student's inputs comes from its content: {input: [D]}."""
+        made = {}
+        texts = dict.fromkeys(FIELDS, [""])
+        texts |= {"title": [pin.title], "description": [pin.description]}
+        texts["boards"] = [self.top_tokens(pin.boards)]
+        if pin.image is not None:
+            with self.locks["caption"]:
+                self.captioner = self.captioner or self.load("caption model")
+                texts["caption"], (made["pin_visual"],) = self.captioner([open_picture(pin.image)])
+        if self.graph is not None:
+            made["pin_graph"] = self.graph_embedding(pin.boards)
+        text = pin_text(texts, 0)
+        made = {name: vector for name, vector in made.items() if not self.is_own(name)}
+        return text, made | self.embed("pin_text", text)
 
-    def value(self, name, given):
-        """What the student takes for a value of a column, as stage 01 does: a category's code, or a number;
-        NaN: not known."""
-        values = self.spec["categories"].get(name)
-        if values is None:
-            return number(name, given)
-        if not isinstance(given, str) and not is_missing(given):
-            given = str(given).lower() if isinstance(given, bool) else str(given)
-        text = text_of(given, name)
-        return values.index(text) + 1 if text in values else 0
+    def is_own(self, name):
+        """Does the user bring this embedding?"""
+        return f"embeddings/{name}" in self.about["inputs"]
 
-    def embed(self, name, texts):
-        """Text embeddings {name: [N, D]}; {}: the user brings them."""
+    def embed(self, name, text):
+        """A text's embedding {name: [D]}; {}: the user brings it."""
         if self.is_own(name):
             return {}
         with self.locks["text"]:
-            return {name: self.text_encoder(texts)}
+            return {name: self.text_encoder([text])[0]}
 
-    def caption(self, pins):
-        """Captions of N Pins ("": no picture), and their visual embeddings {"pin_visual": [N, D]}."""
-        captions = [""] * len(pins)
-        rows = [row for row, pin in enumerate(pins) if pin.image is not None]
-        if not rows:
-            return captions, {}
-        with self.locks["caption"]:
-            self.captioner = self.captioner or self.load("caption model")
-            found, vectors = self.captioner([open_picture(pins[row].image) for row in rows])
-        visual = np.zeros((len(pins), vectors.shape[1]), vectors.dtype)
-        visual[rows] = vectors
-        for row, caption in zip(rows, found):
-            captions[row] = caption
-        return captions, {} if self.is_own("pin_visual") else {"pin_visual": visual}
+    def side(self, side, items, texts, made, row=None):
+        """Side of N queries or pins, of their texts [N], and what is made of each [N]."""
+        inputs = [self.inputs(side, *one) for one in zip(items, made)]
+        columns = {name: np.array([one[name] for one in inputs]) for name in self.stored[side]}
+        return Side(columns, *self.bm25.count(texts)[:2], row)
+
+    def inputs(self, side, item, made):
+        """A query or a pin -> {input of the student: value}: what is given, else what is `made`, else zeros
+        or not known. Stop for what the student does not know."""
+        given = {f"{side}_{name}": value for name, value in item.columns.items()} | item.embeddings
+        known = self.stored[side]
+        for name in given.keys() - known.keys():
+            raise Stop(f"{name!r}: no input of the student; of a {side} it knows {', '.join(known)}")
+        given = dict.fromkeys(known.keys() - made.keys()) | given
+        taken = {name: self.value(name, value) for name, value in given.items()}
+        return made | taken
+
+    def value(self, name, given):
+        """What the student takes for a vector, a category or a number as given; zeros, 0 or NaN: not known,
+        as in stage 01. Stop for what is none."""
+        if name in self.spec["embeddings"]:
+            size = self.spec["embeddings"][name]
+            vector = np.zeros(size) if given is None else np.asarray(given, np.float64)
+            if vector.shape != (size,) or not (np.abs(vector) <= LARGEST).all():
+                raise Stop(f"{name}: must be {size} finite numbers")
+            return vector.astype(np.float32)
+        if name not in self.spec["categories"]:
+            return number(name, given)
+        values = self.spec["categories"][name]
+        text = str(given).lower() if isinstance(given, bool) else str(given)
+        return values.index(text) + 1 if text in values and given is not None else 0
 
     def top_tokens(self, boards):
         """The text field `boards`: the most frequent tokens of board titles, ties by token."""
@@ -264,78 +226,47 @@ class NewFeatures:
 
     # Pairs
 
+    def events(self, row, pins):
+        """Engagement events of a known query, its row (else None), on pins, row numbers [B] -> [B]."""
+        return np.zeros(len(pins)) if row is None else self.engaged[row].toarray()[0, pins]
+
     def match(self, query, pins, rows, engaged):
         """Match features of a query (Side of one) and the pins `rows` [B] of a Side: {feature: [B]}. engaged:
         events [B]. Numbers that pairs have in the raw tables are not known (NaN)."""
-        vectors = query.columns["query_text"], pins.columns["pin_text"]
-        features = MatchFeatures(self.bm25.between(query, pins), *vectors)
+        bm25 = copy.copy(self.bm25)  # what is set here belongs to one call: a service has several threads
+        bm25.queries, bm25.query_length = query.counts, query.length
+        bm25.pins, bm25.doc_len = pins.counts, pins.length
+        features = MatchFeatures(bm25, query.columns["query_text"], pins.columns["pin_text"])
         made = features(np.zeros(len(rows), np.int64), rows, engaged)
         return {name: made.get(name, np.full(len(rows), np.nan, np.float32)) for name in self.spec["match"]}
 
 
-def is_missing(value):
-    """None, or NaN as pandas gives for a cell without a value."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def text_of(value, what):
-    """A text; "": there is none. Stop for what is no text, or has halves of characters."""
-    if is_missing(value):
+def text_of(value):
+    """A text; "" for None, or NaN as pandas gives for a cell without a value. Stop for what is no text."""
+    if value is None or value != value:
         return ""
     if not isinstance(value, str):
-        raise Stop(f"{what}: {type(value).__name__}, not a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Stop(f"{what}: has halves of characters (surrogates)") from None
+        raise Stop(f"{value!r:.80}: not a text")
     return value
 
 
 def number(name, given):
     """A number as stage 01 takes it; NaN: not known, or too large. Stop for what is none."""
-    if is_missing(given) or (isinstance(given, str) and not given.strip()):
-        return np.float32(np.nan)
-    try:
-        value = float(given if not isinstance(given, str) or given.isascii() else "a text")
-    except (ValueError, TypeError, OverflowError):
-        raise Stop(f"{name}: {given!r} is not a number") from None
+    text = "" if given is None else str(given).strip()
+    with stop_on_error(f"{name}: {given!r:.80} is not a number"):
+        value = float(text.encode("ascii") or "nan")  # no digits of other scripts
     return np.float32(value if abs(value) <= LARGEST else np.nan)
-
-
-def refuse_unknown(given, known, what):
-    """Stop if a name is given that the student does not know."""
-    for name in given:
-        if name not in known:
-            raise Stop(f"{name!r}: no {what} that the student knows; it knows {', '.join(known) or 'none'}")
-
-
-def finite_vector(name, vector, size):
-    """A vector as given -> float32 [size], or Stop."""
-    try:
-        with np.errstate(over="ignore"):
-            made = np.asarray(vector, np.float32)
-    except (ValueError, TypeError, OverflowError):
-        made = np.empty(0)
-    if made.shape != (size,) or not np.isfinite(made).all():
-        raise Stop(f"{name}: must be {size} finite numbers")
-    return made
 
 
 def open_picture(image):
     """A picture's path, its content (bytes), an open file or a PIL image -> RGB; Stop if it is none."""
     from PIL import Image
 
-    from lib.tables.images import decode_image, image_bytes, upright_rgb
+    from lib.tables.images import decode_image, upright_rgb
 
-    name = image if isinstance(image, (str, Path)) else "the picture"
-    try:
+    with stop_on_error("the picture cannot be read"):
         if isinstance(image, Image.Image):
             return upright_rgb(image.copy())
-        if isinstance(image, io.IOBase):
-            image = image.read()
-        if isinstance(image, bytes):
-            return decode_image(image)
-        path = Path(image)
-        return decode_image(image_bytes(path.parent, path.name))
-    except (ValueError, TypeError, OSError) as error:
-        raise Stop(f"{name}: cannot be read ({first_line(error)})") from error
+        if not isinstance(image, bytes):
+            image = image.read() if hasattr(image, "read") else Path(image).read_bytes()
+        return decode_image(image)

