@@ -30,7 +30,7 @@ import conversion  # the project's folder is on the path with it
 import numpy as np
 from tyro.conf import Positional
 
-from lib.stages.files import link_or_copy
+from lib.stages.files import link_whole
 from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
 from lib.tables.splits import query_key
@@ -161,10 +161,7 @@ def place_image(file_name, pictures, out):
     """Brings a picture into the dataset, by a hard link if possible; its path there, or None."""
     for name in (file_name, file_name.replace(" ", "_")):  # a download from Commons has underscores
         if Path(name).name == name and (pictures / name).is_file():
-            target = out / "images" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            link_or_copy(pictures / name, target)
+            link_whole(pictures / name, out / "images" / name)
             return f"images/{name}"
     return None
 
@@ -175,8 +172,6 @@ def main(argv=None):
         raise Stop(f"--images {settings.images}: no such folder")
     rows = read_source(settings.source)
     used, skipped = select_rows(rows)
-    if not used:
-        raise Stop(f"{settings.source}: no row with an id up to {LAST_TYPED:,}, a typed search")
     tables = make_tables(used, settings.cross)
     if settings.images:
         pins = [(*pin, place_image(pin[0], settings.images, settings.out)) for pin in tables["pins"]]

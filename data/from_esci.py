@@ -67,8 +67,6 @@ TABLES = {
     "labels": "SELECT query_id, pin_id, label, split FROM examples WHERE split IS NOT NULL",
     "impressions": "SELECT query_id, pin_id FROM examples WHERE split IS NULL",
 }
-COUNTS = """SELECT coalesce(split, 'impressions'), language, count(*), count(DISTINCT query_id)
-    FROM examples GROUP BY ALL ORDER BY ALL"""
 
 
 def plain_text(text):
@@ -102,8 +100,6 @@ def convert(raw, settings):
             raise Stop(f"{name}: no rows; of --locales some must be in --train-locales, and some must not")
         batches = map(without_html, raw.batches(sql.format(**told), 20_000))
         write_stream(settings.out / f"{name}.parquet", batches)
-    for split, language, rows, queries in raw.ask(COUNTS):
-        print(f"{split:<12} {language}: {rows:>9,} pairs of {queries:>6,} queries")
 
 
 def main(argv=None):
@@ -111,7 +107,9 @@ def main(argv=None):
     settings.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".spill", dir=settings.out) as spill:
         convert(Database(settings.source, settings.memory, spill), settings)
-        RawTables(settings.out, settings.memory, spill=spill).check()
+        made = RawTables(settings.out, settings.memory, spill=spill)
+        made.check()
+        print(f"wrote {settings.out}: {made.count_rows()} rows")
 
 
 if __name__ == "__main__":

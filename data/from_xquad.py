@@ -119,21 +119,19 @@ def graded_sentences(question_id, question, articles):
     far = rng.choice(other_articles) if other_articles else None
     place = rng.random()  # where in an article or paragraph: as a share, since languages differ in length
 
+    def pick(choices):
+        return choices[int(place * len(choices))]
+
     others = [number for number in range(len(articles[a][p])) if number not in answering]
     found = [(a, p, answering[0], 5)]
     if others:
-        found.append((a, p, pick(others, place), 3))
+        found.append((a, p, pick(others), 3))
     if near is not None:
-        found.append((a, near, pick(range(len(articles[a][near])), place), 2))
+        found.append((a, near, pick(range(len(articles[a][near]))), 2))
     if far is not None:
-        paragraph = pick(range(len(articles[far])), place)
-        found.append((far, paragraph, pick(range(len(articles[far][paragraph])), place), 1))
+        paragraph = pick(range(len(articles[far])))
+        found.append((far, paragraph, pick(range(len(articles[far][paragraph]))), 1))
     return found
-
-
-def pick(choices, place):
-    """The choice that stands at `place`, a share of their number."""
-    return choices[int(place * len(choices))]
 
 
 def deal(questions, settings):
@@ -172,8 +170,6 @@ def make_tables(settings):
 
 def main(argv=None):
     settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
-    if TRAIN_LANGUAGE not in settings.languages:
-        raise Stop(f"--languages: {TRAIN_LANGUAGE} trains, and must be among them")
     tables, left_out = make_tables(settings)
     columns = ("question_id", "language", "question")
     conversion.write_dataset(settings.out, tables, "skipped_questions.csv", columns, left_out)

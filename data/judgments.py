@@ -92,9 +92,8 @@ def known_queries(judgments, raw):
         if found.query is not None and query_key(found.query) in ids:
             found = found._replace(query_id=ids[query_key(found.query)])
         elif found.query is not None and found.query_id in texts:
-            raise Stop(
-                f"{raw.folder}: query {found.query_id!r} is {texts[found.query_id]!r}, not {found.query!r}"
-            )
+            known = texts[found.query_id]
+            raise Stop(f"{raw.folder}: query {found.query_id!r} is {known!r}, not {found.query!r}")
         yield found._replace(query=texts.get(found.query_id, found.query))
 
 
@@ -126,8 +125,7 @@ def add_judgments(judgments, table, settings):
         else:
             used.append(found)
     if skipped:
-        names = ("query", "pin_id", "rating", "reason")
-        list_skipped(folder / "skipped_judgments.csv", names, skipped)
+        list_skipped(folder / "skipped_judgments.csv", ("query", "pin_id", "rating", "reason"), skipped)
     if not used:
         raise Stop(f"{settings.source}: no pin or no query in {folder} for all {len(skipped):,} judgments")
     query_id, query, pin_id, rating, _ = zip(*used)

@@ -171,5 +171,3 @@ def test_wrong_input_is_one_line(tmp_path):
     assert "search_term" in stop_line(from_commons.main, [str(source)])
     source.write_text(f"{HEADER}\n1,x,,en,a.jpg,2\n")
     assert "'2'" in stop_line(from_commons.main, [str(source)])
-    source.write_text(f"{HEADER}\n20000,x,,en,a.jpg,1\n")
-    assert "10,690" in stop_line(from_commons.main, [str(source)])

@@ -164,7 +164,7 @@ def test_the_five_stages(esci, models, tmp_path):
     stage("02").main([*run, *cpu, "--model", bert, "--epochs", "1", "--rows", "24", "--batch-size", "8"])
     stage("03").main([*run, *cpu])
     stage("04").main([*run, *cpu, "--epochs", "1"])
-    gains = ["--gains", "5=1,4=0.1,3=0.01,1=0"]
+    gains = ["--gains", "0", "0", "0.01", "0.1", "1"]
     stage("05").main([*run, *gains, "--resamples", "5", "--search-pages", "1"])
     found = read_json(tmp_path / "run" / "report" / "metrics.json")["systems"]
     assert set(found["student"]["by_language"]) == {"en", "es", "ja"}

@@ -140,6 +140,7 @@ def link_whole(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     link_or_copy(source, temporary)
     os.replace(temporary, target)
+    remove(temporary)  # replace() leaves it where both are one file
 
 
 def remove(path):

@@ -103,10 +103,8 @@ def agreement(raw):
 
 def try_pictures(raw):
     """A line on pictures that cannot be read, of the first PICTURES; or none."""
-    if not raw.whole("pins"):
-        return
     sql = f"SELECT image FROM raw_pins WHERE NOT is_blank(image) AND NOT {URL} LIMIT {PICTURES}"
-    images, bad = raw.ask(sql), []
+    images, bad = raw.ask(sql) if raw.whole("pins") else [], []
     for (image,) in images:
         try:
             load_image(raw.folder, image)

@@ -173,10 +173,10 @@ class RawTables(Database):
         """SQL of a column of the contract as its kind; null where it is not of that kind."""
         kind, stored = kinds_of(name)[column], self.types[name].get(column)
         sql_type = SQL_TYPES.get(kind, "DOUBLE")
-        if stored is None or is_another_kind(stored, kind, self.levels):
+        if stored is None:
             return f"NULL::{sql_type}"
         text, nested = as_text(column, stored), nested_in(column, stored, one=kind != "text")
-        source = text if stored == "JSON" else column
+        source = column if NUMERIC.fullmatch(stored) and kind != "date" else text  # true, as a text, is no 1
         value = f"TRY_CAST({source} AS {sql_type})"
         if sql_type == "VARCHAR":
             value = text
@@ -257,13 +257,10 @@ class RawTables(Database):
         what = {"level": f"a number ({LEVELS})", "id": "text", "word": "one text"}.get(kind, kind)
         if kind == "level" and self.levels:
             what = f"one of {', '.join(self.levels)}"
-        value = self.typed(name, column)
-        if column in TABLES[name][0]:
-            problem = f"empty or not {what}"
-            bad = f"{value} IS NULL OR is_blank({as_text(column, self.types[name][column])})"
-        else:
-            problem = f"not {what}"
-            bad = f"{column} IS NOT NULL AND {value} IS NULL"
+        value, must = self.typed(name, column), column in TABLES[name][0]
+        blank = f"{value} IS NULL OR is_blank({as_text(column, self.types[name][column])})"
+        bad = blank if must else f"{column} IS NOT NULL AND {value} IS NULL"
+        problem = "empty or " * must + f"not {what}"
         self.reject_rows(name, column, f"SELECT {column} FROM file_{name} WHERE {bad}", problem)
 
     def reject_rows(self, name, column, bad_rows, problem):
@@ -280,14 +277,6 @@ class RawTables(Database):
         """The different labels as they stand in the table, in words."""
         found = self.ask(f"SELECT DISTINCT label::VARCHAR AS l FROM file_labels ORDER BY l LIMIT {most + 1}")
         return ", ".join(str(label)[:20] for (label,) in found[:most]) + ", …" * (len(found) > most)
-
-
-def is_another_kind(stored, kind, levels):
-    """Would a cast make a value of this kind of what a column is stored as, though it is none?"""
-    if kind == "date":
-        return NUMERIC.fullmatch(stored) is not None
-    is_number = kind in ("number", "whole number") or (kind == "level" and not levels)
-    return is_number and re.match("BOOL|DATE|TIME|INTERVAL", stored) is not None
 
 
 def levels_of(text):

@@ -52,8 +52,9 @@ def read_results(path):
     bad = np.flatnonzero(~np.isfinite(score))
     if len(bad):
         raise Stop(f"{path}: {len(bad):,} rows whose {order} is no number, the first: row {bad[0] + 1}")
-    score = pa.array(score if order == "score" else -score)
-    return table.select(names[:3]).append_column("score", score)
+    if order == "rank":
+        score = -score
+    return table.select(names[:3]).append_column("score", pa.array(score))
 
 
 def rows_of_queries(table, ids, keys):
