@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lib.results.contract import open_onnx
 from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.finished import require_finished
-from lib.stages.terminal import Stop, run_main
+from lib.stages.terminal import Stop, run_main, stop_on_error
 
 READS = ("queries.parquet",)
 FOLDER, MODEL, ABOUT = "text_encoder", "text_encoder.onnx", "text_encoder.json"
@@ -51,9 +51,10 @@ def saved_encoder(run, made):
     """The OnnxTextEncoder of a run, or None if there is none of the model that made its features (`made`:
     their stage.json)."""
     folder = Path(run) / FOLDER
-    about = read_json(folder / ABOUT) if (folder / ABOUT).exists() else {}
-    is_same = about.get("fingerprint") == made["models"]["text encoder"]["fingerprint"]
-    return OnnxTextEncoder(folder, about) if is_same else None
+    with stop_on_error(f"{folder}: cannot be read", "remove it"):
+        about = read_json(folder / ABOUT) if (folder / ABOUT).exists() else {}
+        is_same = about.get("fingerprint") == made["models"]["text encoder"]["fingerprint"]
+        return OnnxTextEncoder(folder, about) if is_same else None
 
 
 def model_of_01(made, kind, told=None):

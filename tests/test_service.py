@@ -22,6 +22,7 @@ from served_run import served_run
 
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import contract as export
+from lib.stages.files import write_json
 from lib.tables.database import Database
 from lib.tables.raw import RawTables
 from serving import service, text_encoder
@@ -178,6 +179,9 @@ def test_the_text_encoder_as_onnx(run, ranker, tmp_path):
     text_encoder.export(ranker.new.text_encoder, tmp_path)
     ours = text_encoder.OnnxTextEncoder(tmp_path, {"max_tokens": 64, "dim": 64, "cut": "right"})
     assert not ours.vector("").any()
+    write_json(tmp_path / "text_encoder" / "text_encoder.json", {"fingerprint": "one"})
+    made = {"models": {"text encoder": {"fingerprint": "one"}}}
+    assert "remove it" in stop_line(text_encoder.saved_encoder, tmp_path, made)
     for text in ("a", "Red Chair!", "red chair for ideas " * 40, "stuhl 椅子 [SEP]"):
         np.testing.assert_allclose(ours.vector(text), ranker.new.text_encoder([text])[0], atol=4e-4)
 
