@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lib.levels import FIELDS, LEVELS, NUM_LEVELS, RELEVANT, THRESHOLDS, at_least, expected_level, side_of
-from lib.models import load_backbone, load_lora, output_width
+from lib.models import load_backbone, load_lora
 from lib.stages.files import read_json, write_json
 from lib.stages.finished import remake
 from lib.stages.terminal import Stop, stop_on_error
@@ -200,7 +200,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.backbone, self.kind, self.dtype = backbone, kind, dtype
         self.pooling = "last" if kind == "decoder" else "first"
-        D = output_width(backbone.config)
+        text = backbone.config.get_text_config()
+        D = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # of the vectors that come out
         H = min(D, 1024)
         self.head = nn.Sequential(
             nn.Linear(D, H),

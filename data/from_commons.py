@@ -30,7 +30,7 @@ import conversion  # the project's folder is on the path with it
 import numpy as np
 from tyro.conf import Positional
 
-from lib.stages.files import link_whole
+from lib.stages.files import link
 from lib.stages.settings import ROOT, flags_read
 from lib.stages.terminal import Stop, run_main
 from lib.tables.splits import query_key
@@ -161,7 +161,7 @@ def place_image(file_name, pictures, out):
     """Brings a picture into the dataset, by a hard link if possible; its path there, or None."""
     for name in (file_name, file_name.replace(" ", "_")):  # a download from Commons has underscores
         if Path(name).name == name and (pictures / name).is_file():
-            link_whole(pictures / name, out / "images" / name)
+            link(pictures / name, out / "images" / name)
             return f"images/{name}"
     return None
 

@@ -60,7 +60,7 @@ def of_run(run, which, expected):
     for path in paths:
         rows = pd.read_parquet(path, columns=[*PAIR, "label"] if which == "human" else PAIR)
         if which != "human":
-            p = read_labels(run / "labels" / path.relative_to(features), len(rows))
+            p = read_labels(run / "labels" / path.relative_to(features))
             rows["label"] = expected_level(p) if expected else p.argmax(1) + 1
         parts.append(rows)
     rows = pd.concat(parts).drop_duplicates(PAIR)

@@ -1,5 +1,4 @@
-"""The five levels, the texts of a pin, whose an input of the student is: what common.py has that needs no
-PyTorch."""
+"""The five levels, the texts of a pin, whose an input is: what common.py has that needs no PyTorch."""
 
 LEVELS = {5: "excellent", 4: "good", 3: "complementary", 2: "poor", 1: "highly irrelevant"}
 NUM_LEVELS = len(LEVELS)

@@ -22,13 +22,11 @@ MOST_LAYERS, MOST_ROWS = 1_000, 20_000_000  # in a config; rows: of any matrix
 
 
 def quiet_libraries():
-    """Turns off what libraries print beside the point (load reports, advisories, progress bars), and bounds
-    what they keep. For a main(), before a model computes."""
+    """Turns off what libraries print beside the point, and bounds what they keep. Before a model computes."""
     import transformers
 
-    # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products, one a
-    # shape, about 0.7 MB each. Batches of a bounded number of tokens come in ever new shapes, but all layers
-    # of a batch share a few. Read at the first product; both limits are needed.
+    # On a CPU, oneDNN and PyTorch's layer over it each keep up to 1,024 compiled matrix products of 0.7 MB,
+    # one a shape. Batches come in ever new shapes, but all layers of a batch share a few.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -55,17 +53,15 @@ def backbone_kind(config):
 
 
 def load_config(model):
-    """The config of a model folder or hub id; Stop with one line when there is none, or when LoRA weights lie
-    beside it. Which code computes attention or experts is never a folder's choice: the name of a kernel
-    there may be that of a repository."""
+    """The config of a model folder or hub id; Stop with one line when there is none, or LoRA weights lie
+    beside it. Which code computes attention or experts, perhaps a repository's, is no folder's choice."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    advice = "give a folder written by save_pretrained, or a hub id"
-    with stop_on_error(f"{model}: no usable model config here", advice):
+    with stop_on_error(f"{model}: no usable model config", "give a folder of save_pretrained, or a hub id"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if file_of(model, "adapter_config.json"):  # transformers hands it to peft, which imports what it names
-        what = f"{model}: holds adapter_config.json: LoRA weights, alone or beside a model"
-        raise Stop(f"{what}; give the model's folder without them, or merge them into it first")
+        advice = "give the model's folder without them, or merge them into it first"
+        raise Stop(f"{model}: holds adapter_config.json, LoRA weights; {advice}")
     if getattr(config, "quantization_config", None) is not None:
         raise Stop(f"{model}: its config has a quantization_config; give a model with plain weights")
     config._attn_implementation = config._experts_implementation = None
@@ -99,8 +95,7 @@ def file_of(model, name):
 
 
 def weights_of(model):
-    """The files of a model folder or hub id that hold the weights in use, an index among them; Stop if that
-    names what is no safetensors file beside it."""
+    """The files that hold the weights in use, an index among them, which may name safetensors files alone."""
     if whole := file_of(model, "model.safetensors"):
         return [whole]
     index = file_of(model, "model.safetensors.index.json")
@@ -115,30 +110,33 @@ def weights_of(model):
 
 
 def model_fingerprint(model):
-    """Of a model folder: the files that a model is read from. Of a hub id: the name and the commit the hub
-    cache resolved it to."""
+    """Hash of the files that a model is read from; of a hub id its name and commit in the hub's cache."""
     if Path(model).is_dir():
-        files = {path for path in Path(model).iterdir() if path.is_file() and not path.name.startswith(".")}
-        read = {path for path in files if any(path.match(pattern) for pattern in READ)}
-        read = {path for path in read if not path.name.endswith(".index.json")} | {*weights_of(model)}
-        return hashed([[path.name, fingerprint(path)] for path in sorted(read) if path.exists()])
+        read = {path for pattern in READ for path in Path(model).glob(pattern) if path.is_file()}
+        read = {path for path in read if not re.search(r"^\.|\.index\.json$", path.name)}
+        return hashed([[path.name, fingerprint(path)] for path in sorted({*read, *weights_of(model)})])
     return f"{model}@{getattr(load_config(str(model)), '_commit_hash', None)}"
 
 
 def is_model(model, trained_fingerprint):
     """Is the model with this fingerprint here?"""
-    try:
+    with contextlib.suppress(Stop):
         return model_fingerprint(model) == trained_fingerprint
-    except Stop:
-        return False
+    return False
+
+
+def auto_class_of(config):
+    """The class of transformers that a backbone is loaded by."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
 
 
 def random_backbone(config, dtype=torch.float32):
     """The backbone with random weights."""
-    from transformers import AutoModel, AutoModelForTextEncoding
-
-    auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
-    return without_pooler(auto_class.from_config(config, dtype=dtype))
+    backbone = auto_class_of(config).from_config(config, dtype=dtype)
+    backbone.pooler = None
+    return backbone
 
 
 def empty_backbone(config, dtype=torch.float32):
@@ -147,7 +145,7 @@ def empty_backbone(config, dtype=torch.float32):
         return random_backbone(config, dtype)
 
 
-def fit_length(max_tokens, config):
+def fit_length(max_tokens, config, flag="--max-tokens"):
     """max_tokens if the model has positions for as many, or sets no limit; else Stop."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     if limit > 0 and backbone_kind(config) == "encoder":
@@ -157,25 +155,16 @@ def fit_length(max_tokens, config):
                 if name.endswith("position_embeddings") and counts_from_pad:  # RoBERTa, MPNet and their kin
                     limit = module.num_embeddings - module.padding_idx - 1
     if 0 < limit < max_tokens:
-        raise Stop(f"--max-tokens {max_tokens}: this model reads at most {limit}")
+        raise Stop(f"{flag} {max_tokens}: this model reads at most {limit}")
     return max_tokens
 
 
-def output_width(config):
-    """Size of the vectors that come out of the backbone."""
-    text = config.get_text_config()
-    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-
-
 def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
-    """A pre-trained model without its language-model head. Safetensors only, no remote code.
-
-    quantize: NF4 with double quantization and `dtype` as compute type (QLoRA, Dettmers et al., 2023), loaded
-    straight into 4 bit."""
-    from transformers import AutoModel, AutoModelForTextEncoding, BitsAndBytesConfig
+    """A pre-trained model without its language-model head. Safetensors only, no remote code. quantize: NF4
+    with double quantization, `dtype` as compute type (QLoRA, Dettmers et al., 2023), straight into 4 bit."""
+    from transformers import BitsAndBytesConfig
 
     config = config or load_config(model)
-    auto_class = AutoModelForTextEncoding if backbone_kind(config) == "encoder-decoder" else AutoModel
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     what, advice = f"{model}: cannot be loaded", "it must hold safetensors weights (pickled ones are refused)"
     if quantize:
@@ -186,33 +175,25 @@ def load_backbone(model, dtype, quantize=False, device="cpu", config=None):
         options["device_map"] = {"": str(device)}
     weights_of(model)
     with stop_on_error(what, advice):
-        backbone, loading = auto_class.from_pretrained(model, output_loading_info=True, **options)
+        kind = auto_class_of(config)
+        backbone, loading = kind.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:  # transformers would begin with random ones
         first = f"the first: {missing[0]}; are these the weights of another model?"
         raise Stop(f"{model}: {len(missing)} weights of a {config.model_type} model are missing, {first}")
-    without_pooler(backbone)
+    backbone.pooler = None  # of some encoders: not read here; unused weights stall data-parallel training
     if not quantize:
         return backbone.to(device)
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weights at the first evaluation on such a CPU: training after it
-            # has no gradients, merging no weights
+            # else bitsandbytes repacks the weights at the first evaluation: no gradients, nothing to merge
             module.support_avx512bf16_for_cpu = False
     return backbone
 
 
-def without_pooler(backbone):
-    """Without an extra layer of some encoders: not read here, and unused weights stall data-parallel
-    training."""
-    if hasattr(backbone, "pooler"):
-        backbone.pooler = None
-    return backbone
-
-
 def load_lora(backbone, folder):
-    """A backbone with the LoRA weights of a folder beside it. Of the folder's config, which may be a
-    stranger's, sizes and the names of layers are used, nothing else; no memory is taken on its word."""
+    """A backbone with the LoRA weights of a folder beside it. Of the folder's config, perhaps a stranger's,
+    sizes and names of layers are used, nothing else; no memory is taken on its word."""
     from peft import LoraConfig, PeftModel
 
     teacher = Path(folder).parent
@@ -229,9 +210,8 @@ def load_lora(backbone, folder):
 
 
 def plain_layers(saved):
-    r"""The layers that LoRA stands in, from adapter_config.json: lists of names, and {name: number} of those
-    with another rank or alpha. A name is letters, digits and dots, in front of it perhaps `.*\.`, as peft
-    writes it for experts: it would read anything else as a pattern, too."""
+    r"""The layers that LoRA stands in: lists of names, and {name: number} of those with another rank or
+    alpha. A name is letters, digits and dots, after perhaps `.*\.`: peft would read others as patterns."""
     layers = {}
     for kind in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         names = saved.get(kind) or []
@@ -246,8 +226,7 @@ def plain_layers(saved):
 
 
 def load_tokenizer(model, config):
-    """The tokenizer, with a pad token: its own, else the config's, else end-of-text (pooling goes by the
-    mask)."""
+    """The tokenizer, with a pad token: its own, else the config's, else end-of-text."""
     from transformers import AutoTokenizer
 
     refuse_endless(model)
@@ -276,18 +255,17 @@ def refuse_endless(model):
         return
     with stop_on_error(f"{path}: no tokenizer"):
         about = read_json(path)
-        parts = [json.dumps(part) for name, part in about.items() if name not in ("model", "added_tokens")]
-    steps = max([0, *(part.count('"type"') for part in parts)])
-    if steps > MOST_LAYERS:
+        text = json.dumps([part for name, part in about.items() if name not in ("model", "added_tokens")])
+    if (steps := text.count('"type"')) > MOST_LAYERS:
         raise Stop(f"{path}: {steps:,} steps, more than any tokenizer has")
-    for found in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', " ".join(parts)):
+    for found in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', text):
         if may_never_end(pattern := json.loads(found)):
             raise Stop(f"{path}: the pattern {pattern[:80]!r} repeats what repeats: it may never end")
 
 
 def may_never_end(pattern):
     """Has a regular expression more than 10,000 characters, a repeat without bound of a group with another in
-    it, or more than 4 of them in a row? Only so its time grows faster than any text is worth."""
+    it, or more than 4 in a row? Only so its time grows faster than any text is worth."""
     plain, before = re.sub(r"\\[pPx]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL), None
     while plain != before:  # sets of characters, which may stand in others
         plain, before = re.sub(r"\[[^\[\]]*\]", "x", plain), plain

@@ -73,6 +73,6 @@ def work_as(rank, port, number, argv, log, die_at=0):
 
         return written
 
-    checkpoint.save_checkpoint = counted(checkpoint.save_checkpoint)
+    checkpoint.Checkpoints.save = counted(checkpoint.Checkpoints.save)
     streams.write_parquet = counted(streams.write_parquet)
     run_main(lambda: stage(number).main(argv))

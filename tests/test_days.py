@@ -191,7 +191,7 @@ def test_boards_and_categories_that_the_base_does_not_know_are_said(shop, models
     write_tables(tables, shop / "data3" / "images", tmp_path / "data")
     build(tmp_path / "data", tmp_path / "run", models["bert"], "--base", shop / "wednesday")
     said = capsys.readouterr().out
-    assert "fit them again" in said and "1 of query_interest" in said
+    assert "fit them again" in said and "unknown values of query_interest 2.9%" in said
     drift = read_json(tmp_path / "run" / "features" / "stage.json")["drift"]
     assert drift["board saves under a title that the graph does not know"] == 1
     assert read_json(shop / "wednesday" / "features" / "stage.json")["drift"].keys() == drift.keys()
@@ -348,7 +348,7 @@ def test_columns_that_a_student_reads_and_a_day_lacks_are_said_and_unknown(shop,
         ),
         (["--text-encoder", "deberta"], "text encoder was"),
         (["--precision", "bf16"], "precision was 'float32 on cpu', is 'bfloat16 on cpu'"),
-        (["embeddings"], "embeddings/pin_graph was False, is True"),
+        (["embeddings"], "embeddings/pin_graph was None, is "),
     ],
 )
 def test_features_that_would_mean_something_else_are_refused(shop, models, tmp_path, flags, said):

@@ -32,7 +32,7 @@ def keys_and_labels(n, seed):
 
 
 def as_dict(table):
-    keys, labels = table.between(b"", b"\xff" * 16)
+    keys, labels = map(np.concatenate, zip(*table.between(b"", b"\xff" * 16)))
     return {key: label.tolist() for key, label in zip(keys.tolist(), labels)}
 
 

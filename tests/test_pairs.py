@@ -290,26 +290,6 @@ def test_a_constant_match_feature_does_not_divide_by_zero(tmp_path):
     assert (mean[3], std[3]) == (0, 1)
 
 
-def test_shards_of_different_length_are_refused(tmp_path):
-    synthetic(tmp_path)
-    path = tmp_path / "labels" / "impressions" / "part-00001.parquet"
-    write_parquet(path, pq.read_table(path).slice(1))
-    line = stop_line(rows_of, tmp_path)
-    assert "part-00001.parquet" in line and "60" in line and "61" in line
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["labelled.parquet", "impressions/part-00002.parquet"])
-def test_labels_that_are_no_numbers_are_named(tmp_path, name, value):
-    synthetic(tmp_path)
-    path = tmp_path / "labels" / name
-    p3 = pq.read_table(path)["p3"].to_numpy().copy()
-    p3[[4, 7]] = value
-    replace_column(path, "p3", p3)
-    line = stop_line(rows_of, tmp_path, "--human-rows", "half")
-    assert str(path) in line and "2 rows" in line and "03_label.py" in line
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Ahead
 

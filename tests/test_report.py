@@ -334,7 +334,7 @@ def test_the_main_student_is_needed(run):
     assert "other labels" in line and f"04_train_student.py --run {run}" in line and "--overwrite" in line
     shutil.rmtree(run / "student")
     line = stop_line(measure, run)
-    assert "missing" in line and line.endswith(f"python 04_train_student.py --run {run}")
+    assert "missing" in line and line.endswith(f"python 04_train_student.py --run {run} --name student")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def process(number):
 
 def test_all_end_as_the_main_process_ends(monkeypatch):
     sent = []
-    monkeypatch.setattr(processes, "of_main", sent.append)
+    monkeypatch.setattr(processes, "of_main", lambda order: sent.append(order) or order)
     monkeypatch.setattr(processes, "wait_for_all", lambda *_: None)
 
     def work(share):
@@ -245,7 +245,7 @@ def test_all_end_as_the_main_process_ends(monkeypatch):
 
 
 def test_the_others_do_what_the_main_process_shares(monkeypatch):
-    done, jobs = [], {"a": lambda *args: done.append(args)}
+    done, jobs = [], {"a": lambda *args: done.append(args) or []}
     monkeypatch.setattr(processes, "wait_for_all", lambda *_: None)
     for end, ends in (("well", contextlib.nullcontext()), ("failed", pytest.raises(SystemExit))):
         orders = iter([("a", (5,)), (None, end)])

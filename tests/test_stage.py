@@ -19,7 +19,7 @@ from helpers import ROOT, stop_line
 from torch import nn
 
 from lib.inputs.captions import reuse_captions
-from lib.stages.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from lib.stages.checkpoint import Checkpoints
 from lib.stages.files import fingerprint, read_json, whole_file, write_json, write_parquet
 from lib.stages.finished import remake, require_finished, sealed
 from lib.stages.hardware import pick_device
@@ -147,10 +147,11 @@ def test_a_checkpoint_gives_back_weights_moments_and_state(tmp_path):
     optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak": 0.5}], lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"step": 4, "log": [{"loss": 0.5}]}
-    save_checkpoint(tmp_path / "c.pt", model, optimizer, state)
+    begun = Checkpoints(tmp_path, model, optimizer, {"step": 0})
+    begun.state |= {"step": 4, "log": [{"loss": 0.5}]}
+    begun.save()
     second = torch.optim.AdamW([{"params": other.parameters(), "peak": 0.5}], lr=0.9)
-    assert load_checkpoint(tmp_path / "c.pt", other, second) == state
+    assert Checkpoints(tmp_path, other, second, {"step": 0}).state == begun.state
     assert torch.equal(model.weight, other.weight)
     moments = [optimizer.state[model.weight]["exp_avg"], second.state[other.weight]["exp_avg"]]
     assert torch.equal(*moments) and second.param_groups[0]["lr"] == 0.1
@@ -160,7 +161,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
     """A training killed before an upgrade that keeps other state: not a traceback when it is continued."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, {"step": 4})
+    Checkpoints(tmp_path, model, optimizer, {"number": 4}).save()
     line = stop_line(lambda: Checkpoints(tmp_path, model, optimizer, {"step": 0}))
     assert str(tmp_path / "checkpoint.pt") in line and "--overwrite" in line
 
@@ -510,9 +511,10 @@ def test_disk_full_or_read_only_leaves_earlier_results_whole(tmp_path, monkeypat
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path):
     model = nn.Linear(300, 300)
-    (tmp_path / ".c.pt.tmp").symlink_to("/dev/full")
-    line = ended(lambda: save_checkpoint(tmp_path / "c.pt", model, torch.optim.AdamW(model.parameters()), {}))
-    assert str(tmp_path / "c.pt") in line and "is the disk full?" in line
+    begun = Checkpoints(tmp_path, model, torch.optim.AdamW(model.parameters()), {})
+    begun.path.with_name(f".{begun.path.name}.tmp").symlink_to("/dev/full")
+    line = ended(begun.save)
+    assert str(begun.path) in line and "is the disk full?" in line
 
 
 def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):

@@ -1,7 +1,5 @@
-"""Tokens of any language, and BM25 of given pairs by rank_bm25's formula.
-
-A module of its own, without PyTorch: processes that count words start in a second.
-"""
+"""Tokens of any language, and BM25 of given pairs by rank_bm25's formula. Without PyTorch: processes that
+count words start in a second."""
 
 import functools
 import multiprocessing
@@ -71,8 +69,8 @@ def mapped(function, chunks, workers):
 
 class PairBM25(BM25Okapi):
     """BM25 of given (query, pin) pairs. rank_bm25's BM25Okapi owns the formula: its k1, b, epsilon, and its
-    _calc_idf, which raises a negative idf (a term in more than half of the pins) to epsilon x the mean idf.
-    Its own scoring visits the whole corpus for a query; here a pair is one product of two sparse rows."""
+    _calc_idf, which raises a negative idf to epsilon x the mean idf. A pair is one product of two sparse
+    rows."""
 
     def __init__(self, queries, pin_texts, workers=1, k1=1.5, b=0.75, epsilon=0.25):
         """queries: list of strings; pin_texts: iterable of lists of strings (chunks), pins in index order."""
@@ -104,25 +102,18 @@ class PairBM25(BM25Okapi):
         self.idf = None
 
     def use(self, path):
-        """From now on scores with the statistics that save() left at `path`, of other pins: a term that they
-        do not know counts as one that no pin has. Returns how far those of our pins are from them, as shares:
-        {what: share}."""
+        """From now on scores with the statistics that save() left at `path`; a term that they do not know is
+        in no pin. Returns {what: how far ours are from them, as a share}."""
         numbers, idf = saved_statistics(path)
         known = np.array([term in idf for term in self.terms], bool)
-        unknown = np.array([term in self.idf for term in self.terms], bool) & ~known
         asked = self.queries.sum(axis=0).A1  # how often queries have each term
-        ours = self.term_idf
-        self.term_idf = np.array([idf.get(term, 0.0) for term in self.terms])
-        moved = asked[known] @ np.abs(ours - self.term_idf)[known]
-        drift = {
-            "mean length of a pin's text": abs(self.avgdl / numbers["mean_length"] - 1),
-            "idf of the words of queries": moved / max(asked[known] @ np.abs(self.term_idf)[known], 1e-12),
-            "words of queries that only new pins have": asked[unknown].sum() / max(asked.sum(), 1),
-        }
+        ours, self.term_idf = self.term_idf, np.array([idf.get(term, 0.0) for term in self.terms])
+        moved = asked @ np.abs(ours - self.term_idf) / max(asked @ np.abs(self.term_idf), 1e-12)
+        length = abs(self.avgdl / numbers["mean_length"] - 1)
         self.k1, self.b, self.avgdl = numbers["k1"], numbers["b"], numbers["mean_length"]
         self.queries.data[~known[self.queries.indices]] = 0
         self.idf = None
-        return {what: float(share) for what, share in drift.items()}
+        return {"mean length of a pin's text": float(length), "idf of the words of queries": float(moved)}
 
     def score(self, query, pin):
         """Query and pin indices [B] -> BM25 [B], and the share of the query's tokens that the pin has [B]."""

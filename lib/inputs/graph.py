@@ -9,12 +9,10 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from lib.stages.files import write_parquet
 from lib.stages.streams import matrix_of, new_matrix, vector_column
 
-
-def board_titles(raw, most=200_000):
-    """The titles under which our pins were saved most often (Arrow column), from the table `saves`."""
-    return raw.table(f"""
-        SELECT text FROM saves SEMI JOIN pin_rows USING (pin_id)
-        GROUP BY text ORDER BY sum(n) DESC, text LIMIT {most}""")["text"]
+# The titles under which our pins were saved most often, from the table `saves`.
+TITLES = """
+    SELECT text FROM saves SEMI JOIN pin_rows USING (pin_id)
+    GROUP BY text ORDER BY sum(n) DESC, text LIMIT 200_000"""
 
 
 def board_counts(raw, titles, pins):
@@ -39,10 +37,10 @@ def svd_axes(weights, dim, seed, fit_rows=200_000):
 
 
 def graph_embedding(raw, pins, dim, seed, out, base=None):
-    """Truncated SVD of the TF-IDF-weighted pin x board matrix, the open counterpart of PinSage; with a Base
-    on its axes. Writes pin_graph_embedding.npy [pins, D] and graph.parquet: of every board title its idf and
-    its place on each axis, what a new pin needs. Nothing if no pin (of the base) is on a board."""
-    titles, tfidf = board_titles(raw), TfidfTransformer(sublinear_tf=True)
+    """Truncated SVD of the TF-IDF-weighted pin x board matrix; with a Base on its axes. Writes
+    pin_graph_embedding.npy [pins, D] and graph.parquet: every board title's idf and place on each axis.
+    Nothing if no pin (of the base) is on a board."""
+    titles, tfidf = raw.table(TITLES)["text"], TfidfTransformer(sublinear_tf=True)
     graph = base.graph if base else None
     counts = board_counts(raw, titles if graph is None else graph["board_title"], pins)
     if graph is not None:
@@ -53,17 +51,13 @@ def graph_embedding(raw, pins, dim, seed, out, base=None):
     else:
         tfidf.fit(counts)
         axes = svd_axes(tfidf.transform(counts), dim, seed)
-    weights, explained = tfidf.transform(counts), 0.0
+    weights = tfidf.transform(counts)
     with new_matrix(out / "pin_graph_embedding.npy", pins, len(axes)) as matrix:
         for start in range(0, pins, 65_536):
-            block = weights[start : start + 65_536] @ axes.T
-            matrix[start : start + 65_536] = block
-            explained += np.square(block).sum(dtype=np.float64)
-    explained /= max(np.count_nonzero(np.diff(weights.indptr)), 1)  # rows have length 1
+            matrix[start : start + 65_536] = weights[start : start + 65_536] @ axes.T
     if graph is not None:
-        base.note_boards(raw, titles, explained)
+        base.note_boards(raw, titles)
         base.bring("graph.parquet", out)
         return
     columns = {"board_title": titles, "idf": tfidf.idf_, "axes": vector_column(axes.T)}
-    table = pa.table(columns).replace_schema_metadata({"explained": repr(float(explained))})
-    write_parquet(out / "graph.parquet", table)
+    write_parquet(out / "graph.parquet", columns)

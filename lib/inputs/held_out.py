@@ -1,4 +1,4 @@
-"""Rows of queries that stage 02 does not train on: what a teacher has to beat there. They choose nothing."""
+"""Rows of queries that stage 02 does not train on. They choose nothing."""
 
 import math
 
@@ -6,12 +6,11 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from common import NUM_LEVELS, RELEVANT, at_least
-from lib.inputs.regression import fit_regression, one_hot
 
 
 def scores_of(level, p):
-    """Mean of -log p(label), accuracy, and AUROC of P(label >= RELEVANT): of probabilities p [N, C] for
-    labels [N] in 1..5. NaN where p is no number; the AUROC without both kinds of labels, too."""
+    """Mean of -log p(label), accuracy, and AUROC of P(label >= RELEVANT) of probabilities p [N, C] for labels
+    [N] in 1..5. NaN where p is no number; the AUROC without both kinds of labels, too."""
     with np.errstate(divide="ignore"):
         loss = -np.log(p[np.arange(len(p)), level - 1]).mean()
     relevant = level >= RELEVANT
@@ -29,42 +28,28 @@ def prior_scores(rows):
     return scores_of(level, np.tile(shares / shares.sum(), (len(level), 1)))
 
 
-def untrained_scores(rows, x):
-    """On the held-out rows, of a regression of the training rows' labels on features x [N, F]."""
-    level = rows.levels.numpy() + 1
-    regression = fit_regression(x[rows.train], one_hot(level[rows.train]))
-    return scores_of(level[rows.held_out], regression.probabilities(x[rows.held_out]))
-
-
 def describe_held_out(rows):
     """What a teacher has to beat on the held-out rows."""
     if not len(rows.held_out):
         print("none held out: too few queries")
         return
-    n, queries = len(rows.held_out), rows.held_out_queries
-    print(f"held out: {n:,} rows of {queries} queries; there have")
-    found = {"the labels' own shares": prior_scores(rows)}
-    for name, feature in (("bm25", "bm25"), ("embedding", "text_cosine")):
-        x = rows.match[feature][:, None]
-        found[f"a regression of the labels on {name}"] = untrained_scores(rows, x)
-    for name, scores in found.items():
-        shown = ", ".join(f"{what} {value:.4f}" for what, value in scores.items())
-        print(f"  {name}: {shown.replace('_', ' >= ')}")
+    prior = prior_scores(rows)
+    prior = ", ".join(f"{what} {value:.4f}" for what, value in prior.items())
+    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries")
+    print(f"  the labels' own shares: {prior.replace('_', ' >= ')}")
 
 
 def warn_if_useless(rows, scores):
-    """Two lines if the teacher does not beat one that knows the labels' shares alone, or is right more often
-    than that, but so sure of its errors that its loss is higher. scores: on the held-out rows."""
+    """Two lines if the teacher does not beat the labels' own shares. scores: on the held-out rows."""
     if "held_out_loss" not in scores:
         return
     prior = prior_scores(rows)
     is_right = scores["held_out_accuracy"] > prior["accuracy"]
     if is_right and scores["held_out_loss"] < prior["loss"]:
         return
-    named = f"the labels' own shares (loss {prior['loss']:.4f}, accuracy {prior['accuracy']:.4f})"
+    wrong, advice = "does not beat", "more epochs, other learning rates, or a better --model?"
     if is_right:
-        print(f"warning: the teacher is too sure of itself: right more often than {named}, at a higher loss")
-        print("labels of more queries, or fewer epochs? (stage 05 fits it a temperature)")
-    else:
-        print(f"warning: the teacher does not beat {named}")
-        print("more epochs, other learning rates, or a better --model?")
+        wrong = "is too sure of itself: right more often than"
+        advice = "labels of more queries, or fewer epochs? (stage 05 fits it a temperature)"
+    shares = f"the labels' own shares (loss {prior['loss']:.4f}, accuracy {prior['accuracy']:.4f})"
+    print(f"warning: the teacher {wrong} {shares}\n{advice}")

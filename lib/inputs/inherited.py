@@ -1,16 +1,15 @@
-"""What a stage inherits from earlier ones, checked.
-
-A folder that is read stays locked as long as its entry of `read`, {folder: its stage.json}, lives.
-"""
+"""What a stage inherits from earlier ones, checked. A folder that is read stays locked as long as its entry
+of `read`, {folder: its stage.json}, lives."""
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib import models
 from lib.inputs.rows import content_order, hash_rows
-from lib.stages.files import hashed, read_json
+from lib.stages.files import UNFINISHED, hashed, read_json
 from lib.stages.finished import read_about, remake, require_finished
 from lib.stages.terminal import Stop
 from lib.tables.names import is_spoken
@@ -20,11 +19,10 @@ SCRIPTS = {"features": "01_build_features.py", "labels": "03_label.py"}  # of a 
 
 def command_of(folder):
     """The command that makes a folder of a run."""
+    if folder.name.startswith("student"):
+        return f"04_train_student.py --run {folder.parent} --name {folder.name}"
     script = SCRIPTS.get(folder.name, "02_train_teacher.py")  # a teacher may have any name
-    if not folder.name.startswith("student"):
-        return f"{script} --run {folder.parent}"
-    name = f" --name {folder.name}" * (folder.name != "student")
-    return f"04_train_student.py --run {folder.parent}{name}"
+    return f"{script} --run {folder.parent}"
 
 
 def require(folder, reads=("*",)):
@@ -57,13 +55,11 @@ def teacher_identity(trained):
 
 
 def require_trained_on(run, trained, rows):
-    """Stop if the teacher was trained on other human labels, or other text, than the features hold now.
-    trained: stage.json of 02; rows: token ids of the human-labelled pairs."""
+    """Stop if the teacher was trained on other rows than the features hold now. trained: stage.json of 02;
+    rows: token ids of the human-labelled pairs."""
     table = pq.read_table(run / "features" / "labelled.parquet", columns=["label", "split"])
-    split = table["split"].to_numpy(zero_copy_only=False)
-    train = np.flatnonzero(split == "train")
-    labels = table["label"].to_numpy().astype(np.int64)
-    levels = labels[train] - 1
+    train = np.flatnonzero(pc.equal(table["split"], "train"))
+    levels = table["label"].to_numpy().astype(np.int64)[train] - 1
     rows = [rows[row] for row in train]
     order = content_order(rows, levels)
     if hash_rows([rows[row] for row in order], levels[order]) != trained["inputs"]["rows"]:
@@ -101,12 +97,11 @@ def require_languages(run, languages):
 
 def require_systems(run, reads):
     """What stage 05 reads: {"features", "labels", every student, "teacher" where it is there: stage.json}. A
-    student beside the main one that does not fit is named and left out; after 03 --only-labelled, which is
-    to measure a teacher, the main one too."""
+    student that does not fit is named and left out, the main one after 03 --only-labelled alone."""
     read = require_pairs(run, reads)
-    unfinished = [path.name[1:].partition(".unfinished-")[0] for path in run.glob(".student*.unfinished-*")]
+    begun = [path.name[1:].partition(UNFINISHED)[0] for path in run.glob(f".student*{UNFINISHED}*")]
     finished = [path.name for path in run.glob("student*") if path.is_dir()]
-    for name in sorted({"student", *finished, *unfinished}):
+    for name in sorted({"student", *finished, *begun}):
         try:
             read[name] = require_student(run, name, read)
         except Stop as why:
@@ -120,8 +115,7 @@ def require_systems(run, reads):
 
 
 def whose_labels(labels):
-    """In words, which teacher labels are of: its model, and its folder if that is another run's. labels:
-    stage.json of 03."""
+    """In words, which teacher labels are of. labels: stage.json of 03."""
     teacher = labels.get("teacher") or {"model": "a teacher", "folder": None}
     folder = teacher["folder"]
     return teacher["model"] + (f", trained in {Path(folder).parent}" if folder else "")

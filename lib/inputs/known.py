@@ -1,10 +1,6 @@
-"""Labels that are known: a pair is labelled once, on whatever day, in whatever place of whatever file.
-
-A label's key is what decides it: teacher, template, precision, token ids. A table of labels is an Arrow file
-of rows sorted by key. It is read a batch at a time: memory does not grow with what is known.
-
-Shapes: N keys of 16 bytes (KEY) [N]; C = 5 levels.
-"""
+"""Labels that are known: a pair is labelled once, on whatever day, in whatever place of whatever file. A
+label's key is what decides it: teacher, template, precision, token ids. A table of labels is an Arrow file of
+rows sorted by key, read a batch at a time: memory does not grow with what is known."""
 
 import hashlib
 import math
@@ -28,8 +24,7 @@ DECIDED_BY = b"label decided by"  # in a table's metadata
 
 
 def label_keys(rows, decided_by):
-    """Keys of rows of token ids (N arrays [T] int32). decided_by: hash, in hex, of what else decides their
-    labels."""
+    """Keys [N] of rows of token ids (arrays [T] int32). decided_by: hash, in hex, of what else decides."""
     person = bytes.fromhex(decided_by)
     digests = [hashlib.blake2b(row.tobytes(), digest_size=16, person=person).digest() for row in rows]
     return np.frombuffer(b"".join(digests), KEY)
@@ -45,8 +40,7 @@ def batch_of(keys, labels):
 def write_table(path, batches, decided_by):
     """A stream of batches in the order of their keys -> a table. The same rows give the same bytes."""
     with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        no_labels = np.empty((0, NUM_LEVELS), np.float32)
-        schema = batch_of(np.empty(0, KEY), no_labels).schema
+        schema = batch_of(np.empty(0, KEY), np.empty((0, NUM_LEVELS), np.float32)).schema
         with pa.ipc.new_file(file, schema.with_metadata({DECIDED_BY: decided_by})) as writer:
             for rows in slices(batches, BATCH):
                 writer.write_batch(rows.combine_chunks().to_batches()[0])
@@ -54,7 +48,7 @@ def write_table(path, batches, decided_by):
 
 
 class LabelTable:
-    """Labels by key, in a file. rows: how many; firsts: the first key of each batch."""
+    """Labels [rows, C] by key, in a file. firsts: the first key of each batch."""
 
     def __init__(self, path):
         self.path = path
@@ -73,7 +67,7 @@ class LabelTable:
         return np.frombuffer(batch["key"].buffers()[1], KEY, len(labels)), labels
 
     def find(self, keys, labels):
-        """Looks n sorted keys up. Fills in `labels` [n, C] those that are here; returns which ones these are
+        """Looks n sorted keys up. Fills in `labels` [n, C] those that are here; returns which these are
         [n]."""
         found = np.zeros(len(keys), bool)
         ends = [*np.searchsorted(keys, self.firsts[1:]), len(keys)]
@@ -88,16 +82,12 @@ class LabelTable:
         return found
 
     def between(self, low, high):
-        """Copies of the keys from `low` to below `high`, and of their labels."""
-        keys = [np.empty(0, KEY)]
-        labels = [np.empty((0, NUM_LEVELS), np.float32)]
-        for number, first in enumerate(self.firsts):
-            if first < high and (self.firsts[number + 1 : number + 2] >= low).all():
-                known, of_known = self.read(number)
-                rows = slice(*np.searchsorted(known, np.array([low, high], KEY)))
-                keys.append(known[rows].copy())
-                labels.append(of_known[rows].copy())
-        return np.concatenate(keys), np.concatenate(labels)
+        """Copies of the keys from `low` to below `high`, and of their labels, in parts."""
+        first, end = np.searchsorted(self.firsts, low, "right") - 1, np.searchsorted(self.firsts, high)
+        for number in range(max(first, 0), end):
+            known, of_known = self.read(number)
+            rows = slice(*np.searchsorted(known, np.array([low, high], KEY)))
+            yield known[rows].copy(), of_known[rows].copy()
 
 
 def merge(tables, path):
@@ -108,10 +98,11 @@ def merge(tables, path):
 
     def batches():
         for low, high in zip(bounds, bounds[1:]):
-            found = [table.between(low, high) for table in tables]
-            keys, labels = (np.concatenate(columns) for columns in zip(*found))
-            keys, rows = np.unique(keys, return_index=True)
-            yield batch_of(keys, labels[rows])
+            found = [part for table in tables for part in table.between(low, high)]
+            if found:
+                keys, labels = map(np.concatenate, zip(*found))
+                keys, rows = np.unique(keys, return_index=True)
+                yield batch_of(keys, labels[rows])
 
     return write_table(path, batches(), tables[0].decided_by)
 
@@ -121,8 +112,8 @@ class KnownLabels:
     run in the folder `own`: of each shard one, of what a process has labelled or found for it."""
 
     def __init__(self, earlier, own, decided_by, unwritten):
-        """unwritten: names of shards without labels; a process that was killed may have left the table of
-        one. Of the others all labels are here if they are `covered`: a damaged table is gone."""
+        """unwritten: names of shards without labels, of which a killed process may have left the table. Of
+        the others all labels are here if they are `covered`: a damaged table is gone."""
         self.earlier, self.own, self.decided_by = earlier, own, decided_by
         self.covered = {path.stem for path in own.glob("*.arrow")} - unwritten
         self.tables = []
@@ -130,8 +121,8 @@ class KnownLabels:
             self.look_in(LabelTable(own / f"{shard}.arrow"))
 
     def find(self, keys):
-        """Looks n sorted keys up. Returns labels [n, C], and where each is from [n]: 0, this run; i, the i-th
-        earlier one; -1: it is not known."""
+        """Looks n sorted keys up. Returns labels [n, C], and whence [n]: 0, this run; i, the i-th earlier;
+        -1: new."""
         labels = np.zeros((len(keys), NUM_LEVELS), np.float32)
         source = np.full(len(keys), -1, np.int32)
         tables = [(0, table) for table in self.tables]
@@ -167,17 +158,17 @@ def merge_own(own, path):
 def tables_of(runs, run, decided_by, say):
     """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
     runs: None: RUN itself, whose labels --overwrite replaces, and those that RUN builds on. Also locks on
-    their labels, held as long as they live."""
-    tables, locks, own = {}, [], run / "labels" if runs is None else None
+    them."""
+    tables, locks = {}, []
     if runs is None:
         runs = bases_of(run)
         if runs and not runs[0].exists():
             raise Stop(f"{runs[0]}: missing, {run} builds on it; --known says where labels are")
-        runs = [run, *runs] if own.exists() else runs
+        runs = [run, *runs] if (run / "labels").exists() else runs
     for earlier in runs:
         folder = earlier / "labels"
         try:
-            if folder == own:  # which is locked already, by this process
+            if earlier == run:  # locked already, by this process
                 check_files(folder, about := read_about(folder), [FILE])
             else:
                 about = require(folder, [FILE])

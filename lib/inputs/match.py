@@ -1,8 +1,5 @@
-"""The text of a query and of a pin as BM25 and the text encoder see it, and the match features of a pair.
-
-MATCH_FEATURES is the one place where a match feature is named, computed and described: stage 01 writes them,
-a service makes them for new pairs, and features.json describes them, all from this table.
-"""
+"""The text of a query and of a pin as BM25 and the text encoder see it, and the match features of a pair,
+named, computed and described in one table, MATCH_FEATURES: for stage 01, a service, and features.json."""
 
 import os
 from collections.abc import Callable
@@ -39,10 +36,6 @@ def query_texts(path, rows=20_000):
     """Likewise the text of every query of a queries.parquet."""
     for table in slices(row_groups(path, ["query"]), rows):
         yield table["query"].to_pylist()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Match features
 
 
 class Pairs:
@@ -108,7 +101,7 @@ class MatchFeatures:
         self.bm25, self.query_vectors, self.pin_vectors, self.chunk = bm25, query_vectors, pin_vectors, chunk
 
     def columns(self, pairs, numbers):
-        """Pairs of index_pairs (Arrow) -> columns of a file: indices, match features, and those of the names
+        """Pairs of index_pairs (Arrow) -> columns of a file: indices, match features, the columns
         `numbers`."""
         query, pin, engaged = (pairs[name].to_numpy() for name in ("query_index", "pin_index", "engaged"))
         features = self(query, pin, engaged)
@@ -131,8 +124,8 @@ class MatchFeatures:
 
 
 def open_match_features(out, workers, base=None):
-    """MatchFeatures over the texts and embeddings of a features folder, with the statistics of the base if
-    there is one. Writes bm25.parquet."""
+    """MatchFeatures over a features folder, with the statistics of a base if there is one. Writes
+    bm25.parquet."""
     queries = pq.read_table(out / "queries.parquet", columns=["query"])["query"].to_pylist()
     bm25 = PairBM25(queries, pin_texts(out / "pins.parquet", rows=100_000), workers)
     if base:

@@ -1,8 +1,6 @@
-"""Files of (query, pin) pairs and their labels: 03 writes labels, 04 and 05 read them, 04 streams both.
-
-In 04 a row is a NumPy record with the fields query, pin (row numbers
-of queries.parquet and pins.parquet), match [F] (numbers of the pair), target [C] (probability of each level).
-"""
+"""Files of (query, pin) pairs and their labels: 03 writes labels, 04 and 05 read them, 04 streams both. In 04
+a row is a NumPy record: query, pin (row numbers of queries.parquet and pins.parquet), match [F] (numbers of
+the pair), target [C] (probability of each level)."""
 
 import json
 import math
@@ -17,7 +15,6 @@ from lib.inputs.match import match_names
 from lib.inputs.pool import read_pool
 from lib.inputs.regression import stacked
 from lib.stages.files import write_parquet
-from lib.stages.finished import remake
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.names import is_spoken
 from lib.tables.splits import held_out, query_key
@@ -27,41 +24,22 @@ HELD_OUT = {"teacher": 0.05, "human": 0.1}  # share of the queries; at most a te
 HELD_OUT_ROWS = 100_000  # of these are scored, about, at most
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files of labels
-
-
 def write_labels(path, labels, counts):
     """Soft labels [N, C] -> columns p1 … p5. counts: where they are from, {"rows", "passes", "looked_up":
-    {run: labels}}. Stop where a label is no probability: nothing is written."""
+    {run: labels}}. Stop, nothing written, where a label is no number."""
     is_finite = np.isfinite(labels).all(axis=1)
     bad = np.flatnonzero(~is_finite)
     if len(bad):
-        advice = "--precision fp32, or another teacher"
-        first = bad[:5].tolist()
-        raise Stop(f"{path.name}: no finite labels for {len(bad)} rows, {first}…: {advice}")
+        rows = f"{len(bad)} rows, {bad[:5].tolist()}…"
+        raise Stop(f"{path.name}: no finite labels for {rows}: --precision fp32, or another teacher")
     table = pa.table(dict(zip(COLUMNS, labels.T)))
     write_parquet(path, table.replace_schema_metadata({"counts": json.dumps(counts)}))
 
 
-def read_labels(path, rows=None):
-    """Soft labels [N, C] of a file. Stop if it has not so many rows, or some are no finite numbers."""
+def read_labels(path):
+    """Soft labels [N, C] of a file."""
     table = pq.read_table(path)
-    if rows is not None and len(table) != rows:
-        found = f"{len(table):,} rows of labels for {rows:,} pairs"
-        raise Stop(f"{path}: {found}; {label_again(path)}")
-    p = np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
-    is_finite = np.isfinite(p).all(axis=1)
-    bad = np.count_nonzero(~is_finite)
-    if bad:
-        raise Stop(f"{path}: {bad:,} rows are no finite numbers; {label_again(path)}")
-    return p
-
-
-def label_again(path):
-    """The command that makes the folder of a file of labels again."""
-    folder = path.parents[path.parent.name == "impressions"]
-    return remake(folder, f"03_label.py --run {folder.parent}")
+    return np.stack([table[name].to_numpy() for name in COLUMNS], axis=1)
 
 
 def count_labels(paths):
@@ -79,10 +57,6 @@ def count_rows(paths):
     return sum(pq.read_metadata(path).num_rows for path in paths)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files of pairs
-
-
 def read_queries(features):
     """Keys (query_key) and languages of all queries, two lists."""
     queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
@@ -97,13 +71,13 @@ def read_labelled(run, labels="labels"):
     table = pq.read_table(run / "features" / "labelled.parquet")
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
-    for name, of_queries in zip(("key", "language"), read_queries(run / "features")):
+    keys, tags = read_queries(run / "features")
+    languages = [tag.split("-")[0] for tag in tags]
+    for name, of_queries in (("key", keys), ("language", languages)):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
-    rows["language"] = np.array([tag.split("-")[0] for tag in rows["language"]], dtype=object)
     if labels:
-        folder = run / labels
-        p = read_labels(folder / "labelled.parquet", len(table))
-        pool = read_pool(folder)
+        p = read_labels(run / labels / "labelled.parquet")
+        pool = read_pool(run / labels)
         rows["teacher"] = rows["learnt"] = p.astype(np.float64)
         if pool:
             rows["pooled"] = rows["learnt"] = pool(p, stacked(rows, pool.names), rows["language"])
@@ -148,7 +122,7 @@ class PairFiles:
     def soft_labels(self, name, rows):
         """What is learnt of the rows of a file: the teacher's labels [N, C], pooled where 03 says so."""
         folder = self.run / "labels"
-        p = read_labels(folder / name, len(rows))
+        p = read_labels(folder / name)
         pool = read_pool(folder)
         return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
 
@@ -163,8 +137,9 @@ class PairFiles:
 
     def count(self, path):
         """Wanted rows of each query [Q] in a shard."""
-        query = pq.read_table(path, columns=["query_index"])["query_index"]
-        counts = np.bincount(query.to_numpy(), minlength=len(self.keys))
+        table = pq.read_table(path, columns=["query_index"])
+        query = table["query_index"].to_numpy()
+        counts = np.bincount(query, minlength=len(self.keys))
         return counts * self.is_wanted
 
 
@@ -173,48 +148,43 @@ class PairFiles:
 
 
 class TrainingRows:
-    """Streams training rows. A shard of impressions is read whole, `shuffle_window` shards at a time: memory
-    does not grow with their number. The human-labelled rows are few and stay in memory.
-
-    Shards come in random order, human-labelled rows are dealt to the windows, rows are shuffled inside a
-    window. Two rows of different windows never meet in a batch; with impressions in log order that costs
-    little as long as a window spans many queries."""
+    """Streams training rows, `shuffle_window` shards of impressions in memory at a time. Shards come in
+    random order, human-labelled rows, which are few, are dealt to the windows, rows are shuffled inside a
+    window: with impressions in log order that costs little as long as a window spans many queries."""
 
     def __init__(self, files, human, settings):
-        """files: PairFiles; human: the human-labelled rows to train on. settings.labels == "human": these
-        alone."""
+        """files: PairFiles; human: the human-labelled rows to train on, alone with --labels human."""
         self.files, self.human, self.settings = files, human, settings
         self.shards = files.shards if settings.labels == "teacher" else []
         counts = np.bincount(human["query"], minlength=len(files.keys))
-        for path in self.shards:
-            counts += files.count(path)
+        counts += sum(map(files.count, self.shards))
         share, salt = HELD_OUT[settings.labels], f"student:{settings.seed}"
         # [Q]: no row of these is trained on
         self.is_held_out, self.held_out = held_out(files.keys, share, salt, counts)
         self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):
-        """One pass: counts the training rows and deals --rows to them. Returns moments_of() their match
-        features, and held-out rows: of every shard at most its share of HELD_OUT_ROWS, for logs change over
-        time."""
-        held_out, counts = [], []
-        is_held_out = self.is_held_out[self.human["query"]]
-        if not self.shards:  # else the student is compared with the teacher, on impressions
-            held_out.append(self.human[is_held_out])
-        self.human = self.human[~is_held_out]
-        found = [statistics_of(self.human["match"])]
+        """Counts the training rows and deals --rows to them. Returns moments_of() their match features, and
+        held-out rows: of every shard at most its share of HELD_OUT_ROWS, for logs change."""
+        self.human, watched = self.parted(self.human)
+        held_out = [] if self.shards else [watched]  # the teacher's labels are of impressions
+        counts, found = [], [statistics_of(self.human["match"])]
         for path in progress_bar(iterable=self.shards, desc="survey", unit=" shards"):
-            rows = self.files.impressions(path)
-            is_held_out = self.is_held_out[rows["query"]]
+            rows, watched = self.parted(self.files.impressions(path))
             share = math.ceil(HELD_OUT_ROWS / len(self.shards))
-            held_out.append(rows[is_held_out][:share])
-            counts.append(np.count_nonzero(~is_held_out))
-            found.append(statistics_of(rows["match"][~is_held_out]))
+            held_out.append(watched[:share])
+            counts.append(len(rows))
+            found.append(statistics_of(rows["match"]))
         if not sum(counts) + len(self.human):
-            asked = " for --languages " * bool(self.settings.languages) + " ".join(self.settings.languages)
-            raise Stop(f"no rows to train on in {self.files.run}{asked}")
+            asked = " ".join(["--languages", *self.settings.languages])
+            raise Stop(f"no rows to train on in {self.files.run}, {asked}")
         self.deal(counts)
         return moments_of(np.stack(found)), np.concatenate(held_out)
+
+    def parted(self, rows):
+        """Rows -> those to train on, and those held out."""
+        is_held_out = self.is_held_out[rows["query"]]
+        return rows[~is_held_out], rows[is_held_out]
 
     def deal(self, counts):
         """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
@@ -223,7 +193,7 @@ class TrainingRows:
             self.human = rng.permutation(self.human)[:n]
         elif n and n < sum(counts):
             counts = rng.multivariate_hypergeometric(counts, n, method="marginals")
-        self.counts = [int(count) for count in counts]
+        self.counts = list(map(int, counts))
 
     @property
     def total(self):
@@ -232,8 +202,7 @@ class TrainingRows:
 
     def training_rows(self, shard):
         """The training rows of a shard, --rows applied: the same in every epoch."""
-        rows = self.files.impressions(self.shards[shard])
-        rows = rows[~self.is_held_out[rows["query"]]]
+        rows, _ = self.parted(self.files.impressions(self.shards[shard]))
         if self.counts[shard] < len(rows):
             chooser = np.random.default_rng([self.settings.seed, 2, shard])
             chosen = chooser.permutation(len(rows))[: self.counts[shard]]
@@ -241,15 +210,8 @@ class TrainingRows:
         return rows
 
     def read_window(self, shards, human):
-        """The training rows of some shards and some of the human-labelled rows, one after another."""
-        size = sum(self.counts[shard] for shard in shards) + len(human)
-        window = np.empty(size, self.files.row)
-        window[: len(human)] = self.human[human]
-        start = len(human)
-        for shard in shards:
-            window[start : start + self.counts[shard]] = self.training_rows(shard)
-            start += self.counts[shard]
-        return window
+        """Some of the human-labelled rows and the training rows of some shards, one after another."""
+        return np.concatenate([self.human[human], *map(self.training_rows, shards)])
 
     def batches(self, epoch, skip=0):
         """One epoch's batches of rows, without the first `skip`."""
@@ -274,8 +236,7 @@ class TrainingRows:
 
 
 def statistics_of(match):
-    """Match features [N, F] -> [5, F]: how many are known, their sum, their sum of squares, the least, the
-    greatest times -1."""
+    """Match features [N, F] -> [5, F]: how many are known, sum, sum of squares, least, greatest times -1."""
     known = np.isfinite(match)
     values = np.where(known, match, 0).astype(np.float64)
     squares = values**2

@@ -1,9 +1,9 @@
-"""The teacher's probabilities pooled with the match features: softmax(a log p_teacher + b log p_match).
+"""The teacher's probabilities pooled with the match features: softmax(a log p_teacher + b log p_match), a
+logarithmic opinion pool (Genest and Zidek, 1986).
 
 Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
-weights are fitted on the queries that 02 holds out: the teacher was not trained on them, nor, for that, the
-regression. A logarithmic opinion pool (Genest and Zidek, 1986). A teacher that is clearly better than the
-regression on those queries stays alone.
+weights are fitted on the queries that 02 holds out, on which neither was trained. A teacher that is clearly
+better than the regression there stays alone.
 """
 
 from typing import NamedTuple
@@ -45,8 +45,8 @@ def log(p):
 
 
 def fit_weights(level, query, p_teacher, p_match):
-    """The two weights, for which the cross-entropy, averaged within a query (its rows say much the same) and
-    summed over queries, plus the Gaussian prior is least. level, query [B]; probabilities [B, C]."""
+    """The two weights for which the cross-entropy, averaged within a query and summed over queries, plus the
+    Gaussian prior is least. level, query [B]; probabilities [B, C]."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
     rows = np.arange(len(level))
     share = 1 / sizes[of_query]
@@ -61,8 +61,8 @@ def fit_weights(level, query, p_teacher, p_match):
 
 
 def is_clearly_better(level, query, p, other):
-    """Is the cross-entropy of probabilities p [B, C], averaged within a query, clearly below that of `other`?
-    By a paired t-test over the queries; a single query tells nothing."""
+    """Is the cross-entropy of p [B, C], averaged within a query, clearly below that of `other`? By a paired
+    t-test over the queries; a single query tells nothing."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
     rows = np.arange(len(level))
     ours, theirs = (np.bincount(of_query, -log(q[rows, level - 1])) / sizes for q in (p, other))
@@ -86,9 +86,8 @@ def write_pool(pool, labels):
 
 
 def fit_pool(rows, held_out, names):
-    """The Pool of a run, None if the teacher does without. rows: its human training rows, as read_labelled()
-    has them; held_out [B]: which the teacher was not trained on, at least one; names: of the match features.
-    """
+    """The Pool of a run, None if the teacher does without. rows: read_labelled()'s training rows; held_out
+    [B]: those the teacher was not trained on, at least one; names: of the match features."""
     x, target = stacked(rows, names), one_hot(rows["label"])
     apart = fit_regression(x[~held_out], target[~held_out])
     level, query, p = (rows[name][held_out] for name in ("label", "query_index", "teacher"))

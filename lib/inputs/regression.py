@@ -1,7 +1,5 @@
 """What the match features of a pair alone say of its level: multinomial logistic regression of human labels.
-
-05 measures it as a baseline, 03 pools it with the teacher, and the student's linear part starts there.
-"""
+05 measures it, 03 pools it with the teacher, and the student's linear part starts there."""
 
 from typing import NamedTuple
 
@@ -34,9 +32,8 @@ def standardized(x, mean, std):
 
 
 def fit_regression(x, target, moments=None):
-    """The Regression of levels, given as probabilities [B, C], on features [B, F]; its penalty is
-    scikit-learn's (half the squared weights, at deviation 1). moments: mean and std to standardize by
-    (default: those of x)."""
+    """The Regression of levels, given as probabilities [B, C], on features [B, F], with scikit-learn's
+    penalty. moments: mean and std to standardize by (default: those of x)."""
     if moments is None:
         known = np.ma.masked_invalid(x.astype(np.float64))
         std = known.std(axis=0).filled(0)

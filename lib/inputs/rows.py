@@ -1,24 +1,24 @@
 """Rows of token ids for the teacher: read and tokenized, compared, dealt out to steps, processes and forward
-passes. Stages 02 and 03.
-
-With any batches of the same rows a step has the same gradients.
+passes. With any forward passes of the same rows a step has the same gradients.
 """
 
 import functools
 import hashlib
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from common import pad_rows
+from lib.stages.streams import row_groups
 from lib.tables.splits import held_out, query_key
 
 
 class LabelledRows:
-    """The human-labelled training rows, in an order of their content. ids: token ids of `[CLS] query [SEP]
-    pin text`, N arrays [T]; levels [N], 0 for level 1; `train` and `held_out`: row numbers; train_queries,
-    held_out_queries: how many they are of; match: {feature: [N]}, what needs no training."""
+    """The human-labelled training rows, in an order of their content. ids: token ids, N arrays [T]; levels
+    [N], 0 for level 1; `train`, `held_out`: row numbers; train_queries, held_out_queries: how many they are
+    of."""
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
@@ -36,7 +36,6 @@ class LabelledRows:
         self.train, self.held_out, self.split = split_rows(keys, settings)
         self.train_queries = len({keys[row] for row in self.train})
         self.held_out_queries = len({keys[row] for row in self.held_out})
-        self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
@@ -45,10 +44,9 @@ class LabelledRows:
 
 
 def split_rows(keys, settings):
-    """Row numbers to train on, those held out to be looked at (of a tenth of the queries), and the split (as
-    in_hash_split takes it). keys [N]: of the rows' queries (query_key)."""
-    salt, rows = f"teacher:{settings.seed}", np.ones(len(keys))
-    is_held_out, split = held_out(keys, 0.1, salt, rows)
+    """Row numbers to train on, those held out (of a tenth of the queries), and the split (of in_hash_split).
+    keys [N]: of the rows' queries (query_key)."""
+    is_held_out, split = held_out(keys, 0.1, f"teacher:{settings.seed}", np.ones(len(keys)))
     train = np.flatnonzero(~is_held_out)
     if settings.rows:
         shuffled = np.random.default_rng(settings.seed).permutation(train)
@@ -57,9 +55,8 @@ def split_rows(keys, settings):
 
 
 def tokenize_pairs(text, query_texts, read_pins, query_index, pin_index):
-    """Token ids of pairs [B], a list of int32 arrays; each query and each pin is tokenized once.
-
-    query_texts: Arrow column of all queries; read_pins(pin numbers, sorted) -> {field: list of texts}."""
+    """Token ids of pairs [B] (int32 arrays); each query and each pin is tokenized once. query_texts: Arrow
+    column of all queries; read_pins(pin numbers, sorted) -> {field: list of texts}."""
     queries, which_query = np.unique(query_index, return_inverse=True)
     pins, which_pin = np.unique(pin_index, return_inverse=True)
     query_ids = text.queries(query_texts.take(queries).to_pylist())
@@ -76,8 +73,8 @@ def token_ids_of(features, text, queries, pairs):
 
 
 def tokenized_shards(features, text, paths, made=()):
-    """Yields (path, token ids: N arrays [T]) of shards of (query, pin) pairs; those in `made` {path: token
-    ids} are there."""
+    """Yields (path, token ids: N arrays [T]) of shards of pairs; those in `made` {path: token ids} are
+    there."""
     queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
     for path in paths:
         if path in made:
@@ -89,18 +86,12 @@ def tokenized_shards(features, text, paths, made=()):
 
 def read_fields(path, fields, pins):
     """Text columns of pins (sorted row numbers) of pins.parquet, one row group in memory at a time."""
-    columns = {name: [] for name in fields}
-    file = pq.ParquetFile(path, memory_map=True)
-    start = 0
-    for group in range(file.num_row_groups):
-        end = start + file.metadata.row_group(group).num_rows
-        inside = pins[(pins >= start) & (pins < end)] - start
-        if len(inside):
-            table = file.read_row_group(group, columns=list(columns)).take(inside)
-            for name, values in columns.items():
-                values += table[name].to_pylist()
-        start = end
-    return columns
+    found, start = [], 0
+    for table in row_groups(path, fields):
+        inside = (pins >= start) & (pins < start + len(table))
+        found.append(table.take(pins[inside] - start))
+        start += len(table)
+    return pa.concat_tables(found).to_pydict()
 
 
 def content_order(rows, labels):
@@ -122,8 +113,7 @@ def hash_rows(rows, *columns):
 
 def epoch_batches(lengths, batch_size, seed, epoch, pool=16):
     """One epoch's batches of row numbers: shuffled, then sorted by length inside pools of `pool` batches, so
-    that a batch has little padding, then the batches shuffled. Depends on seed and epoch alone: a resumed run
-    sees the same batches."""
+    that a batch has little padding, then the batches shuffled; by seed and epoch alone."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     batches = []

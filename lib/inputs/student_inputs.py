@@ -1,7 +1,4 @@
-"""What the student is given for a pair: its query's and its pin's row of the features, gathered by index.
-
-common.py has the student, stage 01 computes the features.
-"""
+"""What the student is given for a pair: its query's and its pin's row of the features, gathered by index."""
 
 from pathlib import Path
 
@@ -23,9 +20,8 @@ class StudentInputs:
     query and once a pin: pairs are never widened on disk."""
 
     def __init__(self, features, spec=None, max_values=1000):
-        """spec: a trained student's: its inputs and the values of its categories are used, whatever else is
-        there; a column that is not there is unknown for every row. Without it all columns, and their most
-        frequent values."""
+        """spec: a trained student's inputs and the values of its categories, used whatever else is there; a
+        column that is not there is unknown. Without it all columns, and their most frequent values."""
         features, columns = Path(features), {}
         self.embeddings, self.resident = {}, {}
         self.categories, self.codes = {}, {}  # column -> its values, the number of each row's value
@@ -115,8 +111,7 @@ def unknown(rows):
 
 
 def moments(values):
-    """[mean, standard deviation, least, greatest] of the values that are known, to normalize by; a deviation
-    of 0 is 1."""
+    """[mean, standard deviation, least, greatest] of the known values; a deviation of 0 is 1."""
     known = values[np.isfinite(values)].astype(np.float64)
     if not len(known):
         return [0.0, 1.0, 0.0, 0.0]

@@ -8,7 +8,6 @@ from lib.inputs.inherited import whence
 from lib.inputs.pairs import count_labels, read_labels
 from lib.inputs.regression import one_hot
 from lib.results.contract import input_names
-from lib.stages.hardware import dtype_name
 
 TOY_WEIGHTS = 10_000_000  # of a larger model the learning rates of --preset toy are too high
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
@@ -24,7 +23,7 @@ def describe_teacher(teacher, finetuning, rows, settings):
     trained = [p for p in teacher.parameters() if p.requires_grad]
     print(f"{settings.model}: {teacher.kind}, read out at the {teacher.pooling} token")
     how = FINETUNING[finetuning]
-    dtype = dtype_name(teacher.dtype)
+    dtype = str(teacher.dtype).removeprefix("torch.")
     weights = count_weights(trained)
     print(f"{how}: {weights:,} weights; {dtype}")
     if settings.preset == "toy" and count_weights(teacher.parameters()) > TOY_WEIGHTS:

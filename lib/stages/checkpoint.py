@@ -1,5 +1,5 @@
-"""A training that a kill does not undo: its checkpoints and its log. Stages 02 and 04. The last epoch is the
-one that is kept: the learning rate falls to zero there."""
+"""A training that a kill does not undo: its checkpoints and its log. The last epoch is the one that is kept:
+the learning rate falls to zero there."""
 
 import torch
 
@@ -20,12 +20,31 @@ class Checkpoints:
         self.state = {**start, "log": []}
         self.continues = self.path.exists()
         if self.continues:
-            self.state |= load_checkpoint(self.path, model, optimizer, self.state.keys())
+            other = f"{self.path}: written by another version of this project"
+            with stop_on_error(other, "--overwrite starts again"), torch.no_grad():
+                self.load(torch.load(self.path, map_location="cpu", weights_only=True))
+
+    def load(self, saved):
+        """Puts a checkpoint's weights, moments and state in place."""
+        self.state = {name: saved["train_state"][name] for name in self.state}
+        for name, p in self.trainable():
+            p.copy_(saved["weights"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
 
     def save(self):
-        """Writes a checkpoint to continue from."""
+        """Writes a checkpoint to continue from: trainable weights, the optimizer's state, and ours."""
         if self.writes:
-            save_checkpoint(self.path, self.model, self.optimizer, self.state)
+            weights = {name: p.detach() for name, p in self.trainable()}
+            saved = {"weights": weights, "optimizer": self.optimizer.state_dict(), "train_state": self.state}
+            with (
+                whole_file(self.path) as file,
+                stop_on_error(f"{self.path}: not written", "is the disk full?"),
+            ):
+                torch.save(saved, file)  # which reports a full disk in ways of its own
+
+    def trainable(self):
+        """(name, parameter) of the weights that are trained."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def end_epoch(self, scores, **line):
         """Prints and logs the scores of an epoch. line: what stands before them in the log."""
@@ -36,29 +55,5 @@ class Checkpoints:
 
 
 def seed_step(seed, step, process=0):
-    """Seeds a training step's dropout, each step of each process by a number of its own: a resumed run equals
-    an undisturbed one."""
+    """Seeds each step's dropout on each process: a resumed run equals an undisturbed one."""
     torch.manual_seed(seed * SEED_STRIDE + step * STEP_STRIDE + process)
-
-
-def save_checkpoint(path, model, optimizer, train_state):
-    """Trainable weights, the optimizer's state and `train_state` (plain values) in one file."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    saved = {"weights": weights, "optimizer": optimizer.state_dict(), "train_state": train_state}
-    with whole_file(path) as temporary, stop_on_error(f"{path}: not written", "is the disk full?"):
-        torch.save(saved, temporary)  # which reports a full disk in ways of its own
-
-
-@torch.no_grad()
-def load_checkpoint(path, model, optimizer, needed=frozenset()):
-    """Puts a checkpoint's weights and moments in place; returns its train_state. Stop without the `needed`
-    values in that."""
-    with stop_on_error(f"{path}: written by another version of this project", "--overwrite starts again"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name in needed:
-            saved["train_state"][name]
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.copy_(saved["weights"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-    return saved["train_state"]

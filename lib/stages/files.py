@@ -12,60 +12,46 @@ import pyarrow.parquet as pq
 
 UNFINISHED = ".unfinished-"  # stands in the name of a folder in which a stage is at work
 MAX_JSON = 1 << 30  # bytes
-JOURNAL = ".made-"  # begins the names of files there that say what was written whole: name, bytes, hash
+JOURNAL = ".made-"  # begins the names of files there that say what was written whole: hash and name
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a temporary name beside `path`, renamed when the block ends well: `path` is whole or absent."""
+    """Yields a temporary name beside `path`, renamed when the block ends well; an unfinished folder's journal
+    notes it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     yield temporary
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
-    note_made(path, temporary)
+    for work in [folder for folder in path.parents if UNFINISHED in folder.name]:
+        with open(work / f"{JOURNAL}{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as journal:
+            journal.write(f"{fingerprint(temporary)} {json.dumps(path.relative_to(work).as_posix())}\n")
     os.replace(temporary, path)
 
 
-def note_made(path, content):
-    """Notes what is written to a path of an unfinished folder (work_folder), in a journal beside it."""
-    work = next((folder for folder in path.parents if UNFINISHED in folder.name), None)
-    if work is not None:
-        made = [path.relative_to(work).as_posix(), content.stat().st_size, fingerprint(content)]
-        with open(work / f"{JOURNAL}{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(made) + "\n")
-
-
 def drop_damaged(work):
-    """Removes from an unfinished folder all that is not as it was written: half a file, a damaged or a
-    strange one. A damaged one is named."""
-    known = set()
-    for journal in filter(is_plain_file, work.glob(f"{JOURNAL}*")):
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # a last line that was cut
-                known.add(tuple(json.loads(line)))
-    names = {name for name, *_ in known}
+    """Removes from an unfinished folder all that is not as it was written, or strange. A damaged file is
+    named."""
+    journals = list(filter(is_plain_file, work.glob(f"{JOURNAL}*")))
+    made = {line for journal in journals for line in journal.read_text(errors="replace").splitlines()}
+    names = {line.partition(" ")[2] for line in made}
     for path in sorted(work.rglob("*")):
-        name, plain = path.relative_to(work).as_posix(), is_plain_file(path)
+        name = json.dumps(path.relative_to(work).as_posix())
         folder = path.is_dir() and not path.is_symlink() and name not in names
-        if folder or (plain and name.startswith(JOURNAL)):
+        if folder or path in journals or (is_plain_file(path) and f"{fingerprint(path)} {name}" in made):
             continue
-        if not (plain and (name, path.stat().st_size, fingerprint(path)) in known):
-            if name in names:
-                print(f"{path}: not as it was written, it is made again")
-            remove(path)
+        if name in names:
+            print(f"{path}: not as it was written, it is made again")
+        remove(path)
 
 
 def stamps(folder, paths):
-    """[[path below the folder, inode, bytes, time of the last write]] of files: other stamps, other content,
-    perhaps only for a while."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            state = os.stat(path)
-            found.append([str(path.relative_to(folder)), state.st_ino, state.st_size, state.st_mtime_ns])
-    return found
+    """[[path below the folder, inode, bytes, time of the last write]] of files: others, other content, if for
+    a while."""
+    states = [(str(path.relative_to(folder)), path.stat()) for path in paths if path.exists()]
+    return [[name, state.st_ino, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
 def is_plain_file(path):
@@ -113,8 +99,7 @@ def hashed(value):
 
 
 def list_files(folder, without=()):
-    """{name: {"bytes", "hash"; of Parquet "rows"}} of a folder's files but stage.json; `without`: top-level
-    names."""
+    """{name: {"bytes", "hash"; of Parquet "rows"}} of a folder's files; `without`: top-level names."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -125,20 +110,15 @@ def list_files(folder, without=()):
     return found
 
 
-def link_or_copy(source, target):
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def link_whole(source, target):
-    """Likewise; `target` is whole or absent."""
+def link(source, target):
+    """A hard link, or a copy where the file system has none; `target` is whole or absent."""
     temporary = target.with_name(f".{target.name}.tmp")
     remove(temporary)
     target.parent.mkdir(parents=True, exist_ok=True)
-    link_or_copy(source, temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copy2(source, temporary)
     os.replace(temporary, target)
     remove(temporary)  # replace() leaves it where both are one file
 

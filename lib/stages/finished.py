@@ -1,5 +1,5 @@
 """Folders that stages have finished: found, checked against what was written, and locked while they are read.
-stage.json of such a folder holds the hash of every file in it, and one of its own."""
+Their stage.json holds the hash of every file, and one of its own."""
 
 import contextlib
 import fnmatch
@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 
 from lib.stages.files import UNFINISHED, fingerprint, hashed, is_plain_file, read_json
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import Stop, first_line, stop_on_error
 
 READ_ALL = (".parquet", ".npy")  # stages read whatever lies in a folder under such a name
 NOT_AS_WRITTEN = "not what its stage wrote"
@@ -25,13 +25,12 @@ class Finished(dict):
 def require_finished(folder, command, reads=("*",)):
     """stage.json of an earlier stage. Stop, naming `command`, if it is missing or unfinished, or if one of
     its files whose name fits a pattern of `reads` is not what the stage wrote."""
-    folder = Path(folder)
-    if not os.path.lexists(folder / "stage.json"):
-        raise Stop(f"{folder}: missing or unfinished; make it with: {remake(folder, command)}")
     about = Finished(read_about(folder, damaged_is_fine=True))
     if not about:
-        how = f"make it again with: {remake(folder, command)}"
-        raise Stop(f"{folder / 'stage.json'}: {NOT_AS_WRITTEN}; {how}")
+        wrong = f"{folder}: missing or unfinished"
+        if os.path.lexists(folder / "stage.json"):
+            wrong = f"{folder / 'stage.json'}: {NOT_AS_WRITTEN}"
+        raise Stop(f"{wrong}; make it with: {remake(folder, command)}")
     about.lock = hold(folder, "read")
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one checks
         check_files(folder, about, reads, command)
@@ -40,10 +39,8 @@ def require_finished(folder, command, reads=("*",)):
 
 def check_files(folder, about, reads, command=None):
     """Stop, naming `command`, if a file of a finished folder (`about`: its stage.json) whose name fits a
-    pattern of `reads` is not what the stage wrote. Without a command: the stage itself was asked again."""
-    again = "--overwrite rebuilds all of it"
-    if command is not None:
-        again = f"make it again with: {remake(folder, command)}"
+    pattern of `reads` is not as it was written. Without a command: the stage itself was asked again."""
+    again = f"make it again with: {remake(folder, command)}" if command else "--overwrite rebuilds all of it"
     made, found = about["outputs"], [path for path in folder.rglob("[!.]*.*") if path.suffix in READ_ALL]
     for name in sorted({path.relative_to(folder).as_posix() for path in found} | made.keys()):
         path = folder / name
@@ -51,19 +48,16 @@ def check_files(folder, about, reads, command=None):
             continue
         if name not in made:
             raise Stop(f"{path}: its stage did not write this file; remove it, or {again}")
-        if not path.is_file():
-            raise Stop(f"{path}: missing; {again}")
         if not is_as_made(path, made[name]):
-            raise Stop(f"{path}: {NOT_AS_WRITTEN}; {again}")
+            wrong = NOT_AS_WRITTEN if path.is_file() else "missing"
+            raise Stop(f"{path}: {wrong}; {again}")
 
 
 def remake(folder, command, without=()):
-    """The command that makes a folder with the least work: with the flags that it was begun with last it goes
-    on where that was killed; --overwrite stands there only where a finished folder is to be replaced.
-    command: SCRIPT --run RUN …, for a folder that nobody has begun. without: flags to leave out."""
-    folder = Path(folder)
-    finished = os.path.lexists(folder / "stage.json")
-    about = read_about(folder, damaged_is_fine=True)
+    """The command that makes a folder with the least work: unfinished work goes on with its flags,
+    --overwrite stands only where a finished folder is replaced. command: SCRIPT --run RUN …, if nobody has
+    begun. without: flags to leave out."""
+    finished, about = os.path.lexists(folder / "stage.json"), read_about(folder, damaged_is_fine=True)
     begun = [] if finished else folder.parent.glob(f".{folder.name}{UNFINISHED}*/stage.json")
     for path in sorted(begun, key=lambda path: path.lstat().st_mtime):
         with contextlib.suppress(ValueError, TypeError, OSError):
@@ -108,11 +102,9 @@ def sealed(about):
 def hold(folder, mode):
     """A lock on a stage's folder: 'write' for the one that makes it, 'read' for those that read it. Released
     when the returned object goes. None where no lock can be written: such a folder is read only."""
-    try:
-        folder = Path(folder).resolve()
+    with stop_on_error(f"--run {folder.parent}: no folder can be made there"):
+        folder = folder.resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise Stop(f"--run {folder.parent}: no folder can be made there ({first_line(error)})") from None
     path = folder.with_name(f".{folder.name}.lock")
     if os.path.lexists(path) and not is_plain_file(path):
         raise Stop(f"{path}: no lock of ours (not a regular file); remove it")

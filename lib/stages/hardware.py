@@ -25,9 +25,4 @@ def pick_hardware(settings):
     """The device and the dtype that a stage computes with, and both in words: "bfloat16 on cuda"."""
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.precision, device)
-    return device, dtype, f"{dtype_name(dtype)} on {device.type}"
-
-
-def dtype_name(dtype):
-    """torch.bfloat16 -> 'bfloat16'"""
-    return str(dtype).removeprefix("torch.")
+    return device, dtype, f"{dtype} on {device.type}".removeprefix("torch.")

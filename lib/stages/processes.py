@@ -1,5 +1,4 @@
-"""Stages 01 to 03 as several processes, by accelerate launch or torchrun, on one machine or on several that
-share a folder."""
+"""Stages 01 to 03 as several processes, by accelerate launch or torchrun, on machines that share a folder."""
 
 import os
 import sys
@@ -24,8 +23,7 @@ SEEN = 120  # seconds until a file of one machine is seen on another: NFS keeps 
 
 
 def start_processes(settings):
-    """The Accelerator: this process and those that were launched with it, which on CPUs talk over gloo. Also
-    the dtype that they compute with, and device and dtype in words."""
+    """The Accelerator: this process and those launched with it; their dtype; device and dtype in words."""
     device, dtype, hardware = pick_hardware(settings)
     refuse_launcher()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -46,8 +44,7 @@ def start_processes(settings):
 
 
 def refuse_launcher():
-    """Stop if accelerate launch, or its config file, asks for what would change the result behind a stage's
-    settings."""
+    """Stop if accelerate launch, or its config file, asks for what would change the result."""
     given = {name: os.environ.get(name, "no") for name in LAUNCHER}
     asked = ", ".join(f"{name}={value}" for name, value in given.items() if value.lower() not in NO)
     if asked:
@@ -56,68 +53,61 @@ def refuse_launcher():
 
 
 def start_stage(accelerator, place, settings, inputs, earlier=()):
-    """The Stage of several processes: the main one takes the lock and decides for all. Returns it (None on
-    the others) and the folder to write into (None: nothing to do). earlier: run directories; what one of them
-    has that is the same is linked."""
-    stage, error, folder = None, None, None
-    if accelerator.is_main_process:
-        try:
+    """The Stage, of which the main process takes the lock and decides for all (None on the others), and the
+    folder to write into (None: nothing to do). earlier: runs; what one of them has that is the same is
+    linked."""
+    stage, folder, failed = None, None, True
+    try:
+        if accelerator.is_main_process:
             stage = Stage(place, settings, inputs)
             for run in () if settings.overwrite else earlier:
                 stage.link(run / stage.place.name)
             folder = None if stage.done else stage.folder
-        except (Stop, OSError) as problem:
-            error = problem
-    folder, stopped = broadcast_object_list([folder, error is not None])
-    if error is not None:
-        try:
-            raise error
-        finally:
-            error = None  # its traceback names this frame: a circle that would keep the locks of all frames
-    if stopped:
+        failed = False
+    finally:
+        folder, failed = broadcast_object_list([folder, failed])
+    if failed:
         sys.exit(1)  # the main process says why
     return stage, folder
 
 
 def lead(accelerator, work, jobs):
     """work(share) in the main process. There share(name, *args) has every process call jobs[name](part,
-    *args), part = (this process, of how many), and returns the files that they write together. The others do
-    that alone, and end as the main one ends."""
-    part, busy = (accelerator.process_index, accelerator.num_processes), False
+    *args), part = (this process, of how many), and returns the files that they write together."""
+    part, end = (accelerator.process_index, accelerator.num_processes), "failed"
 
-    def do(name, args):
+    def do(order):
+        with stop_on_error("another process has ended", "the same command continues"):
+            name, args = of_main(order)
+        if args == "failed":
+            sys.exit(1)  # the main process says why
+        if name is None:
+            return None
         files = jobs[name](part, *args)
         wait_for_all(accelerator, files)
         return files
 
     def share(name, *args):
-        nonlocal busy
-        busy = True
-        of_main((name, args))
-        files = do(name, args)
-        busy = False
+        nonlocal end
+        end = None  # where one fails now the others wait for something else, until the launcher ends them
+        files = do((name, args))
+        end = "failed"
         return files
 
-    while not accelerator.is_main_process:
-        with stop_on_error("the main process has ended"):
-            name, args = of_main(None)
-        if args == "failed":
-            sys.exit(1)  # the main process says why
-        if name is None:
-            return
-        do(name, args)
-    how = "failed"
+    if not accelerator.is_main_process:
+        while do(None) is not None:
+            pass
+        return
     try:
         work(share)
-        how = "well"
+        end = "well"
     finally:
-        if not busy:  # else the others wait for something else, until the launcher ends them
-            of_main((None, how))
+        if end:
+            of_main((None, end))
 
 
 def of_main(value):
-    """A value of the main process, on all, once all have come for it: machines that share a folder may see
-    its files at other times."""
+    """A value of the main process, on all, once all have come for it."""
     broadcast_object_list(values := [value])
     wait_for_everyone()
     return values[0]
@@ -131,7 +121,5 @@ def wait_for_all(accelerator, files):
     for path in files:
         while not path.exists():
             if time.monotonic() > end:
-                raise Stop(
-                    f"{path}: written by another process, not seen here: --run must be a shared folder"
-                )
+                raise Stop(f"{path}: of another process, not seen here: --run must be a shared folder")
             time.sleep(0.5)

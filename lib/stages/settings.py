@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import math
 import re
 import sys
 import typing
@@ -18,27 +17,17 @@ from lib.stages.terminal import first_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a setting, as metadata of its type."""
+class Range(typing.NamedTuple):
+    """Bounds of a setting, as metadata of its type: at least `low` and below `high`."""
 
     low: float
-    high: float = math.inf
-    low_included: bool = True
-
-    def __contains__(self, value):
-        above = value >= self.low if self.low_included else value > self.low
-        return above and value < self.high
-
-    def __str__(self):
-        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and below {self.high:g}"
+    high: float
 
 
 Count = Annotated[int, Range(1, 10**9)]
 Size = Annotated[int, Range(0, 10**9)]
 Width = Annotated[int, Range(1, 10**6)]
-Positive = Annotated[float, Range(0, 1e31, low_included=False)]  # far within fp32
+Positive = Annotated[float, Range(1e-31, 1e31)]  # far within fp32
 NonNegative = Annotated[float, Range(0, 1e31)]
 Share = Annotated[float, Range(0, 1)]
 Temperature = Annotated[float, Range(0.01, 100)]
@@ -52,7 +41,9 @@ class StageSettings:
 
     preset: Literal["toy", "small", "paper"] = "toy"  # settings for flags not given
     run: Path = ROOT / "outputs" / "toy"  # run directory (default: outputs/PRESET)
-    given: tyro.conf.Suppress[tuple[str, ...]] = ()  # the flags as they were written; parse() notes them
+    given: tyro.conf.Suppress[
+        tuple[str, ...]
+    ] = ()  # other flags than --run and --overwrite, for advice; parse() notes them
     overwrite: bool = False  # rebuild this stage's folder; the old one stays until the new one is finished
 
 
@@ -71,8 +62,7 @@ class ModelSettings(DeviceSettings):
 
 
 def parse(presets, argv=None, description=""):
-    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}.
-    An unknown flag, a bad value or one out of its range ends with a message and exit status 2."""
+    """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="toy")
@@ -82,13 +72,16 @@ def parse(presets, argv=None, description=""):
         default = dataclasses.replace(default, run=default.run.with_name(name))
     refuse_empty(argv, default)
     settings = flags_read(type(default), default, argv, description.split("\n")[0])
-    given = {"given": tuple(map(str, argv))} if hasattr(settings, "given") else {}
-    return dataclasses.replace(settings, **given)
+    if not hasattr(settings, "given"):
+        return settings
+    other = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    other.add_argument("--run")
+    other.add_argument("--overwrite", action="store_true")
+    return dataclasses.replace(settings, given=tuple(other.parse_known_args(argv)[1]))
 
 
 def refuse_empty(argv, default):
-    """Ends with a message and exit status 2 where a flag's value is empty, as a shell variable that is not
-    set: as a path it would be the folder in which one happens to stand."""
+    """Refuses an empty value, as of a shell variable that is not set: as a path it is the working folder."""
     words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
     for flag, value in zip(["", *words], words):
         if not value and getattr(default, flag.strip("-").replace("-", "_"), None) != "":
@@ -118,14 +111,14 @@ def flags_read(kind, default, argv, description):
         value = getattr(settings, field)
         for bounds in ranges_of(hint):
             for each in value if isinstance(value, tuple) else [value]:
-                if each is not None and each not in bounds:
-                    refuse(f"--{field.replace('_', '-')} {each}: must be {bounds}")
+                if each is not None and not bounds.low <= each < bounds.high:
+                    wanted = f"must be at least {bounds.low:g} and below {bounds.high:g}"
+                    refuse(f"--{field.replace('_', '-')} {each}: {wanted}")
     return settings
 
 
 def ranges_of(hint):
     """The Range objects anywhere inside a type: tuple[Count, ...] | None -> [Range(1)]."""
-    found = [data for data in getattr(hint, "__metadata__", ()) if isinstance(data, Range)]
-    for inner in typing.get_args(hint):
-        found += ranges_of(inner)
-    return found
+    if isinstance(hint, Range):
+        return [hint]
+    return [found for inner in typing.get_args(hint) for found in ranges_of(inner)]

@@ -1,12 +1,10 @@
 """What makes a stage resumable: its folder and what identifies it.
 
 A stage writes into a hidden folder, RUN/.NAME.unfinished-ID, which takes the place of RUN/NAME once it is
-complete. ID is the hash of the stage's settings and of the content of what it reads. So a killed stage
-continues its own work and no other's, and RUN/NAME is always whole: what --overwrite replaces stays until
-then.
+complete. ID is the hash of the stage's settings and of the content of what it reads: a killed stage continues
+its own work and no other's, and RUN/NAME is always whole.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -14,17 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from lib.stages.files import (
-    JOURNAL,
-    UNFINISHED,
-    drop_damaged,
-    hashed,
-    link_or_copy,
-    list_files,
-    read_json,
-    remove,
-    write_json,
-)
+from lib.stages.files import UNFINISHED, drop_damaged, hashed, link, list_files, read_json, remove, write_json
 from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
@@ -37,12 +25,9 @@ PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are no
 
 
 class Stage:
-    """A stage's folder while it is made. Attributes: `done`: finished before, nothing to do; `folder`: where
-    to write; `old`: the finished folder that is going to be replaced, or None.
-
-    stage.json holds `arguments` and `inputs` (fingerprints of what is read): together the folder's identity.
-    Started again, a finished stage of the same identity is `done`, an unfinished one continues, and another
-    identity is refused, naming what changed, unless --overwrite."""
+    """A stage's folder while it is made. `done`: finished before, nothing to do; `folder`: where to write;
+    `old`: the finished folder that is going to be replaced, or None. stage.json holds `arguments` and
+    `inputs` (fingerprints of what is read), its identity: another one is refused unless --overwrite."""
 
     def __init__(self, folder, settings, inputs):
         self.place, self.start = Path(folder), time.time()
@@ -53,7 +38,11 @@ class Stage:
         self.aside = self.place.with_name(f".{self.place.name}.old")  # while another takes its place
         if os.path.lexists(self.folder) and (self.folder.is_symlink() or not self.folder.is_dir()):
             raise Stop(f"{self.folder}: a link or a file where a stage puts its work: remove it")
-        refuse_strangers(self.place, settings.overwrite)
+        if self.place.is_symlink() and settings.overwrite:
+            owner = self.place.resolve()
+            raise Stop(f"{folder} is a link to {owner}: rebuild it there (--run {owner.parent})")
+        if self.place.exists() and not (self.place / "stage.json").exists() and any(self.place.iterdir()):
+            raise Stop(f"{folder} is there and no stage made it: move it away, or use another --run")
         self.lock = hold(self.place, "write")
         try:
             self.begin(settings)
@@ -63,37 +52,30 @@ class Stage:
 
     def begin(self, settings):
         """Finds out whether anything is left to do, and makes the work folder ready for it."""
-        finished = False
-        with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
-            finished = read_json(self.folder / "stage.json")["finished"]
-        if finished:  # killed before it was in its place
+        if read_about(self.folder, damaged_is_fine=True):  # killed before it was in its place
             self.move_into_place()
         if self.aside.exists() and not self.place.exists():  # killed before the new one was in its place
             os.replace(self.aside, self.place)
         remove(self.aside)
         if self.place.exists():
             if not settings.overwrite:
-                self.compare(read_about(self.place))
+                before = read_about(self.place)
+                if before["identity"] != self.about["identity"]:
+                    changes = "; ".join(changes_between(before, self.about).values())
+                    advice = "--overwrite rebuilds it, another --run keeps both"
+                    raise Stop(f"{self.place} was made with other settings or inputs ({changes}); {advice}")
+                check_files(self.place, before, ["*"])
+                self.done = True
+                same = "finished before with the same arguments and inputs, nothing to do"
+                print(f"{self.place}: {same} (--overwrite rebuilds it)")
                 self.clear_up()
                 return
             self.old = self.place
         drop_damaged(self.folder)
         write_json(self.folder / "stage.json", self.about)
 
-    def compare(self, before):
-        """Is the folder that is there what is asked for? before: its stage.json."""
-        if before["identity"] != self.about["identity"]:
-            changes = "; ".join(changes_between(before, self.about).values())
-            advice = "--overwrite rebuilds it, another --run keeps both"
-            raise Stop(f"{self.place} was made with other settings or inputs ({changes}); {advice}")
-        check_files(self.place, before, ["*"])
-        self.done = True
-        same = "finished before with the same arguments and inputs, nothing to do"
-        print(f"{self.place}: {same} (--overwrite rebuilds it)")
-
     def link(self, other):
-        """Is done if the folder `other`, of another run, is what is asked for: its files become ours, by hard
-        links if possible."""
+        """Is done if the folder `other`, of another run, is what is asked for: its files become ours."""
         if self.done or not (other / "stage.json").exists():
             return
         about = read_about(other)
@@ -102,8 +84,7 @@ class Stage:
             check_files(other, about, ["*"])
             remove(linked)
             for name in about["outputs"]:
-                (linked / name).parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(other / name, linked / name)
+                link(other / name, linked / name)
             del lock
             write_json(linked / "stage.json", about)
             remove(self.folder)  # nothing is written over a file that is another run's too
@@ -113,26 +94,26 @@ class Stage:
             print(f"{self.place}: the same as {other}, linked")
 
     def made_from(self, read, spare):
-        """Notes the stamps of what is read. What was begun when they were other ones is removed, but for the
-        folder `spare`: content that is the same now was perhaps another for a while."""
+        """Notes the stamps of what is read. What was begun when they were others goes, but for the folder
+        `spare`."""
         note = self.folder / "work" / "read.json"
         if note.exists() and read_json(note) != read:
             print(f"{self.folder}: its inputs were written again since: made again, but for {spare}")
-            for path in self.folder.iterdir():
-                if path.name not in (spare, "stage.json") and not path.name.startswith(JOURNAL):
+            for path in self.folder.glob("[!.]*"):
+                if path.name not in (spare, "stage.json"):
                     remove(path)
         write_json(note, read)
 
     def refuse_changed(self, read, now):
         """Stop if what was read was written meanwhile: what was made of it goes. read, now: stamps."""
-        changed = [path for path, *stamp in read if [path, *stamp] not in now]
+        changed = [stamp[0] for stamp in read if stamp not in now]
         if changed or len(now) != len(read):
             remove(self.folder)
             raise Stop(f"{', '.join(changed) or 'a table'}: written while this stage read it; run it again")
 
     def finish(self, without=(), **facts):
-        """Writes the final stage.json, `facts` and the hash of every file in it; puts the folder into its
-        place. without: files and folders of intermediate results, which go."""
+        """Writes the final stage.json, `facts` and the hash of every file, and puts the folder into its
+        place. without: intermediate results, which go."""
         mode = (self.folder / "stage.json").stat().st_mode  # as umask has it; libraries write 0600
         for path in self.folder.rglob("*"):
             if path.is_file() and path.stat().st_mode != mode:
@@ -147,7 +128,7 @@ class Stage:
 
     def move_into_place(self):
         """The finished work folder, less its intermediate results, takes the place of what was there."""
-        listed = {"stage.json", *read_json(self.folder / "stage.json")["outputs"]}
+        listed = {"stage.json", *read_about(self.folder)["outputs"]}
         for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder comes after what is in it
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -169,48 +150,22 @@ class Stage:
                 remove(other)
 
 
-def refuse_strangers(folder, overwrite):
-    """Stop if a folder is a link to another run's, or holds what no stage wrote."""
-    if folder.is_symlink() and overwrite:
-        owner = folder.resolve()
-        raise Stop(f"{folder} is a link to {owner}: rebuild it there (--run {owner.parent})")
-    if folder.exists() and not (folder / "stage.json").exists() and any(folder.iterdir()):
-        raise Stop(f"{folder} is there and no stage made it: move it away, or use another --run")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Identity
-
-
 def describe(stage, settings, inputs):
-    """The first part of stage.json: what is known before the work begins. stage: its folder's name."""
+    """What stage.json says before the work begins. stage: its folder's name."""
     told = {k: v for k, v in sorted(dataclasses.asdict(settings).items()) if k not in WITHOUT_EFFECT}
     arguments = json.loads(json.dumps(told, default=str))
+    # A switch that is off counts as one that there is not.
+    decisive = {k: v for k, v in arguments.items() if k not in PLACES and v is not False}
     return {
         "stage": stage,
         "finished": False,
-        "command": flags_to_repeat(settings.given),
+        "command": [*settings.given],
         "arguments": arguments,
         "inputs": inputs,
-        "identity": identity(arguments, inputs),
+        "identity": hashed([decisive, inputs]),
         "seed": arguments.get("seed"),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
-
-
-def flags_to_repeat(given):
-    """The flags that a stage was given, without those that every advice has: --run DIR, --overwrite."""
-    before = ["", *given]
-    return [
-        word
-        for word, last in zip(given, before)
-        if last != "--run" and word not in ("--run", "--overwrite") and not word.startswith("--run=")
-    ]
-
-
-def identity(arguments, inputs):
-    """Hash of what decides a stage's result. A switch that is off counts as one that there is not."""
-    return hashed([{k: v for k, v in arguments.items() if k not in PLACES and v is not False}, inputs])
 
 
 def changes_between(before, now):

@@ -14,8 +14,7 @@ class Stop(Exception):
 
 
 def run_main(main):
-    """Runs a script's main(). What went wrong: one line on stderr and exit status 1 (interrupted: 130). With
-    DEBUG=1 in the environment: its traceback."""
+    """Runs a script's main(). What went wrong: one line and exit status 1 (DEBUG=1: a traceback)."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     if os.environ.get("DEBUG"):
         return main()
@@ -32,8 +31,7 @@ def run_main(main):
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             sys.exit("error: the disk is full; what was finished is whole, the same command continues")
-        kinds = ("MemoryError", "OutOfMemoryError")
-        if type(error).__name__ in kinds or "can't allocate memory" in str(error):
+        if "MemoryError" in type(error).__name__ or "can't allocate memory" in str(error):
             sys.exit(f"error: not enough memory ({first_line(error)}): smaller batches or models need less")
         if number and getattr(error, "filename", None):
             sys.exit(f"error: {error.filename}: cannot be read or written ({error.strerror})")
@@ -42,8 +40,8 @@ def run_main(main):
 
 @contextlib.contextmanager
 def stop_on_error(what, advice=""):
-    """An exception inside the block, of whatever kind, becomes a Stop: `what` went wrong, its first line, and
-    what to do. Around calls of libraries that raise many kinds."""
+    """An exception inside the block, of whatever kind, becomes a Stop: `what` went wrong, its first line,
+    `advice`."""
     try:
         yield
     except BaseException as error:
