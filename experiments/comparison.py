@@ -8,19 +8,21 @@ Writes into/findings.json, findings.md and finding_KEY.png.
 
 import importlib
 import os
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
+from statistics import mode
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 
 from common import RELEVANT
 from lib.inputs.inherited import refuse, require
 from lib.inputs.pairs import read_labelled
 from lib.results.pictures import drawable, picture_file
-from lib.results.report import cell, escaped, markdown_table, signed
+from lib.results.report import METRICS, cell, escaped, markdown_table, signed
 from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.terminal import Stop
 
@@ -34,67 +36,45 @@ FINDINGS = {
 }
 # Accuracy in the paper, of base sizes and of Llama-3-8B with QLoRA
 PAPER_TEACHERS = {"BERT": 0.535, "T5": 0.569, "DeBERTa": 0.580, "Llama": 0.602}
-COMPARED = {"accuracy": "accuracy %", f"auroc_{RELEVANT}": f"AUROC ≥{RELEVANT}", "ndcg_20": "nDCG@20"}
+COMPARED = {name: METRICS[name].heading for name in ("accuracy", f"auroc_{RELEVANT}", "ndcg_20")}
 BLUE = "#0072B2"
 ALL = ""  # "language" of a row over all languages
 
 
 class System(NamedTuple):
-    """A trained system on the evaluation rows, in the order of their ids."""
+    """A trained system on the evaluation rows, in the order of query and pin."""
 
-    rows: dict  # label, query_index, language [B]
-    ids: list  # of queries and pins [B]
+    rows: dict  # label, query_index, language; key of the query, pin_id [B]
     p: np.ndarray  # [B, C]
     score: np.ndarray  # [B]
-    facts: dict  # how it was made
+    about: dict  # stage.json of its student, or of the labels
 
 
 def read_system(run, name):
     """Asks for nothing that it does not use: a teacher needs labels/labelled.parquet, a student its own
     folder."""
-    run, is_teacher = Path(run), name == "teacher"
-    features, folder = run / "features", run / ("labels" if is_teacher else name)
+    run, labels = Path(run), "labels" if name == "teacher" else None
+    features, folder = run / "features", run / (labels or name)
     made = require(features, evaluate.READS)
     about = require(folder, ("labelled.parquet", "model.safetensors"))
     if about["inputs"]["features"] != made["identity"]:
         refuse(folder, f"of other features than {features} holds now")
-    train, rows = read_labelled(run, "labels" if is_teacher else None)
-    p, score = evaluate.trained_system(run, name, rows)
-    ids = []
-    for side, table in (("pin", "pins.parquet"), ("query", "queries.parquet")):
-        column = pq.read_table(features / table, columns=[f"{side}_id"])[f"{side}_id"]
-        ids.append(column.take(rows[f"{side}_index"]).to_numpy(zero_copy_only=False))
-    order = np.lexsort(ids)
-    rows = {column: rows[column][order] for column in ("label", "query_index", "language")}
-    languages, count = np.unique(train["language"], return_counts=True)
-    facts = {
-        "home_language": str(languages[count.argmax()]),  # of the human training labels
-        "learnt_from": "human labels" if is_teacher else f"{about['arguments']['labels']} labels",
-        "training_rows": None if is_teacher else impressions_learnt(about),
-    }
-    return System(rows, [column[order].tolist() for column in ids], p[order], score[order], facts)
+    _, rows = read_labelled(run, labels)
+    pins = pq.read_table(features / "pins.parquet", columns=["pin_id"])["pin_id"]
+    rows["pin_id"] = pins.take(rows["pin_index"]).to_numpy(zero_copy_only=False)
+    order = np.lexsort([rows["pin_id"], rows["key"]])
+    rows = {name: column[order] for name, column in rows.items()}
+    return System(rows, *evaluate.trained_system(run, name, rows), about)
 
 
-def impressions_learnt(about):
-    """Impressions that a student learnt, or human labels where there were none. about: its stage.json."""
-    rows = about["rows"]
-    return rows["train"] - (rows["human"] if about["arguments"]["labels"] == "teacher" else 0)
-
-
-def read_conditions(conditions):
-    """{label: [System]}; Stop unless all were evaluated on the same rows."""
-    read, first = {}, None
-    for label, places in conditions.items():
-        read[label] = [read_system(run, name) for run, name in places]
-        for (run, _), system in zip(places, read[label]):
-            first = first or (run, system)
-            if system.ids != first[1].ids or (system.rows["label"] != first[1].rows["label"]).any():
-                raise Stop(f"{run} has other evaluation rows than {first[0]}: compare the same labels")
-    return read
+def home_language(run):
+    """The language of most human training labels."""
+    train, _ = read_labelled(run, None)
+    return mode(train["language"])
 
 
 def measure_condition(systems, at, resamples, number):
-    """{metric: (mean over seeds, resampled means [R], each seed's value)} on the rows `at`.
+    """Metrics on the rows `at`: a table of each seed's, and one of resampled means over seeds [R].
 
     A resample draws queries with replacement (the same ones for every seed and condition) and, with
     replacement, as many of the condition's seeds as it has, and averages those (the pigeonhole bootstrap,
@@ -103,34 +83,38 @@ def measure_condition(systems, at, resamples, number):
     for system in systems:
         y, query = system.rows["label"][at], system.rows["query_index"][at]
         runs.append(evaluate.Measured(y, system.p[at], system.score[at], query).bootstrap(resamples, seed=0))
+    seeds, drawn = zip(*runs)
+    drawn = np.stack([pd.DataFrame(of_seed) for of_seed in drawn], axis=1)  # [R, seeds, metrics]
     drawn_seeds = np.random.default_rng([0, number]).integers(0, len(runs), (resamples, len(runs)))
-    found = {}
+    means = np.take_along_axis(drawn, drawn_seeds[:, :, None], axis=1).mean(axis=1)
+    return pd.DataFrame(seeds), pd.DataFrame(means, columns=list(seeds[0]))
+
+
+def rows_of(value, resampled, **which):
+    """A flat row a metric: its value, and interval by its values on resamples. Tables, a column a metric."""
+    rows = []
     for metric in COMPARED:
-        values = [value[metric] for value, _ in runs]
-        drawn = np.stack([drawn[metric] for _, drawn in runs], axis=1)  # [R, seeds]
-        found[metric] = np.mean(values), np.take_along_axis(drawn, drawn_seeds, axis=1).mean(axis=1), values
-    return found
+        found = evaluate.interval(value[metric], resampled[metric])
+        rows.append({**which, "metric": metric, **vars(found)})
+    return rows
 
 
 def measure(read, resamples, languages=()):
     """{label: [System]} -> two flat tables of rows, overall and by these languages: metrics of each
     condition, and differences of any two on the same resamples (hence tighter than two intervals)."""
-    language_of = next(iter(read.values()))[0].rows["language"]
-    found, table, differences = {}, [], []
-    languages = [ALL, *languages]
-    for language in languages:
+    [[first, *_], *_] = read.values()
+    language_of, table, differences = first.rows["language"], [], []
+    for language in [ALL, *languages]:
         at = (language_of == language) | (language == ALL)
+        found = {}
         for number, (label, systems) in enumerate(read.items()):
-            for metric, measured in measure_condition(systems, at, resamples, number).items():
-                found[label, language, metric] = measured
-    for (label, language, metric), (value, drawn, seeds) in found.items():
-        row = {"condition": label, "language": language, "metric": metric}
-        row |= vars(evaluate.interval(value, drawn))
-        table.append({**row, "seeds": [round(float(seed), 6) for seed in seeds]})
-    for (minus, label), language, metric in product(combinations(read, 2), languages, COMPARED):
-        a, b = found[label, language, metric], found[minus, language, metric]
-        row = {"condition": label, "minus": minus, "language": language, "metric": metric}
-        differences.append({**row, **vars(evaluate.interval(a[0] - b[0], a[1] - b[1]))})
+            seeds, means = measure_condition(systems, at, resamples, number)
+            found[label] = seeds.mean(), means
+            for row in rows_of(*found[label], condition=label, language=language):
+                table.append({**row, "seeds": seeds[row["metric"]].round(6).tolist()})
+        for minus, label in combinations(read, 2):
+            (a, of_a), (b, of_b) = found[label], found[minus]
+            differences += rows_of(a - b, of_a - of_b, condition=label, minus=minus, language=language)
     return table, differences
 
 
@@ -146,16 +130,18 @@ def points(m):
     return "–" if m.value is None else f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
 
 
-def flat_table(title, rows, names):
-    """Overall rows of measure() as a Markdown table, a line a condition, or two of them. names: columns that
-    tell which."""
+def table_of(title, head, rows, **which):
+    """Rows of measure() that have these values as a Markdown table: a line a condition, or two of them."""
     lines = {}
     for row in rows:
-        name, m = " − ".join(row[name] for name in names), SimpleNamespace(**row)
-        text = signed(m) if "minus" in names else cell(m, False)
-        lines.setdefault(name, [name]).append(text)
-    head = [heading.removesuffix(" %") for heading in COMPARED.values()]
-    return "\n".join(markdown_table([title, *head], lines.values()))
+        m, name = SimpleNamespace(**row), row["condition"]
+        percent = METRICS[m.metric].percent
+        text = cell(m, percent)
+        if "minus" in row:
+            name, text = f"{name} − {m.minus}", points(m) if percent else signed(m)
+        if which.items() <= row.items():
+            lines.setdefault(name, [escaped(name)]).append(text)
+    return markdown_table([title, *map(escaped, head)], lines.values())
 
 
 def languages_of(entry):
@@ -163,91 +149,72 @@ def languages_of(entry):
     return list(dict.fromkeys(row["language"] for row in entry["table"] if row["language"] != ALL))
 
 
-def finding_text(key, entry):
-    """A finding's section of findings.md, as lines."""
-    table, labels, shown = entry["table"], list(entry["conditions"]), entry["shown"]
-    by_seed = f"each seed: {COMPARED[shown].removesuffix(' %')} × 100"
-    head = ["condition", *COMPARED.values(), by_seed, "points above the one before"]
-    body = []
-    for before, label in zip([None, *labels], labels):
-        line = [find(table, condition=label, metric=metric) for metric in COMPARED]
-        line = [escaped(label), cell(line[0]), *(cell(m, False) for m in line[1:])]
-        seeds = find(table, condition=label, metric=shown).seeds
-        line.append(", ".join(f"{100 * value:.1f}" for value in seeds))
-        step = find(entry["differences"], condition=label, minus=before, metric=shown)
-        line.append(points(step) if step else "")
-        body.append(line)
-    lines = [
-        f"## ({key}) {entry['title']}",
-        "",
-        f"{entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.",
-        "",
-        f"![finding {key}](finding_{key}.png)",
-        *markdown_table(head, body),
-    ]
-    tags = languages_of(entry)
-    if tags:
-        body = []
-        for label in labels:
-            found = [find(table, condition=label, language=tag, metric=shown) for tag in tags]
-            body.append([escaped(label), *(cell(m, shown == "accuracy") for m in found)])
-        lines += markdown_table([f"{COMPARED[shown]} by language", *map(escaped, tags)], body)
-    return lines
-
-
 def findings_report(findings):
     """findings.md."""
-    lines = [
-        "# The paper's findings, measured",
-        "",
+    about = (
         "Mean over a condition's seeds; in brackets a 95 % interval that covers the choice of evaluation "
         "queries and of seeds (experiments/comparison.py, measure_condition). Differences are taken on the "
-        "same resamples.",
-    ]
+        "same resamples."
+    )
+    lines = ["# The paper's findings, measured", "", about]
     for key, entry in sorted(findings.items()):
-        lines += ["", *finding_text(key, entry)]
+        lines += ["", f"## ({key}) {entry['title']}", ""]
+        lines += [f"{entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.", ""]
+        lines += [f"![finding {key}](finding_{key}.png)"]
+        lines += table_of("condition", COMPARED.values(), entry["table"], language=ALL)
+        lines += table_of("difference", COMPARED.values(), entry["differences"], language=ALL)
+        shown, languages = entry["shown"], languages_of(entry)
+        if languages:
+            title = f"{COMPARED[shown]} by language"
+            lines += table_of(title, ["all", *languages], entry["table"], metric=shown)
     return "\n".join(lines) + "\n"
 
 
 def plot_intervals(path, panels):
-    """Metrics in a picture, a row each, with their intervals, and each seed as a ring. panels: {heading:
-    {row's label: a metric with value, low, high, perhaps seeds}}, the same labels in each."""
-    labels = list(next(iter(panels.values())))
+    """Metrics in a picture, a line each, with their intervals, and each seed as a ring. panels: {heading:
+    {line's label: value, low, high, perhaps seeds}}, the same labels in each."""
+    [labels, *_] = panels.values()
     size = 4 + 3 * len(panels), 1 + 0.25 * len(labels)
+    places = range(len(labels))
     with whole_file(path) as temporary, picture_file(temporary, size) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (heading, rows) in zip(axes, panels.items()):
-            for place, m in enumerate(rows.values()):
-                if m.value is not None:
-                    ax.plot([m.low, m.high], [place, place], color=BLUE, lw=1.4)
-                    ax.plot(m.value, place, "o", color=BLUE, ms=6)
-                for seed in getattr(m, "seeds", ()):
-                    ax.plot(seed, place, "o", mfc="white", mec=BLUE, ms=3.5)
+            found = pd.DataFrame(rows.values(), columns=["value", "low", "high"], dtype=float)
+            ax.hlines(places, found["low"], found["high"], color=BLUE, lw=1.4)
+            ax.plot(found["value"], places, "o", color=BLUE, ms=6)
+            for place, row in enumerate(rows.values()):
+                seeds = row.get("seeds", [])
+                ax.plot(seeds, [place] * len(seeds), "o", mfc="white", mec=BLUE, ms=3.5)
             ax.set_xlabel(f"{heading}, 95 % interval")
-            ax.grid(axis="x", color="#DDDDDD", lw=0.6)
-        axes[0].set_yticks(range(len(labels)), map(drawable, labels))
+            ax.grid(axis="x", lw=0.3)
+        axes[0].set_yticks(places, map(drawable, labels))
         axes[0].invert_yaxis()
 
 
 def compare(key, conditions, into, resamples=1_000):
     """Measures {label: systems} as finding `key` and puts it into the folder `into`."""
     # 1. Systems; all on the same evaluation rows
-    into, read = Path(into), read_conditions(conditions)
-    first = next(iter(read.values()))[0]
-    rows, home = first.rows, first.facts["home_language"]
-    about = {}
-    for label, systems in read.items():
-        learnt = [system.facts["training_rows"] for system in systems]
-        about[label] = {
-            "learnt_from": systems[0].facts["learnt_from"],
-            "runs": [f"{os.path.relpath(run, into)}:{name}" for run, name in conditions[label]],
-            "training_rows": None if None in learnt else round(np.mean(learnt)),
-        }
+    into, read, about, rows = Path(into), {}, {}, None
+    for label, places in conditions.items():
+        read[label] = [read_system(run, name) for run, name in places]
+        for (run, _), system in zip(places, read[label]):
+            rows = rows or system.rows
+            for column in ("key", "pin_id", "label"):
+                if not np.array_equal(system.rows[column], rows[column]):
+                    raise Stop(f"{run} has other evaluation rows than the first: compare the same labels")
+        made = read[label][0].about
+        labels = made["arguments"].get("labels", "human")
+        learnt = made["rows"].get("train")
+        if labels == "teacher":
+            learnt -= made["rows"]["human"]  # which it learns beside the impressions
+        places = [f"{os.path.relpath(run, into)}:{name}" for run, name in places]
+        about[label] = {"learnt_from": f"{labels} labels", "runs": places, "training_rows": learnt}
+    home = home_language(run)
 
     # 2. Metrics
     tags = sorted(set(rows["language"]), key=lambda tag: (tag != home, tag))
     table, differences = measure(read, resamples, tags if len(tags) > 1 else ())
-    two_levels = len(np.unique(rows["label"])) == 2  # accuracy says little then
+    two_levels = len(set(rows["label"])) == 2  # accuracy says little then
     entry = {
         "title": FINDINGS[key],
         "rows": len(rows["label"]),
@@ -260,15 +227,14 @@ def compare(key, conditions, into, resamples=1_000):
     }
 
     # 3. Plot, tables
-    shown = {}
-    for language in (languages_of(entry) if key == "c" else ()) or [ALL]:
-        for label in about:
-            m = find(table, condition=label, language=language, metric=entry["shown"])
-            shown[f"{label}, {language}" if language else label] = m
+    shown, languages = {}, languages_of(entry) if key == "c" else []
+    for row in table:
+        if row["metric"] == entry["shown"] and row["language"] in (languages or [ALL]):
+            shown[f"{row['condition']}, {row['language']}".removesuffix(", ")] = row
     plot_intervals(into / f"finding_{key}.png", {COMPARED[entry["shown"]].removesuffix(" %"): shown})
-    findings = read_json(into / "findings.json") if (into / "findings.json").exists() else {}
-    findings[key] = entry
-    write_json(into / "findings.json", dict(sorted(findings.items())))
+    path = into / "findings.json"
+    findings = {**(read_json(path) if path.exists() else {}), key: entry}
+    write_json(path, dict(sorted(findings.items())))
     with whole_file(into / "findings.md") as path:
         path.write_text(findings_report(findings), encoding="utf-8")
     print(f"({key}) {FINDINGS[key]}: {into / 'findings.md'}")

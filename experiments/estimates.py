@@ -1,9 +1,7 @@
-"""What a judge's labels of result lists say: means with intervals, means corrected by people's labels, how
-far the judge agrees with people, how many queries a difference takes.
+"""What a judge's labels of result lists say, as in Wang et al., 2025 (arXiv 2509.03764).
 
-Wang et al., 2025 (arXiv 2509.03764) measure experiments so; the correction is prediction-powered inference
-(Angelopoulos et al., 2023; power tuning: arXiv 2311.01453), on ranking metrics as PRECISE has it (arXiv
-2606.05308). Shapes: N pairs, Q queries, C = 5 levels.
+The correction is prediction-powered inference (Angelopoulos et al., 2023; power tuning: arXiv 2311.01453), on
+ranking metrics as PRECISE has it (arXiv 2606.05308). Shapes: N pairs, Q queries, C = 5 levels.
 """
 
 from typing import NamedTuple
@@ -23,13 +21,8 @@ DETECTED = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)  # 5 % of false alarms, 8
 def gains(p, how):
     """Probabilities [N, C] -> gain 2^(level - 1) - 1 and relevance (level >= RELEVANT) of each pair [N]."""
     if how == "probable":
-        p = certain(p.argmax(axis=1) + 1)
+        p = np.eye(NUM_LEVELS)[p.argmax(axis=1)]
     return p @ GAINS, at_least(p, RELEVANT)
-
-
-def certain(level):
-    """People's labels [N] as probabilities [N, C]."""
-    return np.eye(NUM_LEVELS)[level - 1]
 
 
 class Estimate(NamedTuple):
@@ -60,7 +53,8 @@ def mean(values, weight):
 
 def corrected_mean(people, judge, others):
     """Power-tuned prediction-powered mean: people's and the judge's values of the same n queries, and the
-    judge's of N others. Returns the Estimate, and how much the judge counts (lambda, from 0 to 1).
+    judge's of N others. Returns the Estimate, how much the judge counts (lambda, from 0 to 1), and how many
+    queries judged by people alone give as narrow an interval.
 
         theta = lambda mean(others) + mean(people - lambda judge)
         lambda = cov(people, judge) / ((1 + n / N) var(judge and others))        arXiv 2311.01453, example 6.1
@@ -71,15 +65,8 @@ def corrected_mean(people, judge, others):
     tuned = np.clip(tuned, 0, 1)
     left = people - tuned * judge
     value = tuned * others.mean() + left.mean()
-    of_others = tuned**2 * others.var(ddof=1) / more
-    of_people = left.var(ddof=1) / n
-    return estimate(value, of_others + of_people, n), tuned
-
-
-def queries_as_good(people, error):
-    """How many queries judged by people alone give a standard error as small as this."""
-    needed = people.var(ddof=1) / max(error, 1e-12) ** 2
-    return int(np.ceil(needed))
+    variance = tuned**2 * others.var(ddof=1) / more + left.var(ddof=1) / n
+    return estimate(value, variance, n), tuned, people.var(ddof=1) / max(variance, 1e-24)
 
 
 def trust(rows):
@@ -128,17 +115,17 @@ def power(values, stratum, weight, want, plan):
     1934: by traffic times standard deviation), and what these detect."""
     queries = pd.DataFrame({"value": values, "weight": weight, "stratum": stratum}).dropna()
     strata = queries.groupby("stratum").agg({"weight": "sum", "value": "std"}).fillna(0)
-    share, deviation = strata["weight"] / strata["weight"].sum(), strata["value"]
-    product = share * deviation
-    drawn = {"proportional": share, "optimal": (product / product.sum()).fillna(share)}
-    drawn = plan * pd.DataFrame(drawn)
-    spread = {"proportional": np.sqrt(share @ deviation**2), "optimal": product.sum()}
+    share = strata["weight"] / strata["weight"].sum()
+    product = share * strata["value"]
+    optimal = (product / product.sum()).fillna(share)
+    drawn = pd.DataFrame({"proportional": share, "optimal": optimal})
+    variance = drawn.rdiv(product**2, axis=0).sum()  # of the mean, times the queries drawn
     deviation = queries["value"].std()
     return {
         "queries": len(queries),
         "deviation": deviation,
         "detects": detectable(deviation, len(queries)),
         "queries_for_want": want and np.ceil((DETECTED * deviation / want) ** 2),
-        "plan": drawn.round().to_dict("index"),
-        "plan_detects": {how: detectable(value, plan) for how, value in spread.items()},
+        "plan": (plan * drawn).round().to_dict("index"),
+        "plan_detects": detectable(np.sqrt(variance), plan).to_dict(),
     }

@@ -4,13 +4,9 @@
     python -m experiments.findings [--run RUN]     into RUN/../findings: findings.md, findings.json, plots
     python -m experiments.findings --run RUN --findings a d --models SmolLM2=HuggingFaceTB/SmolLM2-135M
 
-(a) teachers BERT, T5, DeBERTa, Llama       (b) students on more and more impressions, beside the student on
-human labels alone      (c) teacher and student by language, the student also without impressions in other
-languages       (d) the teacher's pin text, source by source
-
-A condition is trained with several seeds, and with the flags that RUN was made with; RUN itself stands for
-the first seed of those that equal it. Killed or run again, it continues: finished stages do nothing. The toy
-takes an hour on two CPU cores.
+The findings: compare_models() … below. A condition is trained with several seeds, and with the flags that RUN
+was made with; RUN itself stands for the first seed of those that equal it. Killed or run again, it continues:
+finished stages do nothing. The toy takes an hour on two CPU cores.
 """
 
 import os
@@ -21,16 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from common import FIELDS
-from experiments.comparison import compare, impressions_learnt
-from lib.stages.files import read_json
+from experiments.comparison import compare, home_language
+from lib.inputs.inherited import require
+from lib.inputs.pairs import PairFiles
 from lib.stages.settings import ROOT, Count, Size, parse
 from lib.stages.terminal import Stop, run_main
 
-TOY_MODELS = ROOT / "data" / "toy" / "models"
+TOY = ROOT / "data" / "toy" / "models"
+MODELS = tuple(f"{name}={TOY / name.lower()}" for name in ("BERT", "T5", "DeBERTa"))
 SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py", "student": "04_train_student.py"}
 
 
@@ -42,36 +37,25 @@ class Settings:
     findings: tuple[Literal["a", "b", "c", "d"], ...] = ("a", "b", "c", "d")  # those to be measured
     into: Path | None = None  # experiments and results (default: findings, beside RUN)
     more: Path | None = None  # run for (b): the same human labels, more impressions (default: RUN)
-    models: tuple[str, ...] = tuple(
-        f"{name}={TOY_MODELS / name.lower()}" for name in ("BERT", "T5", "DeBERTa")
-    )  # teachers of (a) beside RUN's own: NAME=FOLDER or NAME=HUB-ID
+    models: tuple[str, ...] = MODELS  # teachers of (a) beside RUN's own: NAME=FOLDER or NAME=HUB-ID
     run_teacher: str = "Llama"  # what RUN's own teacher is called in (a)
     fields: tuple[str, ...] = ("caption", "title+description", "links", "boards", "queries")
     # pin text of (d) in the order it is added, here the paper's; RUN's teacher must have read all of it
-    home_language: str = "en"  # language of the human training labels
     seeds: tuple[Size, ...] = (0, 1, 2)  # of teachers and students
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Experiments: noted first, then worked off, some at a time. A trained system is a pair (run, "teacher") or
-# (run, name of a student's folder); a condition is a label and its systems, one a seed.
-
-
 class Experiments:
-    """Teachers and students to be trained in folders below INTO."""
+    """Teachers and students in folders below INTO: noted first, then worked off, some at a time. A trained
+    system is a pair (run, "teacher") or (run, name of a student's folder)."""
 
     def __init__(self, settings):
-        self.settings, self.noted = settings, {}  # name -> command lines of stages
-
-    def made(self, folder):
-        """stage.json of a folder of RUN."""
-        return read_json(self.settings.run / folder / "stage.json")
+        self.settings, self.run, self.noted = settings, settings.run, {}  # name -> command lines of stages
 
     def command(self, stage, *flags):
         """A stage's command line: RUN's own flags, and these, which win."""
-        return [sys.executable, ROOT / SCRIPTS[stage], *self.made(stage)["command"], *flags]
+        return [sys.executable, ROOT / SCRIPTS[stage], *require(self.run / stage, ())["command"], *flags]
 
     def link(self, folder, run, *names):
         """INTO/folder, with links to some folders of a run."""
@@ -82,36 +66,34 @@ class Experiments:
                 (target / name).symlink_to((run / name).resolve())
         return target
 
-    def teachers(self, name, *flags, run_is_first=False):
-        """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows."""
-        systems = []
-        for seed in self.settings.seeds:
-            folder = self.settings.run
-            if not run_is_first or systems:
-                folder = self.link(f"{name}_{seed}", self.settings.run, "features")
-                self.noted[folder.name] = (
-                    self.command("teacher", "--run", folder, "--seed", seed, *flags),
-                    self.command("labels", "--run", folder, "--only-labelled"),
-                )
+    def teachers(self, name, *flags, first=()):
+        """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows; `first`
+        stands for that of the first seed."""
+        systems = [*first]
+        for seed in self.settings.seeds[len(systems) :]:
+            folder = self.link(f"{name}_{seed}", self.run, "features")
+            self.noted[folder.name] = [
+                self.command("teacher", "--run", folder, "--seed", seed, *flags),
+                self.command("labels", "--run", folder, "--only-labelled"),
+            ]
             systems.append((folder, "teacher"))
         return systems
 
-    def students(self, run, name, *flags, first=None):
+    def students(self, run, name, *flags, first=()):
         """A student of each seed on a run's soft labels; `first` stands for that of the first seed."""
-        folder = self.link("students" if run == self.settings.run else "more", run, "features", "labels")
-        systems = [first] if first else []
+        folder = self.link("students" if run == self.run else "more", run, "features", "labels")
+        systems = [*first]
         for seed in self.settings.seeds[len(systems) :]:
             student = f"{name}_{seed}"
             own = "--run", folder, "--name", student, "--seed", seed
-            self.noted[f"{folder.name}_{student}"] = (self.command("student", *own, *flags),)
+            self.noted[f"{folder.name}_{student}"] = [self.command("student", *own, *flags)]
             systems.append((folder, student))
         return systems
 
     def epochs_for(self, impressions):
-        """Epochs that take as many optimizer steps on so many impressions as RUN's student took: at equal
-        epochs a small set would be trained too little, and a curve would show that instead. All students but
-        that on human labels also learn the human-labelled rows, as RUN's does."""
-        made = self.made("student")
+        """Epochs that take as many optimizer steps on so many impressions, and the human-labelled rows, as
+        RUN's student took: at equal epochs a small set would be trained too little."""
+        made = require(self.run / "student", ())
         rows = impressions + made["rows"]["human"]
         return "--epochs", max(1, round(made["arguments"]["epochs"] * made["rows"]["train"] / rows))
 
@@ -119,13 +101,8 @@ class Experiments:
         """Trains all that was noted, JOBS at a time; each has its log in INTO/logs."""
         print(f"{len(self.noted)} experiments, {self.settings.jobs} at a time")
         with ThreadPoolExecutor(self.settings.jobs) as pool:
-            running = [pool.submit(self.train, name) for name in self.noted]
-            try:
-                for experiment in running:
-                    experiment.result()
-            except Stop:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for name in pool.map(self.train, self.noted):  # the first failure ends it
+                print(f"  {name}: done")
         self.noted = {}
 
     def train(self, name):
@@ -139,15 +116,11 @@ class Experiments:
                 done = subprocess.run([*map(str, command)], stdout=out, stderr=out, env=environment)
                 if done.returncode:
                     raise Stop(f"{name} failed ({log}): {log.read_text().strip().splitlines()[-1]}")
-        print(f"  {name}: done")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The conditions of each finding: {label: systems}
+        return name
 
 
 def compare_models(experiments, own):
-    """(a): teachers of other models, and RUN's own."""
+    """(a): teachers of other models, and RUN's own. Returns {label: systems}, as those below do."""
     conditions = {}
     for entry in experiments.settings.models:
         name, _, place = entry.partition("=")
@@ -157,48 +130,53 @@ def compare_models(experiments, own):
 
 def compare_sources(experiments, own):
     """(d): pin text that grows, source by source; RUN's own teacher reads all of it."""
-    groups = experiments.settings.fields
+    *groups, last = experiments.settings.fields
     conditions, read = {}, set()
-    for group in groups[:-1]:
+    for group in groups:
         read |= set(group.split("+"))
         fields = [field for field in FIELDS if field in read]
         name = f"fields_to_{group.replace('+', '_')}"
         label = f"+ {group}" if conditions else group
         conditions[label] = experiments.teachers(name, "--fields", *fields)
-    return {**conditions, f"+ {groups[-1]}": own}
+    return {**conditions, f"+ {last}": own}
 
 
-def compare_amounts(experiments):
+def compare_amounts(experiments, own):
     """(b): students on a growing number of impressions, and on human labels alone."""
-    run, more = experiments.settings.run, experiments.settings.more
-    human = experiments.made("student_human_labels")["rows"]["train"]
-    flags = experiments.epochs_for(human - experiments.made("student")["rows"]["human"])
-    conditions = {
-        "student on human labels": experiments.students(run, "student_human", "--labels", "human", *flags)
-    }
-    features = read_json(more / "features" / "stage.json")["rows"]
-    for n in sizes(features["labelled_train"], features["impressions"]):
+    run, more = experiments.run, experiments.settings.more
+    alone, beside = (require(run / name, ())["rows"] for name in ("student_human_labels", "student"))
+    flags = experiments.epochs_for(alone["train"] - beside["human"])
+    on_human = experiments.students(run, "student_human", "--labels", "human", *flags)
+    conditions = {"student on human labels": on_human}
+    rows = require(more / "features", ())["rows"]
+    for n in sizes(rows["labelled_train"], rows["impressions"]):
         flags = "--rows", n, *experiments.epochs_for(n)
         conditions[f"{n:,} impressions"] = experiments.students(more, f"student_{n}", *flags)
-    first = (run, "student") if more == run else None
-    flags = () if first else experiments.epochs_for(features["impressions"])
+    first = [(run, "student")] if more == run else []
+    flags = () if first else experiments.epochs_for(rows["impressions"])
     every = experiments.students(more, "student_all", *flags, first=first)
     return {**conditions, "all impressions": every}
 
 
-def compare_languages(experiments):
-    """(c): RUN's student, if any, and students on fewer impressions: of the home language, of all."""
-    run, home = experiments.settings.run, experiments.settings.home_language
+def compare_languages(experiments, own):
+    """(c): RUN's teacher and its student, if any, by language, and students on fewer impressions: of all
+    languages, and as many of the home language alone, which tells fewer rows from fewer languages."""
+    run = experiments.run
     if not (run / "student" / "stage.json").exists():
-        return {}
-    student = experiments.students(run, "student_all", first=(run, "student"))
-    steps = experiments.epochs_for(impressions_in(run / "features", home))
-    alone = experiments.students(run, "student_home", "--languages", home, *steps)
-    experiments.work()
-    # As few rows as in the home language alone, of all languages: tells fewer rows from fewer languages.
-    rows = impressions_learnt(read_json(alone[0][0] / alone[0][1] / "stage.json"))
-    fewer = experiments.students(run, "student_fewer", "--rows", rows, *steps)
-    return {"student": student, "student, fewer impressions": fewer, f"student, fewer, {home} only": alone}
+        return {"teacher": own}
+    home = home_language(run)
+    files = PairFiles(run, [home])
+    rows = (
+        sum(int(files.count(path).sum()) for path in files.shards) * 9 // 10
+    )  # 04 holds out a tenth at most
+    flags = "--rows", rows, *experiments.epochs_for(rows)
+    alone = experiments.students(run, "student_home", "--languages", home, *flags)
+    return {
+        "teacher": own,
+        "student": experiments.students(run, "student_all", first=[(run, "student")]),
+        "student, fewer impressions": experiments.students(run, "student_fewer", *flags),
+        f"student, fewer, {home} only": alone,
+    }
 
 
 def sizes(human, impressions):
@@ -210,37 +188,22 @@ def sizes(human, impressions):
     return sorted(found)
 
 
-def impressions_in(features, language):
-    """Number of impressions of queries in a language."""
-    is_home = pc.equal(pq.read_table(features / "queries.parquet")["language"], language)
-    query = pq.ParquetDataset(features / "impressions").read(columns=["query_index"])["query_index"]
-    return pc.sum(is_home.take(query)).as_py() or 0
+CONDITIONS = {"a": compare_models, "b": compare_amounts, "c": compare_languages, "d": compare_sources}
 
 
 def main(argv=None):
     # 1. The run
     settings = parse({"toy": Settings()}, argv, __doc__)
-    run, wanted = settings.run, settings.findings
-    needed = ["features", "teacher", "labels"] + ["student_human_labels", "student"] * ("b" in wanted)
-    for stage in needed:
-        if not (run / stage / "stage.json").exists():
-            raise Stop(f"{run / stage}: missing; take {run} through the five stages first")
-    into = settings.into or run.parent / "findings"
-    settings = replace(settings, more=settings.more or run, into=into)
+    into = settings.into or settings.run.parent / "findings"
+    experiments = Experiments(replace(settings, more=settings.more or settings.run, into=into))
     into.mkdir(parents=True, exist_ok=True)
 
     # 2. Experiments
-    experiments, conditions = Experiments(settings), {}
-    if {*wanted} != {"b"}:  # which compares students alone
-        own = experiments.teachers(f"teacher_{settings.run_teacher}", run_is_first=True)
-    if "a" in wanted:
-        conditions["a"] = compare_models(experiments, own)
-    if "b" in wanted:
-        conditions["b"] = compare_amounts(experiments)
-    if "c" in wanted:
-        conditions["c"] = {"teacher": own, **compare_languages(experiments)}
-    if "d" in wanted:
-        conditions["d"] = compare_sources(experiments, own)
+    own = None
+    if {*settings.findings} != {"b"}:  # which compares students alone
+        first = [(settings.run, "teacher")]
+        own = experiments.teachers(f"teacher_{settings.run_teacher}", first=first)
+    conditions = {key: CONDITIONS[key](experiments, own) for key in settings.findings}
     experiments.work()
 
     # 3. The comparisons

@@ -1,8 +1,7 @@
 """The teacher as judge: result lists of an experiment, labelled by a run's teacher instead of by people.
 
-Wang et al., 2025, "LLM-based Relevance Assessment for Web-Scale Search Evaluation at Pinterest" (arXiv
-2509.03764). Where people have labelled the lists' tops of some queries, the figures are corrected by them
-(experiments/estimates.py). Beside every result stands how far this judge agrees with people.
+Wang et al., 2025 (arXiv 2509.03764). Where people have labelled the lists' tops of some queries, the figures
+are corrected by them (experiments/estimates.py). Beside a result stands how far the judge agrees with people.
 
     python experiments/judge.py --run outputs/toy --results control=bm25.run treatment=student.csv --top 10
     python experiments/judge.py --run RUN --results a=a.parquet b=b.parquet --strata interest --want 0.01
@@ -19,7 +18,6 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -41,7 +39,9 @@ from lib.stages.terminal import Stop, progress_bar, run_main  # noqa: E402
 stage_03 = importlib.import_module("03_label")
 METRICS = {"ndcg": "nDCG@{}", "sdcg": "scaled DCG@{}", "precision": "precision@{}"}
 VALUE = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-CORRECTED = f"; corrected {VALUE} by {{people:,}} queries of people (as {{people_alone:,}} alone)"
+CORRECTED = f"; corrected {VALUE} by {{people:,}} queries of people (as {{people_alone:,.0f}} alone)"
+DETECTS = "  {}: {queries:,} queries detect {detects:.4f} of nDCG"
+WANTED = "; the wanted difference takes {queries_for_want:,.0f}"
 FEWEST = 5  # queries of people, or of the judge alone, below which nothing is corrected
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
@@ -126,19 +126,8 @@ def correct(judge, people, covered, weight):
         return None
     scale = weight / weight[there].mean()
     people, judge = people * scale, judge * scale
-    found, tuned = estimates.corrected_mean(people[both], judge[both], judge[rest])
-    alone = estimates.queries_as_good(people[both], found.error)
+    found, tuned, alone = estimates.corrected_mean(people[both], judge[both], judge[rest])
     return {**found._asdict(), "lambda": tuned, "people": int(both.sum()), "people_alone": alone}
-
-
-def plot_differences(means, groups, path):
-    """Means of every pair of lists (of one list: its values) by group, with intervals; a panel a metric."""
-    names, panels = [name for name in means if " - " in name] or means, {}
-    for metric, heading in METRICS.items():
-        rows = panels[heading.format("K")] = {}
-        for name, group in product(names, groups):
-            rows[f"{name}, {group}"] = SimpleNamespace(**means[name][metric][group])
-    plot_intervals(path, panels)
 
 
 def numbers(found):
@@ -159,17 +148,16 @@ def say(result):
     if not found["corrected"]:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
-        line = f"  {name}: {found['queries']:,} queries detect {found['detects']:.4f} of nDCG"
-        if found["queries_for_want"]:
-            line += f"; the wanted difference takes {found['queries_for_want']:,.0f}"
-        print(line)
+        wanted = WANTED.format(**found) if found["queries_for_want"] else ""
+        print(DETECTS.format(name, **found) + wanted)
 
 
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse({"toy": Settings()}, argv, __doc__)
     quiet_libraries()
-    run, files = settings.run, named_files(settings.results)
+    run = settings.run
+    files = named_files(settings.results)
     read, about, model = require_teacher(run, run / "teacher", settings.model)
     labels = require_pairs(run, ["labelled.parquet", "pool.json"])["labels"]
     of_03 = parse(stage_03.PRESETS, labels["command"])  # the flags that the run's labels were made with
@@ -191,9 +179,9 @@ def main(argv=None):
     # 3. How far it can be trusted, and what it says
     _, evaluation = read_labelled(run)
     how, distance, agreement = estimates.trust(evaluation)
-    level, covered = lists.people(evaluation)
+    people, covered = lists.people(evaluation)
     judge = lists.metrics(*estimates.gains(p, how))
-    people = lists.metrics(*estimates.gains(estimates.certain(level), how))
+    people = lists.metrics(*estimates.gains(people, how))
     groups = groups_of(weight, lists.queries["language"].to_numpy(), strata)
     result = {"top": settings.top, "gain": how, "distance": distance, "agreement": agreement}
     result["means"] = compared(judge, people, covered, groups, weight)
@@ -204,7 +192,10 @@ def main(argv=None):
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", lists.columns() | dict(zip(COLUMNS, p.T)))
     write_json(stage.folder / "metrics.json", result)
-    plot_differences(result["means"], groups, stage.folder / "differences.png")
+    panels = {heading.format("K"): {} for heading in METRICS.values()}
+    for name, (metric, heading), group in product(differences or judge, METRICS.items(), groups):
+        panels[heading.format("K")][f"{name}, {group}"] = result["means"][name][metric][group]
+    plot_intervals(stage.folder / "differences.png", panels)
     say(result)
     stage.finish(["work"], rows={"pairs": len(p), "queries": len(lists.queries)})
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from common import NUM_LEVELS
 from experiments.estimates import GAINS
 from lib.inputs.pairs import read_queries
 from lib.stages.terminal import Stop
@@ -56,12 +57,12 @@ class Lists:
         return found
 
     def people(self, evaluation):
-        """People's level of each pair [N], 1 where they have none, and which queries have all of their pairs
-        labelled [Q]. evaluation: rows that the teacher was not trained on."""
+        """People's labels of the pairs as probabilities [N, C], of level 1 where they have none, and which
+        queries have all of their pairs labelled [Q]. evaluation: rows that the teacher did not learn."""
         pairs = [evaluation["query_index"], evaluation["pin_index"]]
         level = pd.Series(evaluation["label"], pairs).reindex(self.places.index)
         covered = level.notna().groupby(level="query").all()
-        return level.fillna(1).to_numpy(int), covered.to_numpy()
+        return np.eye(NUM_LEVELS)[level.fillna(1).to_numpy(int) - 1], covered.to_numpy()
 
 
 def list_metrics(place, gain, relevant, top):

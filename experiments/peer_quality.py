@@ -3,20 +3,13 @@
     pip install -r benchmarks/requirements.txt
     python experiments/peer_quality.py --run outputs/msrd      minutes: a CrossEncoder is trained
 
-Reads   RUN/features, RUN/teacher/stage.json and teacher.json, RUN/labels/labelled.parquet, RUN/student*/;
-        prints two tables
-
-    cross_encoder   sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base model,
-                    training rows, text fields, greatest length, epochs, batch size, warm-up, decay and
-                    precision; cross-entropy of the five levels. Its own: the learning rate, one linear layer
-                    for a head; a pair longer than the greatest length loses the end of the pin text, or of
-                    the query where that is longer
-    the others      as stage 05 has them
-
-Intervals: 95 %, bootstrap over queries; a difference is taken on the same resample of the queries for both.
+Reads a run's features, teacher, labels and students; prints two tables, with 95 % intervals: bootstrap over
+queries. cross_encoder is sentence-transformers' CrossEncoder, trained by its own trainer: the teacher's base
+model, training rows, text fields, greatest length, epochs, batch size, warm-up, decay and precision;
+cross-entropy of the five levels. Its own: the learning rate, one linear layer for a head; a pair longer than
+the greatest length loses the end of the pin text, or of the query where that is longer.
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -39,8 +32,6 @@ from lib.stages.hardware import pick_device, pick_dtype  # noqa: E402
 from lib.stages.settings import ROOT, Count, parse  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 
-PEER = "cross_encoder"
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,60 +52,37 @@ def pair_texts(features, fields, rows):
     return texts
 
 
-def train_peer(model, pairs, labels, settings):
-    """A CrossEncoder trained on pairs [(query, pin text)] and their labels [B] in 1..5. settings: of
-    peer_settings."""
+def cross_encoder(model, made, max_tokens, pairs, labels, evaluated):
+    """A CrossEncoder trained on pairs [(query, pin text)] and their labels in 1..5, on the pairs `evaluated`:
+    probabilities [B, C] and ranking score [B]. made: stage 02's arguments."""
     try:
         from datasets import Dataset
-        from sentence_transformers import cross_encoder
+        from sentence_transformers import cross_encoder as peer
     except ImportError as error:
         raise Stop(f"{error.name}: pip install -r benchmarks/requirements.txt") from None
     from transformers import set_seed
 
-    set_seed(settings["seed"])  # of the new head
-    encoder = cross_encoder.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=settings["max_tokens"])
+    set_seed(made["seed"])  # of the new head
+    encoder = peer.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=max_tokens)
     queries, pins = zip(*pairs)
-    columns = {"query": queries, "pin": pins, "label": [int(label) - 1 for label in labels]}
+    data = Dataset.from_dict({"query": queries, "pin": pins, "label": labels - 1})
+    device, loss = pick_device("auto"), peer.losses.CrossEntropyLoss(encoder)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = cross_encoder.CrossEncoderTrainingArguments(
+        arguments = peer.CrossEncoderTrainingArguments(
             output_dir=folder,
-            num_train_epochs=settings["epochs"],
-            per_device_train_batch_size=settings["batch_size"],
-            learning_rate=settings["learning_rate"],
-            warmup_steps=settings["warmup"],  # below 1: a share of the steps
-            weight_decay=settings["weight_decay"],
-            bf16=settings["bf16"],
-            use_cpu=pick_device("auto").type == "cpu",  # bf16 there has to be asked for
-            seed=settings["seed"],
+            num_train_epochs=made["epochs"],
+            per_device_train_batch_size=made["batch_size"],
+            warmup_steps=made["warmup"],  # below 1: a share of the steps
+            weight_decay=made["weight_decay"],
+            bf16=pick_dtype(made["precision"], device) == torch.bfloat16,
+            use_cpu=device.type == "cpu",  # bf16 there has to be asked for
+            seed=made["seed"],
             save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
             disable_tqdm=False,  # it takes minutes
         )
-        data, loss = Dataset.from_dict(columns), cross_encoder.losses.CrossEntropyLoss(encoder)
-        cross_encoder.CrossEncoderTrainer(encoder, arguments, train_dataset=data, loss=loss).train()
-    return encoder
-
-
-def peer_system(encoder, pairs):
-    """A trained CrossEncoder on pairs: probabilities [B, C] and ranking score [B]."""
-    p = encoder.predict(pairs, apply_softmax=True, show_progress_bar=False).astype(np.float64)
+        peer.CrossEncoderTrainer(encoder, arguments, train_dataset=data, loss=loss).train()
+    p = encoder.predict(evaluated, apply_softmax=True, show_progress_bar=False).astype(np.float64)
     return p, expected_level(p)
-
-
-def peer_settings(made, about):
-    """Settings for train_peer. made: stage 02's arguments; about: teacher.json."""
-    found = {name: made[name] for name in ("epochs", "batch_size", "warmup", "weight_decay", "seed")}
-    is_bf16 = pick_dtype(made["precision"], pick_device("auto")) == torch.bfloat16
-    found |= {"max_tokens": about["max_tokens"], "learning_rate": 5e-5}  # its trainer's own
-    return {**found, "bf16": is_bf16}
-
-
-def teacher_rows(train, made):
-    """The training rows that the teacher learned from, by stage 02's own split: without the queries it held
-    out, and the ones left out by its --rows. made: stage 02's arguments."""
-    learned, *_ = split_rows(train["key"], SimpleNamespace(rows=made["rows"], seed=made["seed"]))
-    return {name: column[learned] for name, column in train.items()}
 
 
 def main(argv=None):
@@ -127,21 +95,23 @@ def main(argv=None):
     made, about = read[-1]["arguments"], read_json(run / "teacher" / "teacher.json")
     if about["kind"] == "decoder" and not settings.model:
         raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
-    of_peer, model = peer_settings(made, about), settings.model or about["model"]
-    rows = teacher_rows(train, made)
-    print(f"{PEER}: {model}, {len(rows['label']):,} rows, {json.dumps(of_peer)}")
-    encoder = train_peer(model, pair_texts(features, about["fields"], rows), rows["label"], of_peer)
-    systems = {PEER: peer_system(encoder, pair_texts(features, about["fields"], evaluation))}
+    learned, *_ = split_rows(train["key"], SimpleNamespace(**made))  # as stage 02 splits them
+    rows = {name: column[learned] for name, column in train.items()}
+    model, fields = settings.model or about["model"], about["fields"]
+    print(f"cross_encoder: {model}, {len(learned):,} rows")
+    pairs, evaluated = (pair_texts(features, fields, some) for some in (rows, evaluation))
+    peer = cross_encoder(model, made, about["max_tokens"], pairs, rows["label"], evaluated)
 
     # 2. Beside the run's systems: metrics, and the differences with their intervals
     students = sorted(path.parent.name for path in run.glob("student*/stage.json"))
-    systems |= comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
-    found = {name: [comparison.System(evaluation, [], *system, {})] for name, system in systems.items()}
+    systems = comparison.evaluate.all_systems(run, students[::-1], train, evaluation)
+    systems = {"cross_encoder": peer, **systems}
+    found = {name: [comparison.System(evaluation, *system, {})] for name, system in systems.items()}
     values, differences = comparison.measure(found, settings.resamples)
     queries = len(np.unique(evaluation["query_index"]))
     print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
-    print(comparison.flat_table("system", values, ["condition"]))
-    print(comparison.flat_table("difference", differences, ["condition", "minus"]))
+    for title, rows in (("system", values), ("difference", differences)):
+        print("\n".join(comparison.table_of(title, comparison.COMPARED.values(), rows)))
 
 
 if __name__ == "__main__":

@@ -59,15 +59,17 @@ def test_seeds_are_averaged_and_widen_the_interval():
 
     def system(p):
         score = comparison.evaluate.expected_level(p)
-        return comparison.System({"label": y, "query_index": query}, [], p, score, {})
+        rows = {"label": y, "query_index": query, "language": np.full(200, "en", object)}
+        return comparison.System(rows, p, score, {})
 
-    right, wrong, every = system(np.eye(5)[y - 1]), system(np.eye(5)[y % 5]), np.ones(200, bool)
-    value, drawn, seeds = comparison.measure_condition([right, wrong], every, 400, 0)["accuracy"]
-    interval = tuple(vars(comparison.evaluate.interval(value, drawn)).values())
-    assert interval == (0.5, 0, 1) and seeds == [1, 0]  # a resample may draw one seed twice
-    value, drawn, seeds = comparison.measure_condition([right] * 3, every, 400, 0)["accuracy"]
-    assert vars(comparison.evaluate.interval(value, drawn)) == {"value": 1, "low": 1, "high": 1}
-    assert seeds == [1, 1, 1]
+    right, wrong = system(np.eye(5)[y - 1]), system(np.eye(5)[y % 5])
+    table, differences = comparison.measure({"two": [right, wrong], "three": [right] * 3}, 400)
+    two, three = (comparison.find(table, condition=label, metric="accuracy") for label in ("two", "three"))
+    # A resample may draw one seed twice
+    assert (two.value, two.low, two.high, two.seeds) == (0.5, 0, 1, [1, 0])
+    assert (three.value, three.low, three.high, three.seeds) == (1, 1, 1, [1, 1, 1])
+    difference = comparison.find(differences, condition="three", minus="two", metric="accuracy")
+    assert (difference.value, difference.low, difference.high) == (0.5, 0, 1)
 
 
 def test_differences_are_paired(finished, tmp_path):
@@ -93,6 +95,7 @@ def test_findings_are_gathered(finished, tmp_path):
     assert len(seeds) == 2
     text = (tmp_path / "findings.md").read_text()
     assert "## (a)" in text and "| BERT | " in text and "## (d)" in text
+    assert "| six fields − title | " in text and "| accuracy % by language | all | en | " in text
     assert (tmp_path / "finding_a.png").stat().st_size > 1000
 
 
@@ -156,21 +159,17 @@ def test_two_levels_are_shown_by_auroc(finished, tmp_path, monkeypatch):
     """Of relevant or not, most rows are not: accuracy says little."""
     conditions = {"BERT": [(finished, "teacher")], "larger": [(finished, "teacher")]}
     assert compare(tmp_path / "five", "a", conditions)["shown"] == "accuracy"
-    read = comparison.read_conditions
+    read = comparison.read_system
 
-    def read_binary(conditions):
-        found = read(conditions)
-        for systems in found.values():
-            for system in systems:
-                system.rows["label"] = np.where(system.rows["label"] >= 4, 5, 1)
-        return found
+    def read_binary(run, name):
+        system = read(run, name)
+        system.rows["label"] = np.where(system.rows["label"] >= 4, 5, 1)
+        return system
 
-    monkeypatch.setattr(comparison, "read_conditions", read_binary)
+    monkeypatch.setattr(comparison, "read_system", read_binary)
     entry = compare(tmp_path / "two", "a", conditions)
     assert entry["shown"] == "auroc_4"
-    text = (tmp_path / "two" / "findings.md").read_text()
-    seed = 100 * comparison.find(entry["table"], condition="BERT", metric="auroc_4").seeds[0]
-    assert "each seed: AUROC ≥4 × 100" in text and f"| {seed:.1f} |" in text
+    assert "| AUROC ≥4 by language | " in (tmp_path / "two" / "findings.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,14 +184,6 @@ def test_two_levels_are_shown_by_auroc(finished, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_sizes(human, impressions, expected):
     assert findings.sizes(human, impressions) == expected
-
-
-def test_impressions_in_a_language(finished):
-    features = finished / "features"
-    languages = pq.read_table(features / "queries.parquet")["language"].to_pylist()
-    query = pq.read_table(features / "impressions", columns=["query_index"])["query_index"].to_pylist()
-    expected = sum(languages[q] == "de" for q in query)
-    assert findings.impressions_in(features, "de") == expected > 0
 
 
 @pytest.fixture
@@ -233,8 +224,12 @@ def test_experiments_of_the_paper(finished, tmp_path, trained, monkeypatch):
     assert {flags["--seed"] for flags in teachers} == {5, 6}
     of_home = [flags for number, flags in trained if flags.get("--languages") == "en"]
     fewer = [flags for number, flags in trained if flags.get("--name", "").startswith("student_fewer")]
-    assert [flags["--rows"] for flags in fewer] == [70, 70]
-    assert {flags["--epochs"] for flags in of_home} == {flags["--epochs"] for flags in fewer}
+    assert len(of_home) == len(fewer) == 2
+    languages = pq.read_table(finished / "features" / "queries.parquet")["language"].to_pylist()
+    impressions = pq.read_table(finished / "features" / "impressions")["query_index"].to_pylist()
+    rows = sum(languages[query] == "en" for query in impressions) * 9 // 10
+    assert {flags["--rows"] for flags in of_home + fewer} == {rows}
+    assert len({flags["--epochs"] for flags in of_home + fewer}) == 1
 
 
 @pytest.mark.parametrize("wanted", [["a", "d"], ["b"], ["c"]])
@@ -308,7 +303,7 @@ def test_a_failed_experiment_is_named(finished, tmp_path):
 
 def test_bad_runs_and_flags(tmp_path, capsys):
     line = stop_line(findings.main, ["--run", str(tmp_path)])
-    assert str(tmp_path / "features") in line and "five stages" in line
+    assert str(tmp_path / "teacher") in line and "02_train_teacher.py" in line
     for flags in (["--jobs", "0"], ["--seeds", "a"], ["--nonsense"]):
         with pytest.raises(SystemExit) as stopped:
             findings.main(flags)

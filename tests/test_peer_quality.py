@@ -40,25 +40,6 @@ def labelled_run(tmp_path, models):
     return tmp_path
 
 
-def test_the_peer_gets_the_teachers_rows(labelled_run):
-    run = labelled_run
-    train, _ = read_labelled(run)
-    learned = peer_quality.teacher_rows(train, TRAINED)
-    keys = [f"text {i}" for i in train["query_index"]]
-    is_held_out, _ = held_out(keys, 0.1, "teacher:3", np.ones(len(keys)))
-    assert 0 < is_held_out.sum() < len(is_held_out)
-    for name, column in learned.items():
-        assert (column == train[name][~is_held_out]).all()
-    assert len(peer_quality.teacher_rows(train, {**TRAINED, "rows": 20})["label"]) == 20
-
-
-def test_settings_are_the_teachers():
-    about = {"max_tokens": 32}
-    found = peer_quality.peer_settings(TRAINED, about)
-    assert found["seed"] == 3 and found["max_tokens"] == 32 and not found["bf16"]
-    assert peer_quality.peer_settings({**TRAINED, "precision": "bf16"}, about)["bf16"]
-
-
 def test_pair_texts(labelled_run):
     features = labelled_run / "features"
     pins = pq.read_table(features / "pins.parquet").to_pydict()
@@ -82,7 +63,7 @@ def test_differences_are_paired():
     rows = {"label": y, "query_index": query, "language": np.array([""] * len(y), object)}
     systems = {}
     for name, of_rows in (("bm25", p), ("teacher", better)):
-        systems[name] = [comparison.System(rows, [], of_rows, of_rows @ np.arange(1, 6), {})]
+        systems[name] = [comparison.System(rows, of_rows, of_rows @ np.arange(1, 6), {})]
     values, differences = comparison.measure(systems, 200)
     assert {(row["condition"], row["minus"]) for row in differences} == {("teacher", "bm25")}
     wide = next(row for row in values if (row["condition"], row["metric"]) == ("bm25", "accuracy"))
@@ -93,19 +74,27 @@ def test_differences_are_paired():
 
 
 def test_the_tables(labelled_run, capsys, monkeypatch):
-    """All systems of stage 05 stand beside the peer, here one that says the same of every pair."""
-    same = np.full(5, 0.2)
-    monkeypatch.setattr(peer_quality, "train_peer", lambda model, pairs, labels, settings: None)
-    monkeypatch.setattr(
-        peer_quality,
-        "peer_system",
-        lambda encoder, pairs: (np.tile(same, (len(pairs), 1)), np.zeros(len(pairs))),
-    )
+    """All systems of stage 05 stand beside the peer, here one that says the same of every pair. It gets the
+    teacher's settings and rows: not those of the queries that 02 held out."""
+    given = {}
+
+    def same_of_all(model, made, max_tokens, pairs, labels, evaluated):
+        given.update(made=made, max_tokens=max_tokens, labels=labels, queries=[query for query, _ in pairs])
+        return np.full((len(evaluated), 5), 0.2), np.zeros(len(evaluated))
+
+    monkeypatch.setattr(peer_quality, "cross_encoder", same_of_all)
     peer_quality.main(["--run", str(labelled_run), "--resamples", "20"])
     out = capsys.readouterr().out
     for system in ("cross_encoder", "majority", "bm25", "embedding", "match", "teacher"):
         assert f"\n| {system} | " in out
     assert "| teacher − cross_encoder | " in out
+    train, _ = read_labelled(labelled_run)
+    queries = [f"text {i}" for i in train["query_index"]]
+    is_held_out, _ = held_out(queries, 0.1, "teacher:3", np.ones(len(queries)))
+    assert 0 < is_held_out.sum() < len(is_held_out)
+    assert given["made"] == TRAINED and given["max_tokens"] == 32
+    assert given["labels"].tolist() == train["label"][~is_held_out].tolist()
+    assert given["queries"] == np.array(queries)[~is_held_out].tolist()
 
 
 def test_a_decoder_is_no_peer(labelled_run):
@@ -119,13 +108,11 @@ def test_a_decoder_is_no_peer(labelled_run):
     reason="benchmarks/requirements.txt is not installed",
 )
 def test_a_peer_learns(models):
-    """It tells two kinds of pairs apart that share no word."""
+    """It ranks pairs of level 5 above others, which share no word with them."""
     words = {5: "chair", 1: "lamp"}
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
-    settings = {"max_tokens": 16, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1}
-    settings |= {"weight_decay": 0.01, "bf16": True, "seed": 0}
-    encoder = peer_quality.train_peer(str(models["bert"]), pairs, labels, settings)
-    p, score = peer_quality.peer_system(encoder, pairs)
-    assert np.allclose(p.sum(1), 1, atol=1e-5) and (p.argmax(1) + 1 == labels).all()
+    made = {**TRAINED, "epochs": 10, "precision": "bf16", "seed": 0}
+    p, score = peer_quality.cross_encoder(str(models["bert"]), made, 16, pairs, labels, pairs)
+    assert np.allclose(p.sum(1), 1, atol=1e-5)
     assert score[labels == 5].min() > score[labels == 1].max()
