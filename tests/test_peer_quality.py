@@ -112,7 +112,7 @@ def test_a_peer_learns(models):
     words = {5: "chair", 1: "lamp"}
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
-    made = {**TRAINED, "epochs": 10, "precision": "bf16", "seed": 0}
+    made = {**TRAINED, "epochs": 5, "precision": "bf16", "seed": 0}
     p, score = peer_quality.cross_encoder(str(models["bert"]), made, 16, pairs, labels, pairs)
     assert np.allclose(p.sum(1), 1, atol=1e-5)
     assert score[labels == 5].min() > score[labels == 1].max()
