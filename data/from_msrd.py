@@ -62,8 +62,9 @@ def judgment_tables(judgments, movies, settings):
     for row in judgments:
         query, pin, grade = row["query_id"], row["doc_id"], row["grade"]
         if grade not in LEVEL:
-            where = f"{settings.source / 'movies-judgments.tsv'}: grade {grade!r} of query {query!r}"
-            raise Stop(f"{where} and movie {pin!r} is neither 0 nor 1")
+            raise Stop(
+                f"{settings.source}: grade {grade!r} of query {query!r}, movie {pin!r}: neither 0 nor 1"
+            )
         if pin not in movies:
             skipped.append((query, pin, grade, "no such movie"))
             continue

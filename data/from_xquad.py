@@ -30,7 +30,7 @@ import conversion  # the project's folder is on the path with it
 from tyro.conf import Positional
 
 from lib.stages.settings import ROOT, flags_read
-from lib.stages.terminal import Stop, run_main
+from lib.stages.terminal import Stop, run_main, stop_on_error
 from lib.tables.splits import query_key
 
 HOME = "github.com/google-research-datasets/lareqa, folder xquad-r"
@@ -64,14 +64,12 @@ class Question(NamedTuple):
 def read_language(folder, language):
     """A file -> articles, {question id: Question}. An article: its paragraphs, each a list of sentences."""
     path, articles, questions = folder / f"{language}.json", [], {}
-    with conversion.open_text(path, HOME) as file:
-        try:
-            for number, entry in enumerate(json.load(file)["data"]):
-                articles.append([])
-                for paragraph in entry["paragraphs"]:
-                    read_paragraph(paragraph, number, articles[number], questions)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise Stop(f"{path}: not as XQuAD-R's files are ({error!r}); get it from {HOME}") from None
+    wrong = stop_on_error(f"{path}: not as XQuAD-R's files are", f"get it from {HOME}")
+    with conversion.open_text(path, HOME) as file, wrong:
+        for number, entry in enumerate(json.load(file)["data"]):
+            articles.append([])
+            for paragraph in entry["paragraphs"]:
+                read_paragraph(paragraph, number, articles[number], questions)
     return articles, questions
 
 

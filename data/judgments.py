@@ -25,7 +25,7 @@ from lib.inputs.inherited import require_pairs
 from lib.inputs.pairs import read_labels
 from lib.stages.files import whole_file
 from lib.stages.settings import flags_read
-from lib.stages.terminal import Stop, run_main
+from lib.stages.terminal import Stop, run_main, stop_on_error
 from lib.tables.files import list_skipped
 from lib.tables.judgment_files import FORMATS, Judgment, format_of, plain, read_judgments
 from lib.tables.raw import RawTables, levels_of
@@ -99,10 +99,9 @@ def known_queries(judgments, raw):
 
 def translated(judgments, levels, back):
     """Ratings of a file -> levels as --levels says; back: levels -> ratings."""
-    try:
-        meaning = {float(rating): level for rating, level in levels_of(levels).items()}
-    except ValueError as error:
-        raise Stop(f"--levels {levels}: ratings are numbers ({error})") from None
+    levels_found = levels_of(levels).items()
+    with stop_on_error(f"--levels {levels}: ratings are numbers"):
+        meaning = {float(rating): level for rating, level in levels_found}
     if back:
         meaning = {level: rating for rating, level in meaning.items()}
     for found in judgments:
@@ -143,11 +142,9 @@ def add_judgments(judgments, table, settings):
 
 def write_judgments(path, judgments, name):
     """Judgments, those of a query together -> a file of the format `name`."""
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        try:
-            FORMATS[name][2](file, judgments)
-        except ValueError as error:
-            raise Stop(f"{path}: {error}") from None
+    wrong = stop_on_error(f"{path}: not written as {name}")
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file, wrong:
+        FORMATS[name][2](file, judgments)
     print(f"wrote {path}, {name}")
 
 

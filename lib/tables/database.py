@@ -5,7 +5,7 @@ from pathlib import Path
 
 import duckdb
 
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import stop_on_error
 from lib.tables.files import one_line, text_literal
 
 # Characters that are not seen: spaces, control and format characters, fillers, variation selectors.
@@ -40,13 +40,11 @@ class Database:
 
     def __init__(self, folder, memory="4GB", spill=None):
         self.folder = Path(folder)
-        try:
+        with stop_on_error(f"--memory {memory}: give a size such as 4GB"):  # too small a one, too
             self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
             with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
                 self.db.execute("SET enable_progress_bar = false")
             self.db.execute(MACROS)
-        except duckdb.Error as error:  # a size that is none, or one that does not hold these few lines
-            raise Stop(f"--memory {memory}: give a size such as 4GB ({first_line(error)})") from error
         if spill:
             self.spill_to(spill)
 

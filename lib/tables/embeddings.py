@@ -19,11 +19,9 @@ def own_embeddings(folder):
         if not name.startswith(("query_", "pin_")):
             raise Stop(f"{source}: the name must begin with query_ or pin_")
         for path in (source, ids):
-            try:
+            what = "NAME.ids holds the id of every row of NAME.npy, one a line"
+            with stop_on_error(f"{path}: cannot be read", what):
                 regular_file(folder, path.relative_to(folder))
-            except ValueError as error:
-                what = "NAME.ids holds the id of every row of NAME.npy, one a line"
-                raise Stop(f"{path}: {error}; {what}") from None
         rows = len(open_vectors(source))
         size = ids.stat().st_size
         if size > 1_000 * (rows + 1):
@@ -41,10 +39,10 @@ def open_vectors(path):
     """A user's vectors [rows, D], memory-mapped: no more is taken on a header's word than the file holds."""
     with stop_on_error(f"{path}: no NumPy array"):
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    shape = list(vectors.shape)
-    is_matrix = len(shape) == 2 and shape[1] > 0
+    is_matrix = vectors.ndim == 2 and vectors.shape[1] > 0
     if not is_matrix or vectors.dtype not in (np.float16, np.float32):
-        raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {vectors.dtype} {shape}")
+        found = f"{vectors.dtype} {list(vectors.shape)}"
+        raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {found}")
     return vectors
 
 

@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from lib.stages.files import whole_file
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import Stop, first_line, stop_on_error
 
 FORMATS = {
     "parquet": r".+\.parquet",
@@ -85,10 +85,8 @@ def find_table(folder, name):
         raise Stop(f"{folder}: the table {name} is there more than once ({names}): keep one")
     files, base = found[0] if found else ([], None)
     for path in files:
-        try:
+        with stop_on_error(f"{path}: cannot be read"):
             regular_file(folder, path.relative_to(folder))
-        except ValueError as error:
-            raise Stop(f"{path}: cannot be read ({error})") from None
     if len({format_of(path) for path in files}) > 1:
         raise Stop(f"{base}: files of different kinds; a table is of one kind")
     return files, base, others

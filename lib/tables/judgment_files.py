@@ -12,7 +12,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.splits import query_key
 
 
@@ -169,7 +169,7 @@ def read_judgments(path, name=None):
     """A file's Judgments, those of a query together, each pair once. A query whose text is known is this text
     (query_key), whatever its id; without an id it has one made of it."""
     name, queries, unrated = format_of(path, name), {}, 0
-    try:
+    with stop_on_error(f"{path}: not read as {name}"):  # what it has may be of any shape
         for judgment in FORMATS[name][1](path):
             if judgment.rating in (None, ""):
                 unrated += 1
@@ -182,9 +182,6 @@ def read_judgments(path, name=None):
             first = rated.setdefault(judgment.pin_id, judgment)
             if first.rating != judgment.rating:
                 raise ValueError(f"two ratings of a pair: {tuple(first)}, {tuple(judgment)}")
-    except Exception as error:  # of decoding, csv, json, float, or content of another shape
-        problem = f"no {error}" if isinstance(error, LookupError) else first_line(error)
-        raise Stop(f"{path}: not read as {name} ({problem})") from None
     if not queries:
         raise Stop(f"{path}: no judgment in it")
     found = [judgment for rated in queries.values() for judgment in rated.values()]

@@ -146,8 +146,7 @@ class RawTables(Database):
         if "rater" in self.types["labels"]:
             others = ["split", *map(quoted, self.further("labels"))]
             merged = ["quantile_disc(label, 0.5) AS label", *(f"min({name}) AS {name}" for name in others)]
-            sql = f"SELECT query_id, pin_id, {', '.join(merged)} FROM rated_labels GROUP BY ALL"
-            sql += " ORDER BY query_id, pin_id"
+            sql = f"SELECT query_id, pin_id, {', '.join(merged)} FROM rated_labels GROUP BY ALL ORDER BY 1, 2"
         self.db.execute(f"CREATE VIEW raw_labels AS {sql}")
 
     def require_columns(self, name):
