@@ -1,7 +1,4 @@
-"""Result lists over the queries and pins of a run: their pairs, and the metrics of each list.
-
-Shapes: N pairs in some list's top, Q queries with a list.
-"""
+"""Result lists of a run's queries: their N pairs in some list's top, metrics of each list by Q queries."""
 
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +22,8 @@ class Lists:
     with a list, by row number, and their key."""
 
     def __init__(self, files, run, top):
-        features, self.top = run / "features", top
+        features = run / "features"
+        self.top = top
         queries = pd.read_parquet(features / "queries.parquet")
         queries["key"], queries["language"] = read_queries(features)
         pins = pd.read_parquet(features / "pins.parquet", columns=["pin_id"])
@@ -48,7 +46,8 @@ class Lists:
     def metrics(self, gain, relevant):
         """{list, or "b - a": table of metrics by query [Q]}, NaN for queries that a list does not answer.
         gain, relevant [N]."""
-        gain, relevant = (pd.Series(values, self.places.index) for values in (gain, relevant))
+        gain = pd.Series(gain, self.places.index)
+        relevant = pd.Series(relevant, self.places.index)
         found = {}
         for name, place in self.places.items():
             found[name] = list_metrics(place, gain, relevant, self.top)
@@ -113,17 +112,16 @@ def read_top(path, queries, pins, top):
 def strata_of(named, queries):
     """Stratum (a text) and weight of each query [Q]. named: a column of the run's queries, or a table with
     query_id or query, stratum, and perhaps weight; "": one stratum."""
-    stratum = np.full(len(queries), "other" if named else "all", object)
-    weight = np.ones(len(queries))
+    stratum, weight = np.full(len(queries), "all", object), np.ones(len(queries))
     if named in queries:
         stratum = queries[named].astype("string").fillna("None").to_numpy(object)
     elif named:
         table = read_columns(Path(named), {"stratum": "text", "weight": "number"})
         row = rows_of_queries(table, queries["query_id"], queries["key"])
-        known = row >= 0
-        table, row = table.to_pandas()[known], row[known]
-        stratum[row] = table["stratum"]
+        table = table.to_pandas().set_axis(row)
+        table = table[~table.index.duplicated()].reindex(range(len(queries)))
+        if "stratum" in table:
+            stratum = table["stratum"].fillna("other").to_numpy(object)
         if "weight" in table:
-            weight[:] = 0
-            weight[row] = table["weight"].fillna(0)
+            weight = table["weight"].fillna(0).to_numpy()
     return stratum, weight

@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.metrics import ndcg_score
 
 from experiments import estimates, judge
-from experiments.lists import list_metrics
+from experiments.lists import list_metrics, strata_of
 from lib.tables.result_lists import read_results, rows_of_queries
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,6 +148,25 @@ def test_a_wrong_list_is_one_line(tmp_path, name):
     (tmp_path / name).write_text(text)
     line = stop_line(read_results, tmp_path / name)
     assert said in line and name in line
+
+
+STRATA = {
+    "query_id,stratum,weight\nq1,head,2\nq1,head,2\nzz,tail,9\nq2,,1\n": (
+        ["head", "other", "other"],
+        [2, 1, 0],
+    ),
+    "query,stratum\nBlue ,tail\n": (["tail", "other", "other"], [1, 1, 1]),
+    "query_id,weight\nq3,4\n": (["all"] * 3, [0, 0, 4]),
+}
+
+
+@pytest.mark.parametrize("text", STRATA)
+def test_strata_of_a_table(tmp_path, text):
+    """A line a query or a pair, as a queue has it; unknown queries, strata without a name."""
+    (tmp_path / "strata.csv").write_text(text)
+    queries = pd.DataFrame({"query_id": ["q1", "q2", "q3"], "key": ["blue", "red", "green"]}, [4, 7, 9])
+    stratum, weight = strata_of(str(tmp_path / "strata.csv"), queries)
+    assert (stratum.tolist(), weight.tolist()) == STRATA[text]
 
 
 def test_queries_without_traffic_are_no_group():
