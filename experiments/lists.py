@@ -100,7 +100,7 @@ def read_top(path, queries, pins, top):
     known = (found["query"] >= 0) & (found["pin"] >= 0)
     if not known.all():
         unknown = f"{(~known).sum():,} rows of a query or a pin that the run does not have are left out"
-        print(f"{path}: {unknown}, the first: row {known.argmin() + 1}")
+        print(f"{path}: {unknown}, the first: {table.slice(known.argmin(), 1).to_pylist()[0]}")
     if not known.any():
         raise Stop(f"{path}: no row with a query and a pin of this run")
     found = found[known].sort_values("score", ascending=False, kind="stable")

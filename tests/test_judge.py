@@ -219,3 +219,5 @@ def test_two_lists_of_a_run(run, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     (tmp_path / "bm25.csv").write_text("query_id,pin_id,rank\nnobody,nothing,1\n")
     assert "no row with a query and a pin of this run" in stop_line(judge.main, [*argv, "--name", "three"])
+    said = capsys.readouterr().out
+    assert "1 rows of a query or a pin" in said and "'pin_id': 'nothing'" in said
