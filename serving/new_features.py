@@ -187,11 +187,12 @@ class NewFeatures:
     def inputs(self, side, item, made):
         """A query or a pin -> {input of the student: value}: what is given, else what is `made`, else zeros
         or not known. Stop for what the student does not know."""
-        given = {f"{side}_{name}": value for name, value in item.columns.items()} | item.embeddings
-        known = self.stored[side]
-        for name in given.keys() - known.keys():
-            raise Stop(f"{name!r}: no input of the student; of a {side} it knows {', '.join(known)}")
-        given = dict.fromkeys(known.keys() - made.keys()) | given
+        columns = {f"{side}_{name}": value for name, value in item.columns.items()}
+        known, vectors = self.stored[side].keys(), self.spec["embeddings"].keys()
+        for name in columns.keys() - (known - vectors) | item.embeddings.keys() - (known & vectors):
+            what = f"no such column or embedding of a {side}"
+            raise Stop(f"{name!r}: {what}; the student knows {', '.join(known)}")
+        given = dict.fromkeys(known - made.keys()) | columns | item.embeddings
         taken = {name: self.value(name, value) for name, value in given.items()}
         return made | taken
 
@@ -234,8 +235,10 @@ class NewFeatures:
         """Match features of a query (Side of one) and the pins `rows` [B] of a Side: {feature: [B]}. engaged:
         events [B]. Numbers that pairs have in the raw tables are not known (NaN)."""
         bm25 = copy.copy(self.bm25)  # what is set here belongs to one call: a service has several threads
-        bm25.queries, bm25.query_length = query.counts, query.length
-        bm25.pins, bm25.doc_len = pins.counts, pins.length
+        bm25.queries = query.counts
+        bm25.query_length = query.length
+        bm25.pins = pins.counts
+        bm25.doc_len = pins.length
         features = MatchFeatures(bm25, query.columns["query_text"], pins.columns["pin_text"])
         made = features(np.zeros(len(rows), np.int64), rows, engaged)
         return {name: made.get(name, np.full(len(rows), np.nan, np.float32)) for name in self.spec["match"]}

@@ -221,9 +221,22 @@ async def refused(request, error, status=422):
     return JSONResponse({"detail": detail}, status)
 
 
-def application(settings):
-    """The FastAPI application of Settings, loaded. Stop for a run that cannot be served."""
-    service = Service(settings)
+def __getattr__(name):
+    """`uvicorn serving.service:app` asks for it; an import alone loads nothing."""
+    if name == "app":
+        return from_environment(os.environ)
+    raise AttributeError(name)
+
+
+def from_environment(environment):
+    """The FastAPI application, loaded, as the environment says; ends with one line where that is wrong."""
+    try:
+        service = Service(Settings(**{name.lower(): value for name, value in environment.items() if value}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
+    except (Stop, OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {first_line(error)}")
     app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
     app.middleware("http")(service._around)
     app.add_exception_handler(RequestValidationError, refused)
@@ -234,21 +247,3 @@ def application(settings):
     for name in ("health", "ready", "version", "metrics"):
         app.get(f"/{name}")(getattr(service, name))
     return app
-
-
-def __getattr__(name):
-    """`uvicorn serving.service:app` asks for it; an import alone loads nothing."""
-    if name == "app":
-        return from_environment(os.environ)
-    raise AttributeError(name)
-
-
-def from_environment(environment):
-    """The application as the environment says; ends with one line where that is wrong."""
-    try:
-        return application(Settings(**{name.lower(): value for name, value in environment.items() if value}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
-    except (Stop, OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: {first_line(error)}")

@@ -369,6 +369,8 @@ WRONG = [
     {"query": "red chair", "candidates": [1]},
     {"query": "red chair", "candidates": "p00001"},
     {"query": "red chair", "columns": {"intrest": "x"}},
+    {"query": "red chair", "columns": {"text": "x"}},
+    {"query": "red chair", "embeddings": {"query_interest": [1.0]}},
     {"query": "red chair", "engaged": {"p00001": -1}},
     {"query": None},
     {"query": 3},
