@@ -16,7 +16,7 @@ from helpers import mark_finished, stage, stop_line
 from test_kill import content, start, warm  # noqa: F401
 
 from lib.inputs import rows as rows_module
-from lib.inputs.held_out import prior_scores, warn_if_useless
+from lib.inputs.held_out import feature_scores, prior_scores, warn_if_useless
 from lib.inputs.pairs import read_labels
 from lib.inputs.rows import LabelledRows
 from lib.stages import hardware
@@ -182,7 +182,17 @@ def test_the_small_presets_teacher_is_stage_01s_text_encoder(features, models, t
     said = capsys.readouterr().out
     assert f"--model {models['bert']}: stage 01's text encoder" in said
     assert read_json(tmp_path / "run" / "teacher" / "teacher.json")["model"] == str(models["bert"])
-    assert "the labels' own shares: loss" in said and "queries train" in said
+    assert "labels on bm25: loss" in said and "labels on embedding: loss" in said and "queries train" in said
+
+
+def test_what_a_feature_says_of_held_out_rows_by_hand():
+    """Relevant rows have the higher cosine, in training and among the held-out ones."""
+    level, cosine = torch.tensor([0, 4]).repeat(50), np.tile([0.1, 0.8], 50)
+    rows = SimpleNamespace(levels=level, train=np.arange(80), held_out=np.arange(80, 100))
+    scores = feature_scores(rows, cosine)
+    assert scores["accuracy"] == scores["auroc_4"] == 1 and scores["loss"] < 0.1
+    rows.held_out = np.arange(80, 100, 2)
+    assert math.isnan(feature_scores(rows, cosine)["auroc_4"])
 
 
 def test_a_teacher_too_sure_of_itself_is_told_from_one_that_learned_nothing(capsys):

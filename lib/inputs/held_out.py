@@ -1,4 +1,4 @@
-"""Rows of queries that stage 02 does not train on. They choose nothing."""
+"""Rows of queries that stage 02 does not train on: what a teacher has to beat there. They choose nothing."""
 
 import math
 
@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from common import NUM_LEVELS, RELEVANT, at_least
+from lib.inputs.regression import fit_regression, one_hot
 
 
 def scores_of(level, p):
@@ -28,15 +29,25 @@ def prior_scores(rows):
     return scores_of(level, np.tile(shares / shares.sum(), (len(level), 1)))
 
 
+def feature_scores(rows, x):
+    """On the held-out rows, of a regression of the training rows' labels on a feature x [N]."""
+    level, x = rows.levels.numpy() + 1, x[:, None]
+    regression = fit_regression(x[rows.train], one_hot(level[rows.train]))
+    return scores_of(level[rows.held_out], regression.probabilities(x[rows.held_out]))
+
+
 def describe_held_out(rows):
     """What a teacher has to beat on the held-out rows."""
     if not len(rows.held_out):
         print("none held out: too few queries")
         return
-    prior = prior_scores(rows)
-    prior = ", ".join(f"{what} {value:.4f}" for what, value in prior.items())
-    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries")
-    print(f"  the labels' own shares: {prior.replace('_', ' >= ')}")
+    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; there have")
+    found = {"the labels' own shares": prior_scores(rows)}
+    for name, feature in (("bm25", "bm25"), ("embedding", "text_cosine")):
+        found[f"a regression of the labels on {name}"] = feature_scores(rows, rows.match[feature])
+    for name, scores in found.items():
+        shown = ", ".join(f"{what} {value:.4f}" for what, value in scores.items())
+        print(f"  {name}: {shown.replace('_', ' >= ')}")
 
 
 def warn_if_useless(rows, scores):

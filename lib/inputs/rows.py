@@ -18,7 +18,7 @@ from lib.tables.splits import held_out, query_key
 class LabelledRows:
     """The human-labelled training rows, in an order of their content. ids: token ids, N arrays [T]; levels
     [N], 0 for level 1; `train`, `held_out`: row numbers; train_queries, held_out_queries: how many they are
-    of."""
+    of; match: {feature: [N]}, what needs no training."""
 
     def __init__(self, features, text, settings):
         table = pq.read_table(features / "labelled.parquet", filters=[("split", "=", "train")])
@@ -36,6 +36,7 @@ class LabelledRows:
         self.train, self.held_out, self.split = split_rows(keys, settings)
         self.train_queries = len({keys[row] for row in self.train})
         self.held_out_queries = len({keys[row] for row in self.held_out})
+        self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
         """Row numbers [B] -> token ids [B, T], attention mask [B, T], levels [B]."""
