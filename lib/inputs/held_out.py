@@ -31,8 +31,10 @@ def prior_scores(rows):
 
 def feature_scores(rows, x):
     """On the held-out rows, of a regression of the training rows' labels on a feature x [N]."""
-    level, x = rows.levels.numpy() + 1, x[:, None]
-    regression = fit_regression(x[rows.train], one_hot(level[rows.train]))
+    level = rows.levels.numpy() + 1
+    x = x[:, None]
+    target = one_hot(level[rows.train])
+    regression = fit_regression(x[rows.train], target)
     return scores_of(level[rows.held_out], regression.probabilities(x[rows.held_out]))
 
 
@@ -41,7 +43,8 @@ def describe_held_out(rows):
     if not len(rows.held_out):
         print("none held out: too few queries")
         return
-    print(f"held out: {len(rows.held_out):,} rows of {rows.held_out_queries} queries; there have")
+    n, queries = len(rows.held_out), rows.held_out_queries
+    print(f"held out: {n:,} rows of {queries} queries; there have")
     found = {"the labels' own shares": prior_scores(rows)}
     for name, feature in (("bm25", "bm25"), ("embedding", "text_cosine")):
         found[f"a regression of the labels on {name}"] = feature_scores(rows, rows.match[feature])

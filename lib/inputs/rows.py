@@ -34,8 +34,9 @@ class LabelledRows:
         self.pad_id = text.tokenizer.pad_token_id
         keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
         self.train, self.held_out, self.split = split_rows(keys, settings)
-        self.train_queries = len({keys[row] for row in self.train})
-        self.held_out_queries = len({keys[row] for row in self.held_out})
+        keys = np.array(keys, object)
+        self.train_queries = len(set(keys[self.train]))
+        self.held_out_queries = len(set(keys[self.held_out]))
         self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
 
     def batch(self, rows, device):
