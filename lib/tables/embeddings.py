@@ -68,13 +68,14 @@ def users_embedding(source, ids, target):
     row = pc.index_in(ids, known).fill_null(-1).to_numpy().astype(np.int64)
     with new_matrix(target, len(ids), vectors.shape[1], vectors.dtype) as out:
         for start in range(0, len(ids), 65_536):
-            wanted = row[start : start + 65_536]
+            end = min(start + 65_536, len(ids))
+            wanted = row[start:end]
             block = vectors[np.maximum(wanted, 0)]
             block[wanted < 0] = 0
             bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
             if len(bad):
                 first = ids[start + int(bad[0])].as_py()
-                rows = f"{len(bad):,} rows (of those up to {start + len(wanted):,})"
+                rows = f"{len(bad):,} rows (of those up to {end:,})"
                 raise Stop(f"{source}: {rows} with NaN or infinity, the first: {first!r}")
-            out[start : start + 65_536] = block
+            out[start:end] = block
     return int((row < 0).sum())
