@@ -38,11 +38,13 @@ def look_at_table(raw, table, columns):
     for column in columns:
         values, cells, example, *odd = found.get(column, (0, 0, None, 0, 0))
         role, said = role_of(raw, table, column), None
+        example = raw.labels_found() if role == "level" else example
         for (kind, (_, share, what)), count in zip(ODD.items(), odd):
             if role == kind and count > share * cells:
                 said = f"{count:,} of {cells:,} cells are {what}"
         role += f", {values:,} values" * (role == "category")
-        yield f"{table}.{column}", role, " ".join((example or "").split())[:40], said
+        example = " ".join((example or "").split())
+        yield f"{table}.{column}", role, example[:40], said
 
 
 def role_of(raw, table, column):
