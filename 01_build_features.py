@@ -99,37 +99,21 @@ WORTH_PROCESSES = 200_000  # pins; the text of fewer is counted faster by one pr
 # Text from logs, in SQL
 
 
-def engaged_queries(raw, as_of):
-    """Makes the table engaged(pin_id, text, n): events of a pin and a query (its key) in the WINDOW_YEARS up
-    to and including `as_of`, or the newest date. Returns the end of the window; None: there is no log."""
-    as_of = as_of or raw.ask("SELECT max(date) FROM raw_engagements")[0][0]
-    end = f"DATE '{as_of}'" if as_of else "NULL::DATE"
-    raw.ask(f"""
-        CREATE TABLE engaged AS
-        SELECT pin_id, query_key(query) AS text, sum(count)::DOUBLE AS n
-        FROM raw_engagements
-        WHERE date > {end} - INTERVAL {WINDOW_YEARS} YEAR AND date <= {end}
-        GROUP BY ALL""")
-    return as_of
-
-
 def top_tokens(raw, source, target, k):
     """Makes the table `target`(pin_id, text): of every pin the k tokens with the largest counts over
     source(pin_id, text, n), ties by token."""
     raw.ask(f"CREATE TABLE {source}_tokens (text VARCHAR, token VARCHAR)")
     for batch in raw.batches(f"SELECT DISTINCT text FROM {source}"):
-        pairs = [(text, token) for text in batch["text"].to_pylist() for token in set(tokenize(text, False))]
-        texts, tokens = (pa.array([pair[i] for pair in pairs], pa.string()) for i in (0, 1))
-        found = pa.table({"text": texts, "token": tokens})
-        raw.ask(f"INSERT INTO {source}_tokens SELECT * FROM found", found=found)
+        tokens = [[*{*tokenize(text, False)}] for text in batch["text"].to_pylist()]
+        found = pa.table({"text": batch["text"], "tokens": pa.array(tokens, pa.list_(pa.string()))})
+        raw.ask(f"INSERT INTO {source}_tokens SELECT text, unnest(tokens) FROM found", found=found)
     raw.ask(f"""
         CREATE TABLE {target} AS
-        WITH counted AS (
-            SELECT pin_id, token, sum(n) AS n FROM {source} JOIN {source}_tokens USING (text) GROUP BY ALL),
-        ranked AS (
-            SELECT *, row_number() OVER (PARTITION BY pin_id ORDER BY n DESC, token) AS rank FROM counted)
-        SELECT pin_id, string_agg(token, ' ' ORDER BY rank) AS text
-        FROM ranked WHERE rank <= {k} GROUP BY pin_id""")
+        SELECT pin_id, string_agg(token, ' ' ORDER BY total DESC, token) AS text FROM (
+            SELECT pin_id, token, sum(n) AS total FROM {source} JOIN {source}_tokens USING (text)
+            GROUP BY pin_id, token
+            QUALIFY row_number() OVER (PARTITION BY pin_id ORDER BY total DESC, token) <= {k})
+        GROUP BY pin_id""")
 
 
 def top_links(raw, target):
@@ -146,9 +130,15 @@ def top_links(raw, target):
 
 def text_from_logs(raw, as_of, k):
     """What the logs say of a pin: makes the tables pin_queries, pin_boards, pin_links (pin_id, text), from
-    engaged and saves(pin_id, text, n), n saves on boards of a title. Returns the end of the engagement
-    window."""
-    as_of = engaged_queries(raw, as_of)
+    engaged(pin_id, text, n), events of a pin and a query (its key) in the WINDOW_YEARS up to and including
+    `as_of` or the newest date, and saves(pin_id, text, n), n saves on boards of a title. Returns the end of
+    the window; None: there is no log."""
+    as_of = as_of or raw.ask("SELECT max(date) FROM raw_engagements")[0][0]
+    end = f"DATE '{as_of}'" if as_of else "NULL::DATE"
+    raw.ask(f"""
+        CREATE TABLE engaged AS
+        SELECT pin_id, query_key(query) AS text, sum(count)::DOUBLE AS n FROM raw_engagements
+        WHERE date > {end} - INTERVAL {WINDOW_YEARS} YEAR AND date <= {end} GROUP BY ALL""")
     raw.ask("""
         CREATE TABLE saves AS
         SELECT pin_id, board_title AS text, count(*) AS n

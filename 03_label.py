@@ -208,8 +208,9 @@ def pool_to_take(settings, trained):
 
 
 def pool_labels(run, labels, split, taken):
-    """Writes pool.json into the folder of labels, unless the teacher does without; by its held-out rows, else
-    the one of `taken` (pool_to_take), else none. split: of in_hash_split, 02's."""
+    """Writes pool.json into the folder of labels: where human labels are few, the teacher alone is worse than
+    a regression on the match features. By its held-out rows, none where it is clearly better there; else the
+    one of `taken` (pool_to_take), else none. split: of in_hash_split, 02's."""
     rows, _ = read_labelled(run, labels.name)
     held_out, names = in_hash_split(rows["key"], **split), match_names(run / "features" / "labelled.parquet")
     if held_out.any():
@@ -254,11 +255,10 @@ def main(argv=None):
     [(_, rows)] = tokenized_shards(features, text, paths[:1])
     if settings.teacher is None:
         require_trained_on(run, read["teacher"], rows)
-    if is_main:
-        summary.describe_labelling(about, paths, todo, hardware, accelerator.num_processes)
-    loaded = functools.partial(load_teacher, folder, settings, accelerator.device, dtype)
-    sample, pad_id = rows[:CHECKED_ROWS], text.tokenizer.pad_token_id
-    teacher = functools.cache(lambda: compile_layers(loaded(), sample, pad_id, settings, accelerator))
+    summary.describe_labelling(about, paths, todo, hardware, accelerator)
+    of_teacher = folder, settings, accelerator.device, dtype
+    of_sample = rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, settings, accelerator
+    teacher = functools.cache(lambda: compile_layers(load_teacher(*of_teacher), *of_sample))
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -267,8 +267,7 @@ def main(argv=None):
         label_shards(teacher, shards, known, text, settings, bar)
     wait_for_all(accelerator, target.values())
 
-    # 5. They are weighed against a regression on the match features (ours): where human labels are few the
-    #    teacher alone is worse than that, where it is clearly better it stays alone; summary
+    # 5. What the match features say, pooled with that (ours); summary
     if is_main:
         if settings.pool == "auto":
             pool_labels(run, work, read["teacher"]["held_out"], taken)

@@ -241,18 +241,14 @@ def cross_validated(settings, folds, rows, inputs, moments, device):
         if len(part.human) and len(left_out):
             student = new_student(settings, inputs, moments, part.human, device)
             before = held_out_scores(student, inputs, left_out, device)["held_out_kl"]
-            train_at_once(student, part, inputs, settings, device)
+            optimizer = new_optimizer(student, settings)
+            batches = [batch for epoch in range(settings.epochs) for batch in part.batches(epoch)]
+            for step, batch in enumerate(batches):
+                columns = tensors(inputs, batch, device)
+                train_step(student, optimizer, *columns, settings, step / len(batches))
             after = held_out_scores(student, inputs, left_out, device)["held_out_kl"]
             losses += np.array([before, after]) * len(left_out)
     return losses / len(rows.human)
-
-
-def train_at_once(student, rows, inputs, settings, device):
-    """Training of a second or so, without log and checkpoints."""
-    optimizer = new_optimizer(student, settings)
-    batches = [batch for epoch in range(settings.epochs) for batch in rows.batches(epoch)]
-    for step, batch in enumerate(batches):
-        train_step(student, optimizer, *tensors(inputs, batch, device), settings, step / len(batches))
 
 
 def warn_if_by_heart(log):
@@ -276,9 +272,11 @@ def with_name(settings):
     return replace(settings, name=name)
 
 
+@torch.no_grad()
 def new_student(settings, inputs, moments, human, device):
-    """A student before its training. moments: of the match features (survey()); human: the
-    human-labelled rows among those that it will learn."""
+    """A student before its training (ours): the regression of the human-labelled rows' targets on the match
+    features, its network at zero; from few rows it learns what those do not say. moments: of the match
+    features (survey()); human: the human-labelled rows among those that it will learn."""
     torch.manual_seed(settings.seed)
     spec = {"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": settings.category_dim}
     spec |= {"numbers": inputs.numbers, "match": inputs.match}
@@ -286,20 +284,13 @@ def new_student(settings, inputs, moments, human, device):
     spec |= {"hidden": list(settings.hidden), "dropout": settings.dropout}
     student = Student({**spec, "input_dropout": settings.input_dropout}).to(device)
     if len(human):
-        start_at_regression(student, human)
+        scale = student.mean.cpu().numpy(), student.std.cpu().numpy()
+        regression = fit_regression(human["match"], human["target"], scale)
+        student.linear.weight.copy_(torch.from_numpy(regression.weight))
+        student.linear.bias.copy_(torch.from_numpy(regression.bias))
+        student.mlp[-1].weight.zero_()
+        student.mlp[-1].bias.zero_()
     return student
-
-
-@torch.no_grad()
-def start_at_regression(student, human):
-    """The student starts as the regression of the human-labelled rows' targets on the match features, its
-    network at zero (ours): from few rows it learns what those do not say. human: rows."""
-    moments = student.mean.cpu().numpy(), student.std.cpu().numpy()
-    regression = fit_regression(human["match"], human["target"], moments)
-    student.linear.weight.copy_(torch.from_numpy(regression.weight))
-    student.linear.bias.copy_(torch.from_numpy(regression.bias))
-    student.mlp[-1].weight.zero_()
-    student.mlp[-1].bias.zero_()
 
 
 def main(argv=None):

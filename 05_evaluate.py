@@ -232,13 +232,6 @@ def differences(overall, metrics):
 # Systems: probabilities [B, C] and ranking score [B] on the evaluation rows
 
 
-def majority_system(train_labels, rows):
-    """The shares of the levels among the training labels, for every row."""
-    counts = np.bincount(train_labels - 1, minlength=NUM_LEVELS)
-    shares = counts / len(train_labels)
-    return np.tile(shares, (rows, 1)), np.zeros(rows)
-
-
 def regression_system(names, train, evaluation, ranks_by=None):
     """Regression of the human training labels on columns of these names; ranks by its expected level, or by a
     column as it is."""
@@ -271,12 +264,14 @@ def trained_system(run, name, rows):
 
 
 def all_systems(run, students, train, evaluation):
-    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. students: names of folders.
-    bm25: of its score, and whether it is 0; embedding: the cosine of the text encoder's embeddings of query
-    and pin (the paper's baseline is an embedding, too); match: of all match features."""
+    """{name: (probabilities [B, C], ranking score [B])}, weakest kind first. majority: the shares of the
+    levels among the training labels; bm25: of its score, and whether it is 0; embedding: of the cosine of the
+    text encoder's embeddings (the paper's baseline is an embedding, too); match: of all match features."""
     train, rows = ({**rows, "is_found": rows["bm25"] > 0} for rows in (train, evaluation))
     names = match_names(run / "features" / "labelled.parquet")
-    systems = {"majority": majority_system(train["label"], len(rows["label"]))}
+    n = len(rows["label"])
+    shares = one_hot(train["label"]).mean(axis=0)
+    systems = {"majority": (np.tile(shares, (n, 1)), np.zeros(n))}
     systems["bm25"] = regression_system(["bm25", "is_found"], train, rows, ranks_by="bm25")
     systems["embedding"] = regression_system(["text_cosine"], train, rows, ranks_by="text_cosine")
     systems["match"] = regression_system(names, train, rows)

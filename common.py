@@ -74,14 +74,9 @@ class PairText:
 
     def describe(self):
         """The template's identity, part of every label shard's: a change of it is a change of the labels."""
-        return {
-            "fields": list(self.fields),
-            "max_tokens": self.max_tokens,
-            "template": "open query sep (name: text)* close",
-            "open": self.open,
-            "separator": self.separator,
-            "close": self.close,
-        }
+        parts = {"open": self.open, "separator": self.separator, "close": self.close}
+        template = "open query sep (name: text)* close"
+        return {"fields": list(self.fields), "max_tokens": self.max_tokens, "template": template, **parts}
 
     @stop_on_error("the model's tokenizer fails")
     def token_ids(self, texts, chunk=8_192):
@@ -290,7 +285,10 @@ class Student(nn.Module):
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
-        self.alike = pairs_of_a_size(spec["embeddings"])
+        sizes = spec["embeddings"]
+        queries, pins = ([name for name in sizes if side_of(name) == side] for side in ("query", "pin"))
+        # Embeddings of a query and of a pin that have the same size.
+        self.alike = [(query, pin) for query in queries for pin in pins if sizes[query] == sizes[pin]]
         self.input_dropout = nn.Dropout(spec["input_dropout"])
         tables = []
         for values in spec["categories"].values():
@@ -377,10 +375,3 @@ class Student(nn.Module):
 def normalized(values, mean, std, low, high):
     """Numbers, within `low` to `high` -> mean 0 and variance 1; NaN, not known -> 0, the mean."""
     return ((torch.minimum(torch.maximum(values, low), high) - mean) / std).nan_to_num()
-
-
-def pairs_of_a_size(embeddings):
-    """{name: D} -> names (query, pin) of embeddings of a query and of a pin that have the same size."""
-    queries = [name for name in embeddings if side_of(name) == "query"]
-    pins = [name for name in embeddings if side_of(name) == "pin"]
-    return [(query, pin) for query in queries for pin in pins if embeddings[query] == embeddings[pin]]

@@ -370,12 +370,6 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
 # Baselines
 
 
-def test_majority_system():
-    p, score = evaluate.majority_system(np.array([3, 3, 1, 5]), 2)
-    np.testing.assert_allclose(p, [[0.25, 0, 0.5, 0, 0.25]] * 2)
-    assert score.tolist() == [0, 0]
-
-
 @pytest.mark.parametrize("levels", [[1, 2, 3, 4, 5], [1, 5], [4]])
 def test_bm25_system(levels):
     rng = np.random.default_rng(0)

@@ -59,13 +59,13 @@ def describe_student(student, rows, held_out, settings, device):
     print(f"parameters: {weights:,}")
 
 
-def describe_labelling(about, paths, todo, hardware, processes):
+def describe_labelling(about, paths, todo, hardware, accelerator):
     """What is going to be labelled, by which teacher. about: teacher.json; paths, todo: all shards,
     and those left."""
     model, fields = about["model"], ", ".join(about["fields"])
-    print(f"teacher: {model}, trained on {fields}")
-    print(f"shards: {len(paths)}, of which {len(todo)} to label")
-    print(f"{hardware}, {processes} process(es)")
+    accelerator.print(f"teacher: {model}, trained on {fields}")
+    accelerator.print(f"shards: {len(paths)}, of which {len(todo)} to label")
+    accelerator.print(f"{hardware}, {accelerator.num_processes} process(es)")
 
 
 def describe_pool(pool, rows, queries):
