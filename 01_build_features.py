@@ -171,8 +171,7 @@ def write_texts(raw, captions, out):
 
 
 def write_labelled(raw, features_of, numbers, share, path):
-    """labelled.parquet: label, split and features. numbers: {numeric column of pairs: SQL}; share: of
-    split_of(). Returns {split: rows}."""
+    """labelled.parquet: label, split, features. numbers: {numeric column: SQL}. Returns {split: rows}."""
     columns = {"label": "label::TINYINT", "split": "split", **numbers}
     pairs = pa.concat_tables(index_pairs(raw, "labels", columns))
     keys = raw.table("SELECT query_key(query) AS key FROM query_rows ORDER BY query_index")["key"]
@@ -262,8 +261,7 @@ def inputs_of(raw, settings, own, pictures, hardware):
 
 
 def about_dataset(raw, settings, inputs, counts, splits, as_of):
-    """Prints the engagement window. Returns what stage.json says of the dataset, and the models that the
-    features come from."""
+    """Prints the engagement window. Returns what stage.json says of the dataset and the models used."""
     if as_of:
         print(f"engagement window: {WINDOW_YEARS} years up to {as_of}")
     names = {"text encoder": settings.text_encoder, "caption model": settings.caption_model}

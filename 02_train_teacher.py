@@ -129,8 +129,7 @@ def activations_fit(teacher, rows, settings, device):
 
 
 def computed_again(backbone):
-    """Turns activation checkpointing on: activations are computed twice instead of kept, which takes less
-    memory and more time."""
+    """Turns activation checkpointing on: computed twice instead of kept, less memory, more time."""
     backbone.enable_input_require_grads()
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -122,9 +122,8 @@ def merge_lora(teacher, adapter):
 
 
 def compile_layers(teacher, sample, pad_id, settings, accelerator):
-    """The teacher, where it is wanted its backbone's layers compiled by torch.compile: one code for all of
-    them and for batches of any shape. Tried on `sample`, rows of token ids. Stop if labels move by more than
-    rounding."""
+    """The teacher; where it is wanted, its layers compiled by torch.compile for batches of any shape. Tried
+    on `sample`, rows of token ids: Stop if labels move by more than rounding."""
     on_gpu, token_budget = accelerator.device.type == "cuda", settings.batch_tokens
     if settings.compile == "off" or (settings.compile == "auto" and not on_gpu):
         return teacher
@@ -162,8 +161,7 @@ def load_teacher(folder, settings, device, dtype):
 
 
 def open_text(folder, settings, about, model):
-    """The PairText of the pairs, as the teacher in `folder` read it; all queries are checked before the first
-    shard."""
+    """The PairText of the pairs, as the teacher in `folder` read it; all queries are checked at once."""
     tokenizer = models.load_tokenizer(folder / "tokenizer", models.load_config(model))
     cut = (settings.long_queries or about["long_queries"]) == "cut"
     text = PairText(tokenizer, about["kind"], about["fields"], about["max_tokens"], cut)
@@ -185,8 +183,7 @@ def shard_paths(settings):
 
 
 def label_shards(teacher, shards, known, text, settings, bar):
-    """Labels shards, pairs of (path to write to, rows), each written whole or not at all. teacher: of
-    label_shard()."""
+    """Labels shards, (path to write to, rows), each whole or not at all. teacher: of label_shard()."""
     for path, rows in ahead(shards, depth=1):
         of_rows = path.stem, known, text.tokenizer.pad_token_id, settings.batch_tokens
         labels, counts = label_shard(teacher, rows, *of_rows, bar.update)

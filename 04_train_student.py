@@ -275,8 +275,7 @@ def with_name(settings):
 @torch.no_grad()
 def new_student(settings, inputs, moments, human, device):
     """A student before its training (ours): the regression of the human-labelled rows' targets on the match
-    features, its network at zero; from few rows it learns what those do not say. moments: of the match
-    features (survey()); human: the human-labelled rows among those that it will learn."""
+    features, its network at zero. moments: of those features (survey()); human: human-labelled rows."""
     torch.manual_seed(settings.seed)
     spec = {"embeddings": inputs.dims, "categories": inputs.categories, "category_dim": settings.category_dim}
     spec |= {"numbers": inputs.numbers, "match": inputs.match}

@@ -233,8 +233,7 @@ def differences(overall, metrics):
 
 
 def regression_system(names, train, evaluation, ranks_by=None):
-    """Regression of the human training labels on columns of these names; ranks by its expected level, or by a
-    column as it is."""
+    """Regression of the human training labels on some columns; ranks by one as it is, or its own levels."""
     regression = fit_regression(stacked(train, names), one_hot(train["label"]))
     p = regression.probabilities(stacked(evaluation, names))
     if ranks_by:

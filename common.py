@@ -133,8 +133,7 @@ class PairText:
         return pins
 
     def pair(self, query, pin):
-        """Token ids of one pair [T] int32, from one element of queries() and one of pins(); at most
-        max_tokens."""
+        """Token ids [T] int32 of one element of queries() and one of pins(); at most max_tokens."""
         ids = self.open + query + self.separator
         room = self.max_tokens - len(ids) - len(self.close)
         lengths = [len(field) for field in pin]
@@ -154,9 +153,8 @@ def pad_rows(rows, pad_id, side="right"):
 
 
 def token_batches(lengths, token_budget):
-    """Row numbers in batches of at most `token_budget` padded tokens (at least one row each). `lengths`
-    should be sorted: a batch that is half full ends where the length changes, so that with enough rows no
-    batch has padding."""
+    """Row numbers in batches of at most `token_budget` padded tokens, of at least one row. Sorted `lengths`
+    leave hardly any padding: a batch that is half full ends where the length changes."""
     batch, longest = [], 0
     for row, length in enumerate(lengths):
         too_large = max(longest, length) * (len(batch) + 1) > token_budget
@@ -222,8 +220,7 @@ class Teacher(nn.Module):
 
     @staticmethod
     def loss(logits, level):
-        """Point-wise multi-class cross-entropy (paper), summed over the rows: logits [B, C], levels [B] from
-        0 for level 1 -> scalar."""
+        """Point-wise cross-entropy (paper), summed: logits [B, C], levels [B], 0 for level 1 -> scalar."""
         return F.cross_entropy(logits, level, reduction="sum")
 
     @staticmethod

@@ -71,8 +71,7 @@ def open_onnx(path, threads=1):
 
 
 def sources_of(features):
-    """What the inputs come from: {kind of model: {"name", "fingerprint"}, file: {"fingerprint"}}.
-    features: stage.json of stage 01."""
+    """{kind of model: {name, fingerprint}, file: {fingerprint}} of the inputs. features: 01's stage.json."""
     sources = {}
     for kind, model in features.get("models", {}).items():
         sources[kind] = {"name": public_name(model["name"]), "fingerprint": model["fingerprint"]}

@@ -25,8 +25,7 @@ CHECKED_ROWS = 4_096
 
 
 class Served(nn.Module):
-    """A student whose inputs come one by one, in the order of input_names() -> probabilities [B, C] and
-    expected level [B]."""
+    """A student whose inputs come one by one, as input_names() -> probabilities [B, C], level [B]."""
 
     def __init__(self, student):
         super().__init__()

@@ -58,8 +58,7 @@ def family_of(character):
 
 
 def drawable(text):
-    """A text on one line, with □ for what no font draws. The families of its fonts join those of the figure
-    in hand, picture_file()'s."""
+    """A text on one line, □ for what no font draws; fonts join those of picture_file()'s figure."""
     text = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
     families = {c: family_of(c) for c in text}
     known = dict.fromkeys([*matplotlib.rcParams["font.family"], *filter(None, families.values())])
@@ -170,8 +169,7 @@ def draw_pins(lines, dataset, title, path):
 
 
 def show_pin(ax, pin, level, dataset, words):
-    """A pin in a frame of its level's color, `words` below: its picture, else on a card its title and the
-    beginning of what more is known of it."""
+    """A pin in a frame of its level's color, `words` below: its picture, else a card of its text."""
     image = picture(dataset, pin["image"])
     if image is not None:
         ax.imshow(image)

@@ -95,8 +95,7 @@ def escaped(text):
 
 
 def metric_table(table, names, lines):
-    """All metrics as a Markdown table. names: headings of the first columns; lines: their cells, and the
-    metrics {metric: Interval}."""
+    """All metrics as a Markdown table. names: headings; lines: cells, then {metric: its interval}."""
     metrics, body = metrics_of(table), []
     for *first, found in lines:
         values = [cell(found.get(metric), METRICS[metric].percent) for metric in metrics]
@@ -220,8 +219,7 @@ def facts(read, n, queries, gainful):
 
 
 def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
-    """report.md. about: facts(); evaluation: columns of its rows; one_by_one: lines on queries; pages: {file:
-    caption}."""
+    """report.md. about: facts(); evaluation: columns; one_by_one: lines; pages: {file: caption}."""
     command = shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]])
     lines = ["# Evaluation", "", *(f"- {name}: {escaped(value)}" for name, value in about.items())]
     lines += [f"- made: {time.strftime('%Y-%m-%d')} by `{command}`", "", *in_short(compared)]

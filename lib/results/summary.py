@@ -60,9 +60,9 @@ def describe_student(student, rows, held_out, settings, device):
 
 
 def describe_labelling(about, paths, todo, hardware, accelerator):
-    """What is going to be labelled, by which teacher. about: teacher.json; paths, todo: all shards,
-    and those left."""
-    model, fields = about["model"], ", ".join(about["fields"])
+    """What is going to be labelled. about: teacher.json; paths, todo: all shards, those left."""
+    model = about["model"]
+    fields = ", ".join(about["fields"])
     accelerator.print(f"teacher: {model}, trained on {fields}")
     accelerator.print(f"shards: {len(paths)}, of which {len(todo)} to label")
     accelerator.print(f"{hardware}, {accelerator.num_processes} process(es)")
@@ -79,8 +79,7 @@ def describe_pool(pool, rows, queries):
 
 
 def describe_labels(paths, table):
-    """What stage 03 has made, and where it is from (count_labels). paths: files of labels; table: the run's
-    LabelTable."""
+    """What 03 has made, and where it is from. paths: files of labels; table: the LabelTable."""
     counts = count_labels(paths)
     print("labels:", whence(counts))
     name = table.path.name
