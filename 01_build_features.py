@@ -3,6 +3,12 @@
 Paper: "Pin Text Representations" (the six text sources) and "Distill LLM into Servable Student Model" (the
 student's features).
 
+    1  the raw tables, checked; their rows numbered
+    2  the text of a pin: its own, BLIP's caption, and what logs of queries, boards and link visits say
+    3  embeddings, once a query and once a pin
+    4  match features of every labelled and unlabelled pair: BM25, cosine, engagement
+    5  a summary
+
 Reads   --data DIR      raw tables, see data/README.md
 Writes  RUN/features/   pins.parquet, queries.parquet (row number = index), *_embedding.npy,
                         labelled.parquet, impressions/part-*.parquet, skipped_images.csv, stage.json;

@@ -3,6 +3,12 @@
 Paper: "LLM as Relevance Model". [CLS] query [SEP] pin text -> language model -> fully connected layers ->
 five levels; point-wise cross-entropy.
 
+    1  settings
+    2  the text of the human-labelled pairs, in token ids
+    3  the language model and a fresh head: encoders (BERT, T5's) are trained in full, decoders with QLoRA
+    4  training; scores on held-out queries after each epoch
+    5  the teacher is saved
+
 Reads   RUN/features/   pins.parquet, queries.parquet, labelled.parquet (its `train` rows)
 Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, teacher.json, training_log.jsonl
 

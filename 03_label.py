@@ -4,6 +4,13 @@ Paper: "Distill LLM into Servable Student Model". The soft labels are the teache
 levels on unlabelled, multilingual impressions; a teacher trained on English labels so carries them over to
 other languages.
 
+    1  settings; what is inherited
+    2  the text of the pairs; which shards are left to label, and which labels are known
+    3  the teacher, LoRA merged, loaded for the first pair that nobody has labelled; --compile its layers
+    4  soft labels, one output shard an input shard
+    5  --pool (ours): they are weighed against a regression on the match features; where human labels are
+       few, the teacher alone is worse than that, and where it is clearly better it stays alone
+
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
                         p1 … p5 float32 (p5: excellent), the teacher's own, each row sums to 1

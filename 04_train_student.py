@@ -4,6 +4,12 @@ Paper: "Distill LLM into Servable Student Model". The student learns the teacher
 levels on unlabelled impressions (knowledge distillation). The paper does not give the loss; ours is Hinton et
 al., 2015: KL divergence at temperature T, times T squared.
 
+    1  settings; labels and features must belong together
+    2  rows: impressions with soft labels, human-labelled ones with the mean of both labels
+    3  the network, which starts at a regression of the human labels on the match features (ours)
+    4  distillation; scores on held-out queries after each epoch
+    5  the student is saved, also as ONNX
+
 Reads   RUN/features/, RUN/labels/ (not with --labels human)
 Writes  RUN/student/    model.safetensors, training_log.jsonl; to serve it: student.onnx,
                         student_one_query.onnx, features.json (their inputs, how each is computed)

@@ -3,6 +3,11 @@
 Paper: the offline evaluation (accuracy on five levels, AUROC at levels 3, 4, 5), and nDCG@20, its online
 relevance metric. Intervals are 95 % bootstrap intervals over queries.
 
+    1  settings; what is inherited
+    2  systems on the evaluation rows: what needs no training, students, the teacher, alone and pooled
+    3  metrics, differences, and temperatures (ours)
+    4  plots, pages of search results, the report, cards
+
 Reads   RUN/features/, RUN/labels/labelled.parquet, RUN/teacher/stage.json, every RUN/student*/
 Writes  RUN/report/     metrics.json, temperatures.json, report.md, plots as PNG;
                         queries.csv, every evaluation query by every system;
