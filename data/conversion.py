@@ -41,15 +41,20 @@ def side_of(query, train_share, eval_share, salt):
 
 
 def write_dataset(folder, tables, listed, skipped_columns, skipped):
-    """{table: rows, in the order of the contract's columns} -> Parquet files. listed: the CSV that names the
-    rows that cannot be used, with their reasons."""
+    """{table: rows, in the order of the contract's columns} -> Parquet files; Stop if no label trains or
+    none evaluates. listed: the CSV that names the rows that cannot be used, with their reasons."""
+    lacking = {"train", "eval"} - {split for _, _, _, split, *_ in tables["labels"]}
+    list_skipped(folder / listed, (*skipped_columns, "reason"), skipped)
+    if lacking:
+        sides = " and ".join(sorted(lacking))
+        why = f"left out {len(skipped):,}, see {listed}"
+        raise Stop(f"{folder}: no label for {sides}, stage 01 needs both; {why}")
     for name, rows in tables.items():
         columns = list(kinds_of(name))
         values = zip(*rows) if rows else [()] * len(columns)
         kinds = (NUMBERS.get(column, pa.string()) for column in columns)
         arrays = {column: pa.array(*typed) for column, *typed in zip(columns, values, kinds)}
         write_parquet(folder / f"{name}.parquet", arrays)
-    list_skipped(folder / listed, (*skipped_columns, "reason"), skipped)
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in tables.items())
     print(f"wrote {folder}: {counts}; left out {len(skipped):,}, see {listed}")
 

@@ -168,6 +168,8 @@ def make_tables(settings):
 
 def main(argv=None):
     settings = flags_read(Settings, None, argv, __doc__.split("\n")[0])
+    if TRAIN_LANGUAGE not in settings.languages:
+        raise Stop(f"--languages: {TRAIN_LANGUAGE} trains, and must be among them")
     tables, left_out = make_tables(settings)
     columns = ("question_id", "language", "question")
     conversion.write_dataset(settings.out, tables, "skipped_questions.csv", columns, left_out)

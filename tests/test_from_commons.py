@@ -171,3 +171,7 @@ def test_wrong_input_is_one_line(tmp_path):
     assert "search_term" in stop_line(from_commons.main, [str(source)])
     source.write_text(f"{HEADER}\n1,x,,en,a.jpg,2\n")
     assert "'2'" in stop_line(from_commons.main, [str(source)])
+    source.write_text(f"{HEADER}\n20000,x,,en,a.jpg,1\n")
+    line = stop_line(from_commons.main, [str(source), "--out", str(tmp_path / "out")])
+    assert "no label for eval and train" in line and "left out 1, see skipped_ratings.csv" in line
+    assert "no typed search" in (tmp_path / "out" / "skipped_ratings.csv").read_text()

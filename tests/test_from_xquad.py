@@ -173,3 +173,4 @@ def test_wrong_input_is_one_line(tmp_path):
     assert "zh.json" in line and "paragraphs" in line
     (folder / "zh.json").unlink()
     assert "lareqa" in stop_line(from_xquad.main, argv(folder, tmp_path / "out"))
+    assert "en trains" in stop_line(from_xquad.main, [str(folder), "--languages", "de"])
