@@ -173,12 +173,17 @@ def test_other_modes(tmp_path, mode):
     assert loaded(tmp_path, "a.tif").shape == (30, 40, 3)
 
 
-def test_floats_that_are_not_numbers(tmp_path):
-    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tif")
-    try:
-        assert loaded(tmp_path, "a.tif").shape == (4, 4, 3)
-    except ValueError as e:
-        assert "\n" not in str(e)
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5])
+def test_floats_that_are_not_numbers_are_black(tmp_path, odd, place):
+    """The others are scaled by the range of the finite ones."""
+    values = np.linspace(0, 1_000, 16, dtype=np.float32)
+    values[place] = odd
+    Image.fromarray(values.reshape(4, 4)).save(tmp_path / "a.tif")
+    grey = loaded(tmp_path, "a.tif")[..., 0].ravel()
+    assert np.abs(grey - np.array([0 if n == place else n * 17 for n in range(16)])).max() <= 1
+    Image.fromarray(np.full((4, 4), odd, np.float32)).save(tmp_path / "a.tif")
+    assert not loaded(tmp_path, "a.tif").any()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

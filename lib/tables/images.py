@@ -9,6 +9,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
@@ -69,10 +70,10 @@ def upright_rgb(image):
     if reduction(image) > 1:
         image = image.reduce(reduction(image))
     if image.mode in ("I", "F"):  # convert() would clip; 0 stays black; white: 1, 255 or the largest value
-        low, high = image.getextrema()
-        black, white = min(low, 0), max(high, 255) if high > 1 else 1
-        scale = 255 / (white - black)
-        image = image.point(lambda value: value * scale - black * scale)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        black, high = min(values.min(), 0), values.max()
+        white = max(high, 255) if high > 1 else 1
+        image = Image.fromarray(((values - black) / (white - black) * 255).astype(np.uint8))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
