@@ -59,11 +59,20 @@ def test_row_numbers_are_no_feature(tmp_path, kind):
 
 
 def test_a_column_without_a_name_is_left_out(tmp_path):
-    """A comma at the end of a header; in Parquet an empty name is one line. A column2 of the user's stays."""
+    """A comma at the end of a header; in Parquet empty names. A column2 of the user's stays."""
     folder = dataset(tmp_path, column2=RUN)
     table = pq.read_table(folder / "pins.parquet")
-    pq.write_table(table.append_column("", pa.array(RUN)), folder / "pins.parquet")
-    assert "pins.parquet: a column has no name" in stop_line(judged, folder)
+    for name in ("", " ", ""):
+        table = table.append_column(name, pa.array(RUN))
+    pq.write_table(table, folder / "pins.parquet")
+    roles, lines = judged(folder)
+    assert roles == {"column2": "number"} | {f"column {n} without a name": "left out" for n in (4, 5, 6)}
+    assert sum("without a name: left out" in line for line in lines) == 3
+    (folder / "pins" / "kind=a").mkdir(parents=True)
+    (folder / "pins.parquet").rename(folder / "pins" / "kind=a" / "a.parquet")
+    assert judged(folder)[0] == roles | {"kind": "category"}
+    (folder / "pins" / "kind=a" / "a.parquet").rename(folder / "pins.parquet")
+    (folder / "pins" / "kind=a").rmdir()
     (folder / "pins.parquet").unlink()
     (folder / "pins.csv").write_text(
         "pin_id,,column2,\n" + "".join(f"{i},{i},{i},\n" for i in ["007", "p2", "p3"])

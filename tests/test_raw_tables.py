@@ -1,6 +1,7 @@
 """Raw tables: what is right is read exactly, what is wrong is said in one line."""
 
 import csv
+import gzip
 import json
 import os
 import unicodedata
@@ -583,7 +584,25 @@ def test_files_of_one_table_with_other_columns_in_another_order(tmp_path):
     assert sorted(found) == [("007", "a", None), ("p2", "b", "red"), ("p3", "c", None)]
 
 
-def test_names_of_folders_above_the_table_are_no_columns(tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_hive_folders_are_columns_below_the_table_alone(tmp_path, kind):
+    data = tmp_path / "label=3" / "split=eval" / "pin_id=9"
+    tables = small_dataset()
+    log = tables.pop("engagements")
+    for day, market in (("30", "a%20b"), ("29", "__HIVE_DEFAULT_PARTITION__"), ("28", "")):
+        some = {name: values for name, values in log.items() if name != "date"}
+        folder = data / "engagements" / f"date=2024-06-{day}" / f"market={market}" / "COUNT=9"
+        write_table(folder, "part-0", some, kind)
+    write_dataset(data, tables)
+    raw = opened(data)
+    found = rows(raw, "engagements", "query, pin_id, date::VARCHAR, count, market")
+    expected = [("28", None), ("29", None), ("30", "a b")]
+    expected = [("red chair", "007", f"2024-06-{day}", 3, market) for day, market in expected]
+    assert found == expected and raw.types["engagements"]["market"] == "CSV"
+    assert rows(raw, "labels", "label, split") == [(5, "train"), (1, "train"), (4, "eval")]
+
+
+def test_names_of_folders_above_the_table_change_nothing(tmp_path):
     plain = features(write_dataset(tmp_path / "plain", small_dataset()), tmp_path / "run")
     data = write_dataset(tmp_path / "label=3" / "split=eval" / "pin_id=9", small_dataset())
     other = features(data, tmp_path / "lr=0.1")
@@ -921,11 +940,10 @@ def test_given_splits_that_leak(tmp_path):
         ("_spark_metadata/0", "Spark"),
         ("day=1/_delta_log/00000.json", "Delta Lake"),
         ("snapshot/snapshot-1", "Paimon"),
-        ("market=us/a.parquet", "Hive"),
     ],
 )
 def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, sign, name):
-    """Rows that a later file of the log replaced were taken for live ones. Hive's folders are columns."""
+    """Rows that a later file of the log replaced were taken for live ones."""
     tables = small_dataset()
     impressions = tables.pop("impressions")
     write_dataset(tmp_path, tables)
@@ -975,14 +993,28 @@ def test_a_cell_of_more_than_a_line_may_hold(tmp_path):
     assert "pins.csv" in line and "over 16 MiB" in line
 
 
+@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("packing", [None, "gz"])
-def test_lines_of_json_after_a_byte_order_mark_are_one_line(tmp_path, packing):
-    """As Windows writes them."""
-    path = write_dataset(tmp_path, small_dataset(), "jsonl") / "boards.jsonl"
-    path.write_bytes("\ufeff".encode() + path.read_bytes())
+def test_lines_of_json_after_a_byte_order_mark(tmp_path, packing, folder):
+    """As Windows writes them. A CSV file with one was read already."""
+    tables = small_dataset()
+    boards, mark = tables.pop("boards"), "\ufeff".encode()
+    data = write_dataset(tmp_path, tables, "jsonl")
+    below = data / "boards" / "day=2024-01-05" if folder else data
+    path = write_table(below, "boards", boards, "jsonl")
+    path.write_bytes(mark + path.read_bytes())
     if packing:
         packed(path, packing)
-    assert "boards.jsonl" in (line := stop_line(opened, tmp_path)) and "byte order mark" in line
+    if folder:
+        write_table(
+            data / "boards" / "day=2024-01-06", "b", {"pin_id": ["p2"], "board_title": ["Bath"]}, "jsonl"
+        )
+        assert rows(opened(data), "boards", "pin_id, board_title, day") == [
+            ("007", "Kitchen", "2024-01-05"),
+            ("p2", "Bath", "2024-01-06"),
+        ]
+    else:
+        assert rows(opened(data), "boards", "pin_id, board_title") == [("007", "Kitchen")]
 
 
 def test_a_small_file_of_very_many_rows_is_never_read_whole(tmp_path, monkeypatch):
@@ -1008,7 +1040,19 @@ def test_lines_of_json_that_are_one_byte_are_no_empty_table(tmp_path, content):
     (folder / "rows.jsonl").rename(folder / "boards" / "a.jsonl")
     (folder / "boards" / "b.jsonl").write_text(content)
     line = stop_line(RawTables, folder)
-    assert "b.jsonl" in line and "Malformed JSON" in line
+    assert "b.jsonl" in line and ("Malformed JSON" in line or "Missing closing brace" in line)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "jsonl.gz"])
+def test_files_of_a_folder_with_nothing_in_them_are_left_out(tmp_path, content, kind):
+    tables = small_dataset()
+    boards = tables.pop("boards")
+    folder = write_dataset(tmp_path, tables)
+    (write_table(folder / "boards", "b", boards, kind[:5].rstrip("."))).with_name(f"a.{kind}").write_bytes(
+        gzip.compress(content.encode()) if kind.endswith("gz") else content.encode()
+    )
+    assert rows(opened(folder), "boards", "pin_id, board_title") == [("007", "Kitchen")]
 
 
 def test_tags_of_languages_compare_without_case_and_regions_belong_to_their_language():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop, first_line, stop_on_error
@@ -24,6 +25,7 @@ FORMATS = {
 }
 NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
 NAMELESS = "without a name"  # ends the name that we give to a column that has none
+FILE = "path of the file"  # a column of ours while folders are read
 # What lies in a table whose files alone do not say its rows: its format, what exports these.
 MORE_THAN_FILES = {
     "_delta_log": ("Delta Lake", "DuckDB: COPY (FROM delta_scan('FOLDER')) TO 'TABLE.parquet'"),
@@ -31,13 +33,10 @@ MORE_THAN_FILES = {
     ".hoodie": ("Apache Hudi", "Spark: spark.read.format('hudi').load('FOLDER').write.parquet('TABLE')"),
     "_spark_metadata": ("Spark Streaming", "Spark: spark.read.parquet('FOLDER').write.parquet('TABLE')"),
     "snapshot/snapshot-*": ("Apache Paimon", "its own engine, as Parquet"),
-    "*=*/*": (
-        "Hive",
-        "DuckDB: COPY (FROM read_parquet('FOLDER/**', hive_partitioning = true)) TO 'TABLE.parquet'",
-    ),
 }
-CSV_OPTIONS = """auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
-    max_line_size = 16777216, buffer_size = 33554432, hive_partitioning = false"""
+OPTIONS = f"hive_partitioning = false, filename = '{FILE}'"  # of every reader
+CSV_OPTIONS = f"""auto_detect = false, header = true, quote = '"', escape = '"', comment = '',
+    max_line_size = 16777216, buffer_size = 33554432, {OPTIONS}"""
 
 
 def spellings(path):
@@ -72,8 +71,8 @@ def find_table(folder, name):
         if table_name(path) == name:
             for sign, (kind, export) in MORE_THAN_FILES.items():
                 if any(path.rglob(sign)):
-                    why = "a log or names of folders say what its rows are"
-                    raise Stop(f"{path}/: a table of {kind}, where {why}: export it, with {export}")
+                    why = "whose log says which files count: export its live rows"
+                    raise Stop(f"{path}/: a table of {kind}, {why}, with {export}")
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
             parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
@@ -113,21 +112,52 @@ def format_of(path):
     return next((kind for kind, name in FORMATS.items() if re.fullmatch(name, path.name.lower())), None)
 
 
-def reader(db, files, contract):
-    """SQL that reads the files of a table, and {column: type as stored}. Everything in CSV, and what is text
-    in JSON, stays text: DuckDB's own guesses would rewrite a title that looks like a date. contract: {column:
-    kind}."""
-    kind, options = format_of(files[0]), f"{listed(files)}, union_by_name = true, hive_partitioning = false"
+def reader(db, files, base, contract):
+    """SQL that reads the files of a table, which is the file or folder `base`, and {column: type as stored}.
+    Everything in CSV, and what is text in JSON, stays text: DuckDB's own guesses would rewrite a title that
+    looks like a date. contract: {column: kind}."""
+    kind = format_of(files[0])
     if kind == "json":
-        return json_reader(db, files, options, contract)
-    if kind == "csv":
+        sql, types = json_reader(db, files, contract)
+    elif kind == "csv":
         sql = csv_reader(files)
-        return sql, dict.fromkeys(columns_of(db, sql), "CSV")
-    unnamed = f"FROM parquet_schema({listed(files)}) WHERE name = '' AND num_children IS NULL"
-    if found := db.execute(f"SELECT file_name {unnamed}").fetchone():
-        raise Stop(f"{found[0]}: a column has no name: give it one, or leave it out")
-    sql = f"FROM read_parquet({options}, binary_as_string = true)"
-    return sql, columns_of(db, sql)
+        types = dict.fromkeys(columns_of(db, sql), "CSV")
+    else:
+        sql, types = parquet_reader(db, files)
+    del types[FILE]
+    folders = folder_columns(files, base, types)
+    columns = [f", {value} AS {quoted(column)}" for column, value in folders.items()]
+    sql = f"FROM (SELECT * EXCLUDE ({quoted(FILE)}){''.join(columns)} {sql})"
+    return sql, types | dict.fromkeys(folders, "CSV")
+
+
+def folder_columns(files, base, types):
+    """{column: SQL} of what Hive's folders below the table's folder `base` say, boards/date=2024-01-01/a.csv;
+    none of a column that the files have. Folders above it say nothing, which DuckDB would read too."""
+    folders = {part for path in files for part in path.relative_to(base).parts[:-1] if "=" in part}
+    keys = sorted({folder.partition("=")[0] for folder in folders})
+    below, columns = f'substr("{FILE}", {len(str(base)) + 1})', {}
+    for key in keys:
+        if key.lower() not in map(str.lower, types):
+            pattern = text_literal(f"/{re.escape(key)}=(?:__HIVE_DEFAULT_PARTITION__|([^/]*))/")
+            columns[key] = f"nullif(url_decode(regexp_extract({below}, {pattern}, 1)), '')"
+    return columns
+
+
+def parquet_reader(db, files):
+    """Likewise of Parquet, without regard to folders. DuckDB makes names for columns that have none."""
+    options = f"{listed(files)}, union_by_name = true, binary_as_string = true, {OPTIONS}"
+    sql, unnamed = f"FROM read_parquet({options})", {}
+    types = columns_of(db, sql)  # tells which file cannot be read
+    for path in files:
+        if "" in (names := pq.read_schema(path).names):
+            told = columns_of(db, f"FROM read_parquet({listed([path])}, {OPTIONS})")  # ends with FILE
+            unnamed |= {other: n for n, (other, name) in enumerate(zip(told, names), 1) if not name}
+    if unnamed:
+        ours = [f'{quoted(other)} AS "column {n} {NAMELESS}"' for other, n in unnamed.items()]
+        sql = f"FROM (SELECT * RENAME ({', '.join(ours)}) {sql})"
+        types = columns_of(db, sql)
+    return sql, types
 
 
 def columns_of(db, sql):
@@ -140,20 +170,22 @@ def as_struct(columns):
     return f"{{{', '.join(f'{quoted(column)}: {text_literal(kind)}' for column, kind in columns.items())}}}"
 
 
-def json_reader(db, files, options, contract):
-    """Likewise of lines of JSON; options: of read_json."""
-    if not any(path.stat().st_size for path in files):
+def json_reader(db, files, contract):
+    """Likewise of lines of JSON. Only if it is told no format DuckDB takes a byte order mark."""
+    filled = [path for path in files if start_of(path).strip(codecs.BOM_UTF8 + b"\r\n\t ")]
+    if not filled:
         raise Stop(f"{files[0]}: the table is empty")
-    options += ", format = 'newline_delimited', records = true, maximum_object_size = 67108864"
+    options = f"{listed(filled)}, union_by_name = true, records = true, maximum_object_size = 67108864"
     guess = "maximum_depth = 3, sample_size = -1, map_inference_threshold = -1"
-    types, columns = columns_of(db, f"FROM read_json({options}, {guess})"), {}
+    types, columns = columns_of(db, f"FROM read_json({options}, {guess}, {OPTIONS})"), {}
     for column, kind in types.items():
         if re.match(r"STRUCT|MAP|JSON|.*\]", kind):  # nested, or of several kinds
             columns[column] = types[column] = "JSON"
         else:
             number = column.lower() not in contract and NUMERIC.fullmatch(kind)
             columns[column] = "DOUBLE" if number else "VARCHAR"
-    return f"FROM read_json({options}, columns = {as_struct(columns)})", types
+    del columns[FILE]
+    return f"FROM read_json({options}, columns = {as_struct(columns)}, {OPTIONS})", types
 
 
 def csv_reader(files):
@@ -171,10 +203,15 @@ def csv_reader(files):
     return f"FROM ({' UNION ALL BY NAME '.join(readers)})"
 
 
+def start_of(path):
+    """The first MiB of a file, unpacked."""
+    with pa.input_stream(str(path)) as stream:
+        return stream.read(1 << 20)
+
+
 def csv_header(path):
     """A CSV file's delimiter, blank lines above its header, and names of columns; None: nothing is in it."""
-    with pa.input_stream(str(path)) as stream:  # unpacked
-        start = stream.read(1 << 20)
+    start = start_of(path)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:100]:
         raise Stop(f"{path}: cannot be read as csv (it is UTF-16: save it as UTF-8)")
     text = start.decode("utf-8-sig", errors="replace")
@@ -191,8 +228,8 @@ def plain_names(columns, contract):
     """{name as stored: name}: without spaces around it, columns of the contract in lower case. Stop if two
     differ in nothing else: DuckDB does not tell them apart, and names the second NAME_1."""
     names, taken = {}, {}
-    for column in columns:
-        plain = column.strip()
+    for place, column in enumerate(columns, 1):
+        plain = column.strip() or f"column {place} {NAMELESS}"
         if "\0" in column:
             raise Stop(f"the name of the column {column!r} holds a zero byte: rename it")
         first = re.sub(r"_\d+$", "", plain)

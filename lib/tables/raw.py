@@ -122,10 +122,10 @@ class RawTables(Database):
         contract, source = kinds_of(name), "LIMIT 0"
         if not files:
             self.refuse_missing(name)
-        with one_line(files[0] if files else self.folder):
+        with one_line(base or self.folder):
             if files:
                 self.files[name], self.name[name] = files, base.name + "/" * base.is_dir()
-                sql, stored = reader(self.db, files, contract)
+                sql, stored = reader(self.db, files, base, contract)
                 names = plain_names(stored, contract)
                 self.types[name] = {names[column]: stored[column] for column in stored}
                 columns = [f"{quoted(old)} AS {quoted(new)}" for old, new in names.items()]
