@@ -297,7 +297,8 @@ class Bench:
     def ours(self, network, tokenizer, features, pairs):
         """03's teacher with the classifier's own layers as its head, in fp32 as always."""
         head = nn.Sequential(network.bert.pooler.dense, nn.Tanh(), network.classifier)
-        teacher = Teacher(models.without_pooler(network.bert).to(self.dtype), "encoder", self.dtype)
+        network.bert.pooler = None
+        teacher = Teacher(network.bert.to(self.dtype), "encoder", self.dtype)
         teacher.head = head
         teacher.to(self.device).eval()
         text = PairText(tokenizer, "encoder", PEER_FIELDS, PEER_TOKENS)

@@ -24,11 +24,12 @@ class Range(typing.NamedTuple):
     high: float
 
 
+TINY = 1e-31  # far within fp32, as is its inverse
 Count = Annotated[int, Range(1, 10**9)]
 Size = Annotated[int, Range(0, 10**9)]
 Width = Annotated[int, Range(1, 10**6)]
-Positive = Annotated[float, Range(1e-31, 1e31)]  # far within fp32
-NonNegative = Annotated[float, Range(0, 1e31)]
+Positive = Annotated[float, Range(TINY, 1 / TINY)]
+NonNegative = Annotated[float, Range(0, 1 / TINY)]
 Share = Annotated[float, Range(0, 1)]
 Temperature = Annotated[float, Range(0.01, 100)]
 Device = Literal["auto", "cpu", "cuda"]
@@ -112,8 +113,8 @@ def flags_read(kind, default, argv, description):
         for bounds in ranges_of(hint):
             for each in value if isinstance(value, tuple) else [value]:
                 if each is not None and not bounds.low <= each < bounds.high:
-                    wanted = f"must be at least {bounds.low:g} and below {bounds.high:g}"
-                    refuse(f"--{field.replace('_', '-')} {each}: {wanted}")
+                    low = "more than 0" if bounds.low == TINY else f"at least {bounds.low:g}"
+                    refuse(f"--{field.replace('_', '-')} {each}: must be {low} and below {bounds.high:g}")
     return settings
 
 
