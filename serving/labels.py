@@ -30,7 +30,8 @@ class Labels:
             mine = self.said[path.stem.removeprefix("labels_")] = {}
             with open(path, newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    mine[row["query_id"], row["pin_id"]] = int(row["label"]), row.get("note")
+                    if row.get("label"):  # a cell that is empty, or a line that is cut, is no label
+                        mine[row["query_id"], row["pin_id"]] = int(row["label"]), row.get("note")
 
     def save(self, name, mine):
         """Writes what a person has said: the file is whole, and on the disk."""

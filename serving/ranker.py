@@ -123,13 +123,15 @@ class Ranker:
         """Pins of the run, best first, the first `top` of them. candidates: pin ids, anything to iterate over
         (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it has none (default:
         stage 01's of a query that the run has); exclude: pin ids to leave out."""
-        exclude = {*exclude}
-        ids = self.ids if candidates is None else candidates
+        exclude = {*listed("exclude", exclude)}
+        ids = self.ids if candidates is None else listed("candidates", candidates)
         ids = [pin_id for pin_id in ids if pin_id not in exclude]
         rows = self.rows(ids)
         side = self.new.query(query)
         events = self.new.events(side.known, rows)
         if engaged is not None:
+            if not all(isinstance(pin_id, str) for pin_id in engaged.keys()):
+                raise Stop("engaged: must be {pin id: events}, an id is a text")
             events = np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
         if not (np.isfinite(events) & (events >= 0)).all():
             raise Stop("engaged: must be finite numbers of events, none below 0")
@@ -154,3 +156,10 @@ class Ranker:
                 rows = self.rows(pins)
                 table[places] = self.table_of(side, self.pins, rows, self.new.events(side.known, rows))
         return self.scores([pin for _, pin in pairs], table)
+
+
+def listed(what, ids):
+    """Ids in an order of their own, of a set sorted. Stop for a text, which is a list of letters."""
+    if isinstance(ids, (str, bytes)):
+        raise Stop(f"{what}: one text, not a list of ids")
+    return sorted(ids) if isinstance(ids, (set, frozenset)) else ids

@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, FilePath, ValidationError
 from pydantic_core import from_json, to_json
+from starlette.requests import ClientDisconnect
 
 from lib.inputs.bm25 import tokenize
 from lib.stages.terminal import Stop, first_line
@@ -197,6 +198,8 @@ class Service:
             from_json(await request.body() or "null", allow_inf_nan=False)
         except ValueError as error:
             return await refused(request, f"no JSON: {error}")
+        except ClientDisconnect:
+            return await refused(request, "the connection has ended", 400)  # nobody reads it
 
 
 def rows_of(found, columns, match):
@@ -230,8 +233,9 @@ def __getattr__(name):
 
 def from_environment(environment):
     """The FastAPI application, loaded, as the environment says; ends with one line where that is wrong."""
+    told = {name: environment.get(name.upper()) for name in Settings.model_fields}
     try:
-        service = Service(Settings(**{name.lower(): value for name, value in environment.items() if value}))
+        service = Service(Settings(**{name: value for name, value in told.items() if value}))
     except ValidationError as error:
         first = error.errors()[0]
         sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")

@@ -153,6 +153,16 @@ def test_quirks_are_read(name, tmp_path, capsys):
     assert ("1 without a rating" in printed) == (name in ("quepid", "workbench"))
 
 
+def test_a_header_stands_anywhere_and_an_empty_rating_is_none(tmp_path, capsys):
+    found = read_judgments(written(tmp_path, "ranklib", "4 qid:1 # p1\n# qid:1: red chair\n"))
+    assert found == [Judgment("1", "red chair", "p1", 4)]
+    found = read_judgments(written(tmp_path, "qrels", "q1\t0\tp1\t \nq1\t0\tp2\t3\n"))
+    assert found == [Judgment("q1", None, "p2", 3)]
+    assert "1 without a rating" in capsys.readouterr().out
+    line = stop_line(read_judgments, written(tmp_path, "quepid", "query,rating\nred,1\n"))
+    assert "no 'docid'" in line
+
+
 def test_the_answer_to_a_search_for_a_list_is_read(tmp_path):
     entry = {"query": "red chair", "ratings": [{"docId": "p1", "rating": "3.0"}]}
     answer = {"hits": {"total": 1, "hits": [{"_id": "x", "_source": {"judgmentRatings": [entry]}}]}}

@@ -100,7 +100,8 @@ def test_labels_survive(queue, labels, tmp_path):
     assert [*row.values()] == [*first, "4", "ann", "a note, with comma"]
     assert "before" in stop_line(again.add, "ann", first, 5, "")
     assert again.undo("ann") == first and again.undo("ann") is None
-    assert Labels(queue, tmp_path, raters=2).next("ann", [])[0] == first
+    (tmp_path / "labels_bob.csv").write_text(f"query_id,pin_id,label\n{','.join(first)},\n{first[0]}")
+    assert Labels(queue, tmp_path, raters=2).next("bob", [])[:2] == (first, 0)
 
 
 def test_as_many_people_as_asked(labels):

@@ -1,5 +1,6 @@
 """The service as its callers and its operator meet it, over HTTP; what the class makes of odd arguments."""
 
+import asyncio
 import base64
 import importlib.metadata
 import io
@@ -311,7 +312,9 @@ def test_candidates_are_any_sequence(ranker):
     )
     for wrong in ("p00001", [1, 2], [None]):
         stop_line(ranker.rank, "red chair", wrong)
-    for wrong in ({some[0]: -1}, {some[0]: None}, {some[0]: np.inf}):
+    assert "one text" in stop_line(ranker.rank, "red chair", some[0])
+    assert "one text" in stop_line(lambda: ranker.rank("red chair", exclude=some[0]))
+    for wrong in ({some[0]: -1}, {some[0]: None}, {some[0]: np.inf}, {1: 2}, pd.Series([1, 2])):
         assert "engaged" in stop_line(ranker.rank, "red chair", some, wrong)
     for wrong in ([("red chair", 3)], [(None, some[0])]):
         stop_line(ranker.score, wrong)
@@ -527,11 +530,25 @@ def test_a_failure_of_ours_is_counted(app, client, monkeypatch):
     assert 'requests_total{address="/rank",status="500"} 1.0' in client.get("/metrics").text
 
 
+def test_a_client_that_goes_away_is_no_failure_of_ours(app, client):
+    scope = {"type": "http", "method": "POST", "path": "/rank", "query_string": b""}
+    scope["headers"] = [(b"content-length", b"9"), (b"content-type", b"application/json")]
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def nobody(message):
+        pass
+
+    asyncio.run(app(scope, gone, nobody))
+    assert 'status="400"' in client.get("/metrics").text
+
+
 def test_reload_serves_what_run_points_to_now(run, tmp_path):
     """The run is a link; a broken one is refused, and what was loaded serves on."""
     link = tmp_path / "now"
     link.symlink_to(run)
-    client = TestClient(service.from_environment({"RUN": str(link), "EXCLUDE": ""}))
+    client = TestClient(service.from_environment({"RUN": str(link), "run": "/nope", "EXCLUDE": ""}))
     before = client.post("/rank", json={"query": "red chair"}).json()
     link.unlink()
     assert client.post("/reload").status_code == 422

@@ -53,7 +53,8 @@ def stop_on_error(what, advice=""):
 
 def first_line(error):
     """The first line of an exception's text, without control characters."""
-    text = str(error).strip().split("\n")[0] or type(error).__name__
+    text = "no " * isinstance(error, KeyError) + str(error)
+    text = text.strip().split("\n")[0] or type(error).__name__
     return "".join(c for c in text if c.isprintable())[:300]
 
 

@@ -54,6 +54,7 @@ def read_lines(path, form):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             fields = line.split("\t") if line.count("\t") == len(parts) - 1 else line.split()
+            fields = [field.strip() for field in fields]
             if not line.strip() or line[0] == "#":
                 continue
             if len(fields) != len(parts):
@@ -74,12 +75,12 @@ def write_lines(file, judgments, form):
 
 def read_ranklib(path):
     """Features are passed over. An id ends at a tab, or without one at the first space."""
-    texts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        header = re.fullmatch(r"#\s*qid:(\S+?):\s+(.*?)\s*", line)
-        found = re.fullmatch(r"\s*([^\s#]+)\s+qid:(\S+)(?:\s+\d+:\S+)*\s*#\s*(.*)", line)
-        if header and texts.setdefault(header[1], header[2]) != header[2]:
+    lines, texts = path.read_text(encoding="utf-8-sig").split("\n"), {}
+    for header in filter(None, (re.fullmatch(r"#\s*qid:(\S+?):\s+(.*?)\s*", line) for line in lines)):
+        if texts.setdefault(header[1], header[2]) != header[2]:
             raise ValueError(f"qid {header[1]!r} has two texts: {texts[header[1]]!r}, {header[2]!r}")
+    for number, line in enumerate(lines, 1):
+        found = re.fullmatch(r"\s*([^\s#]+)\s+qid:(\S+)(?:\s+\d+:\S+)*\s*#\s*(.*)", line)
         if found:
             pin, _, title = found[3].partition("\t" if "\t" in found[3] else " ")
             yield Judgment(found[2], texts.get(found[2]), pin, found[1], title.strip())

@@ -20,7 +20,7 @@ def read_columns(path, more):
     db = Database(path.parent)
     contract = {"query_id": "id", "query": "text", **more}
     with one_line(path):
-        sql, types = reader(db.db, [path], contract)
+        sql, types = reader(db.db, [path], path, contract)
         names = plain_names(types, contract)
     values = {"query_id": "NULL::VARCHAR", "query": "NULL::VARCHAR"}
     found = {name for name in names.values() if name in contract}
