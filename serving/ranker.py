@@ -130,7 +130,7 @@ class Ranker:
         side = self.new.query(query)
         events = self.new.events(side.known, rows)
         if engaged is not None:
-            if not all(isinstance(pin_id, str) for pin_id in engaged.keys()):
+            if not all(isinstance(pin_id, str) for pin_id, _ in engaged.items()):
                 raise Stop("engaged: must be {pin id: events}, an id is a text")
             events = np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
         if not (np.isfinite(events) & (events >= 0)).all():
