@@ -116,7 +116,11 @@ def strata_of(named, queries):
     if named in queries:
         stratum = queries[named].astype("string").fillna("None").to_numpy(object)
     elif named:
-        table = read_columns(Path(named), {"stratum": "text", "weight": "number"})
+        path = Path(named)
+        if not path.is_file():
+            columns = ", ".join(queries)
+            raise Stop(f"--strata {named}: no file, and no column of queries, which are {columns}")
+        table = read_columns(path, {"stratum": "text", "weight": "number"})
         row = rows_of_queries(table, queries["query_id"], queries["key"])
         table = table.to_pandas().set_axis(row)
         table = table[~table.index.duplicated()].reindex(range(len(queries)))

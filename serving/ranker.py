@@ -123,15 +123,17 @@ class Ranker:
         """Pins of the run, best first, the first `top` of them. candidates: pin ids, anything to iterate over
         (default: all pins); engaged: {pin id: engagement events of this query}, 0 where it has none (default:
         stage 01's of a query that the run has); exclude: pin ids to leave out."""
-        exclude = {*listed("exclude", exclude)}
-        ids = self.ids if candidates is None else listed("candidates", candidates)
+        ids, exclude = self.ids, {*listed("exclude", exclude)}
+        if candidates is not None:
+            ids = listed("candidates", candidates)
         ids = [pin_id for pin_id in ids if pin_id not in exclude]
         rows = self.rows(ids)
         side = self.new.query(query)
         events = self.new.events(side.known, rows)
         if engaged is not None:
-            if not all(isinstance(pin_id, str) for pin_id, _ in engaged.items()):
-                raise Stop("engaged: must be {pin id: events}, an id is a text")
+            for pin_id, _ in engaged.items():
+                if not isinstance(pin_id, str):
+                    raise Stop("engaged: must be {pin id: events}, an id is a text")
             events = np.array([engaged.get(pin_id, 0) for pin_id in ids], np.float64)
         if not (np.isfinite(events) & (events >= 0)).all():
             raise Stop("engaged: must be finite numbers of events, none below 0")

@@ -169,6 +169,12 @@ def test_strata_of_a_table(tmp_path, text):
     assert (stratum.tolist(), weight.tolist()) == STRATA[text]
 
 
+def test_strata_that_are_nowhere():
+    queries = pd.DataFrame({"query_id": ["q1"], "interest": ["garden"]})
+    line = stop_line(strata_of, "intrest", queries)
+    assert "--strata intrest" in line and "query_id, interest" in line
+
+
 def test_queries_without_traffic_are_no_group():
     """As those that a table of strata does not have."""
     weight, strata = np.array([1.0, 2.0, 0.0]), np.array(["head", "tail", "other"])

@@ -526,7 +526,8 @@ def test_two_columns_that_differ_in_case_alone(tmp_path, kind):
 
 def packed(path, kind):
     """Packs a file: NAME -> NAME.gz or NAME.zst."""
-    with pa.output_stream(f"{path}.{kind}", compression={"gz": "gzip", "zst": "zstd"}[kind]) as stream:
+    packing = {"gz": "gzip", "zst": "zstd"}[kind.lower()]
+    with pa.output_stream(f"{path}.{kind}", compression=packing) as stream:
         stream.write(path.read_bytes())
     path.unlink()
 
@@ -553,7 +554,7 @@ def test_other_names_of_files(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("packing", ["gz", "zst", "GZ"])
 def test_packed_files(tmp_path, kind, packing):
     tables = small_dataset()
     write_dataset(tmp_path, tables, kind)

@@ -205,7 +205,8 @@ def csv_reader(files):
 
 def start_of(path):
     """The first MiB of a file, unpacked."""
-    with pa.input_stream(str(path)) as stream:
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    with pa.input_stream(str(path), compression=packing) as stream:
         return stream.read(1 << 20)
 
 

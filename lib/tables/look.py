@@ -11,10 +11,12 @@ ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
 IS_JSON, IS_HTML = "ltrim(v)[1] IN ('{', '[')", "regexp_matches(v, '</?[a-zA-Z][^>]*>')"
-ODD = {  # role: SQL of an odd value v, the share of cells from which on it is said, and what
-    "category": (IS_JSON, 0.9, "JSON: a column of its own for each thing in it says more"),
-    "text": (IS_HTML, 0.1, "HTML: tags are read as words; take them out"),
-}
+NOBODY = "long texts, in a category that nobody reads: into title or description, or leave them out"
+ODD = (  # role, SQL of an odd value v, the share of cells from which on it is said, and what: the last counts
+    ("category", "length(v) > 40", 0.5, NOBODY),
+    ("category", IS_JSON, 0.9, "JSON: a column of its own for each thing in it says more"),
+    ("text", IS_HTML, 0.1, "HTML: tags are read as words; take them out"),
+)
 
 
 def look_at(raw):
@@ -29,18 +31,18 @@ def look_at(raw):
 
 def look_at_table(raw, table, columns):
     """Likewise of some columns of one table, from its first ROWS rows."""
-    odd = ", ".join(f"count(*) FILTER ({sql})" for sql, *_ in ODD.values())
+    odd = ", ".join(f"count(*) FILTER ({sql})" for _, sql, *_ in ODD)
     counts = f"count(DISTINCT v), count(*) FILTER (filled), min(v) FILTER (filled), {odd}"
     texts = ", ".join(f"{quoted(column)}::VARCHAR AS {quoted(column)}" for column in columns)
     some = f"UNPIVOT (SELECT {texts} FROM raw_{table} LIMIT {ROWS}) ON * INTO NAME name VALUE v"
     sql = f"SELECT name, {counts} FROM (SELECT *, NOT is_blank(v) AS filled FROM ({some})) GROUP BY 1"
     found = {name: facts for name, *facts in raw.ask(sql)} if columns else {}
     for column in columns:
-        values, cells, example, *odd = found.get(column, (0, 0, None, 0, 0))
+        values, cells, example, *odd = found.get(column, (0, 0, None))
         role, said = role_of(raw, table, column), None
         example = raw.labels_found() if role == "level" else example
-        for (kind, (_, share, what)), count in zip(ODD.items(), odd):
-            if role == kind and count > share * cells:
+        for (kind, _, share, what), count in zip(ODD, odd):
+            if role == kind and count and count >= share * cells:
                 said = f"{count:,} of {cells:,} cells are {what}"
         role += f", {values:,} values" * (role == "category")
         example = " ".join((example or "").split())
