@@ -183,7 +183,7 @@ WRONG = [  # format, what is in the file, what the line says
     ("run", "q1 Q0 p1 1 0.5 a\nq1 Q0 p1 2 0.4 a\n", "two ratings"),
     ("ranklib", "4 qid:1 1:2\n", "line 1"),
     ("ranklib", "# qid:1: a\n# qid:1: b\n4 qid:1 # p1\n", "two texts"),
-    ("quepid", "query,doc,rating\na,b,1\n", "docid"),
+    ("quepid", "query,doc,rating\na,b,1\n", "no 'docid'"),
     ("quepid", "query,docid,rating\na,,1\n", "no id"),
     ("quepid", "query,docid,rating\nred chair,p1,1\nRed Chair,p1,3\n", "two ratings"),
     ("quepid", "", "no judgment"),
@@ -353,6 +353,12 @@ def test_labels_of_the_teacher(labelled_run, tmp_path):
     query, pin = next(iter(p))
     number = p[query, pin].argmax()
     assert rated[f"text {query[1:]}", pin] == ["0", "1", "5", "10", "100"][number] and len(rated) == len(p)
+
+
+def test_a_run_without_features_is_the_line_of_every_stage(tmp_path):
+    (tmp_path / "run" / "features").mkdir(parents=True)
+    line = stop_line(judgments.main, [str(tmp_path / "run"), str(tmp_path / "a.csv")])
+    assert line.startswith(f"{tmp_path}/run/features: missing") and line.endswith(f"--run {tmp_path}/run")
 
 
 def test_labels_of_people(labelled_run, tmp_path):

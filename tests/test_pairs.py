@@ -55,6 +55,14 @@ def replace_column(path, name, values):
     write_parquet(path, table.select(kept).append_column(name, pa.array(values)))
 
 
+def test_no_rows_to_train_on_is_one_line(tmp_path):
+    synthetic(tmp_path)
+    for path in (tmp_path / "features" / "impressions").iterdir():
+        path.unlink()
+    assert stop_line(rows_of, tmp_path) == f"no rows to train on in {tmp_path}"
+    assert stop_line(rows_of, tmp_path, "--languages", "en").endswith(f" in {tmp_path}, --languages en")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Each row once
 

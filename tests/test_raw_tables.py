@@ -541,6 +541,7 @@ def packed(path, kind):
         ("parquet", "boards/2024-01-01/a.parquet"),
         ("csv", "boards/deep/er/a.CSV"),
         ("parquet", "boards.parquet/part-0.snappy.parquet"),
+        ("csv", "boards/two\nlines.csv"),
     ],
 )
 def test_other_names_of_files(tmp_path, kind, name):

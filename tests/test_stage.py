@@ -463,11 +463,16 @@ def test_debug_shows_what_lies_behind_a_line(monkeypatch):
         with stop_on_error("no model"):
             raise KeyError("hidden_size")
 
-    assert ended(main) == "error: no model ('hidden_size')"
+    assert ended(main) == "error: no model (no 'hidden_size')"
     monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(Stop) as shown:
         run_main(main)
     assert isinstance(shown.value.__cause__, KeyError)
+
+
+def test_what_is_told_in_one_line_stays_that_line():
+    with pytest.raises(Stop, match="^nothing here; make it$"), stop_on_error("not written"):
+        raise Stop("nothing here; make it")
 
 
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"

@@ -176,8 +176,8 @@ class TrainingRows:
             counts.append(len(rows))
             found.append(statistics_of(rows["match"]))
         if not sum(counts) + len(self.human):
-            asked = " ".join(["--languages", *self.settings.languages])
-            raise Stop(f"no rows to train on in {self.files.run}, {asked}")
+            asked = " ".join(self.settings.languages)
+            raise Stop(f"no rows to train on in {self.files.run}" + f", --languages {asked}" * bool(asked))
         self.deal(counts)
         return moments_of(np.stack(found)), np.concatenate(held_out)
 

@@ -40,10 +40,12 @@ def run_main(main):
 
 @contextlib.contextmanager
 def stop_on_error(what, advice=""):
-    """An exception inside the block, of whatever kind, becomes a Stop: `what` went wrong, its first line,
-    `advice`."""
+    """An exception inside the block, of whatever kind but a Stop, becomes one: `what` went wrong, its first
+    line, `advice`."""
     try:
         yield
+    except Stop:
+        raise
     except BaseException as error:
         # A panic of the tokenizers' Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -109,7 +109,7 @@ def table_name(path):
 
 def format_of(path):
     """'parquet', 'csv' or 'json' by a file's name, else None. CSV and JSON may be packed (.gz, .zst)."""
-    return next((kind for kind, name in FORMATS.items() if re.fullmatch(name, path.name.lower())), None)
+    return next((kind for kind, name in FORMATS.items() if re.fullmatch(name, path.name.lower(), re.S)), None)
 
 
 def reader(db, files, base, contract):
