@@ -48,7 +48,8 @@ class Pin:
     embeddings: dict = field(default_factory=dict)  # the user's own, {name: [D]}; not given: zeros
 
     def __post_init__(self):
-        boards = [self.boards] if self.boards is None or isinstance(self.boards, str) else self.boards
+        is_one = self.boards is None or isinstance(self.boards, (str, float))  # NaN: a cell without a value
+        boards = [self.boards] if is_one else self.boards
         self.boards = [title for title in map(text_of, boards) if title]
         self.title, self.description = text_of(self.title), text_of(self.description)
 
@@ -190,9 +191,13 @@ class NewFeatures:
         columns = {f"{side}_{name}": value for name, value in item.columns.items()}
         known, vectors = self.stored[side].keys(), self.spec["embeddings"].keys()
         for name in columns.keys() - (known - vectors) | item.embeddings.keys() - (known & vectors):
-            what = f"no such column or embedding of a {side}"
-            raise Stop(f"{name!r}: {what}; the student knows {', '.join(known)}")
-        given = dict.fromkeys(known - made.keys()) | columns | item.embeddings
+            further = sorted(name.removeprefix(f"{side}_") for name in known - vectors)
+            own = ", ".join(sorted(known & vectors))
+            there = f"columns {', '.join(further)}; embeddings {own}"
+            raise Stop(f"{name!r}: no such column or embedding of a {side}; the student knows {there}")
+        given = dict.fromkeys(known - made.keys()) | columns
+        for name, vector in item.embeddings.items():
+            given[name] = () if vector is None else vector
         taken = {name: self.value(name, value) for name, value in given.items()}
         return made | taken
 
@@ -201,9 +206,11 @@ class NewFeatures:
         as in stage 01. Stop for what is none."""
         if name in self.spec["embeddings"]:
             size = self.spec["embeddings"][name]
-            vector = np.zeros(size) if given is None else np.asarray(given, np.float64)
+            what = f"{name}: must be {size} finite numbers"
+            with stop_on_error(what):
+                vector = np.zeros(size) if given is None else np.asarray(given, np.float64)
             if vector.shape != (size,) or not (np.abs(vector) <= LARGEST).all():
-                raise Stop(f"{name}: must be {size} finite numbers")
+                raise Stop(what)
             return vector.astype(np.float32)
         if name not in self.spec["categories"]:
             return number(name, given)

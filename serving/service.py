@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from codecs import BOM_UTF8
 from typing import Annotated
 
 import prometheus_client as prometheus
@@ -195,7 +196,8 @@ class Service:
         if int(headers.get("content-length", 0)) > most:
             return await refused(request, f"more than {most:,} bytes", 413)
         try:  # Python's json takes NaN, and halves of characters
-            from_json(await request.body() or "null", allow_inf_nan=False)
+            body = await request.body()
+            from_json(body.removeprefix(BOM_UTF8) or "null", allow_inf_nan=False)
         except ValueError as error:
             return await refused(request, f"no JSON: {error}")
         except ClientDisconnect:

@@ -151,7 +151,7 @@ def test_what_a_new_text_lacks_is_unknown(ranker):
     for name in ("pin_visual", "pin_graph"):
         assert not pin.columns[name].any()
     line = stop_line(ranker.rank, Query("red chair", {"intrest": "garden"}))
-    assert "intrest" in line and "query_interest, query_shopping_interest" in line
+    assert "intrest" in line and "columns interest, shopping_interest; embeddings query_text" in line
     assert "no such file" in stop_line(ranker.score, [("red chair", Pin(image=ROOT / "none.png"))]).lower()
     assert "the picture" in stop_line(ranker.score, [("red chair", Pin(image=b"no picture"))])
 

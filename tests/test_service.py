@@ -320,13 +320,17 @@ def test_candidates_are_any_sequence(ranker):
         stop_line(ranker.score, wrong)
     for wrong in (None, b"red chair", "", " "):
         stop_line(ranker.rank, wrong)
+    for wrong in (None, 1.0, [1.0], [np.nan] * 64, [np.inf] * 64, ["x"] * 64, [[1], [1, 2]]):
+        query = Query("red chair", embeddings={"query_text": wrong})
+        assert "query_text: must be 64 finite numbers" in stop_line(ranker.rank, query)
     left = ranker.rank("red chair", exclude=some[:4])
     assert set(left.pins) == {*ranker.ids} - {*some[:4]}
 
 
 def test_a_pins_arguments(ranker, toy):
     assert Pin(boards="Living room").boards == ["Living room"]
-    assert Pin(boards=None).boards == Pin(boards=[None, float("nan")]).boards == []
+    nan = float("nan")
+    assert Pin(boards=None).boards == Pin(boards=nan).boards == Pin(boards=[None, nan]).boards == []
     assert Pin(title=float("nan"), description=None).title == Pin(description=None).description == ""
     for wrong in ({"title": 3}, {"boards": [3]}, {"description": b"x"}):
         stop_line(lambda wrong=wrong: Pin(**wrong))
@@ -408,6 +412,12 @@ WRONG_PINS = [
     {"embeddings": {"pin_text": [1.0]}},
     {"embeddings": {"pin_txt": [1.0]}},
 ]
+
+
+def test_a_body_may_begin_with_a_byte_order_mark(client):
+    headers = {"content-type": "application/json"}
+    found = client.post("/rank", content='\ufeff{"query": "red chair"}'.encode(), headers=headers)
+    assert found.json() == client.post("/rank", json={"query": "red chair"}).json()
 
 
 @pytest.mark.parametrize("wrong", [*map(json.dumps, WRONG), *RAW])
