@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from days import build, flags, read_tables, write_tables
 from finished_run import student_seed
-from helpers import stage, stop_line
+from helpers import stage, stop_line, synthetic
 from PIL import Image
 from test_kill import start, warm  # noqa: F401
 
@@ -27,7 +27,7 @@ from lib.inputs.pairs import read_labels
 from lib.inputs.rows import tokenized_shards
 from lib.inputs.student_inputs import StudentInputs
 from lib.models import load_config, load_tokenizer
-from lib.stages.files import read_json
+from lib.stages.files import read_json, write_parquet
 from serving.ranker import Ranker
 
 trainer, labeller = stage("02"), stage("03")
@@ -195,6 +195,18 @@ def test_boards_and_categories_that_the_base_does_not_know_are_said(shop, models
     drift = read_json(tmp_path / "run" / "features" / "stage.json")["drift"]
     assert drift["board saves under a title that the graph does not know"] == 1
     assert read_json(shop / "wednesday" / "features" / "stage.json")["drift"].keys() == drift.keys()
+
+
+def test_ids_of_a_day_that_no_student_knew_are_no_drift(tmp_path):
+    for day in ("base", "today"):
+        synthetic(tmp_path / day, queries=20_000)
+        path = tmp_path / day / "features" / "queries.parquet"
+        ids = [f"{day} {row}" for row in range(20_000)]
+        write_parquet(path, pq.read_table(path).drop_columns("interest").append_column("session", [ids]))
+    base = base_module.Base(tmp_path / "base", {})
+    base.complete(tmp_path / "today" / "features", [])
+    unknown = {"unknown values of query_session": 0.05, "unknown values of pin_kind": 0}  # 1,000 were known
+    assert base.drift == pytest.approx(unknown)
 
 
 def test_yesterdays_student_reads_todays_features(shop, capsys):

@@ -748,6 +748,8 @@ def test_advice_is_the_command_that_costs_least(tmp_path):
     assert stop_line(require_finished, folder, f"03.py --run {tmp_path}").endswith(
         f"{plain} --epochs 7 --no-merge"
     )
+    (begun.folder / "stage.json").write_text("[" * 100_000)
+    assert remake(folder, f"03.py --run {tmp_path}") == plain
     begun.finish()
     assert (
         remake(folder, f"03.py --run {tmp_path}", without=["--no-merge"]) == f"{plain} --epochs 7 --overwrite"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from lib.inputs.inherited import require
 from lib.inputs.match import MATCH_FEATURES, match_names
-from lib.inputs.student_inputs import TABLES, further_columns, read_column
+from lib.inputs.student_inputs import TABLES, frequent_values, further_columns, read_column
 from lib.levels import side_of
 from lib.stages.files import link
 from lib.stages.finished import read_about
@@ -92,9 +92,10 @@ class Base:
                 if ours.get(name) != kind:
                     lacking.append(f"{side}_{name}")
                 elif kind == "category":
-                    values, known = (read_column(folder / table, name) for folder in (out, self.folder))
-                    is_known = pc.mean(pc.is_in(values, known.unique())).as_py()
-                    self.drift[f"unknown values of {side}_{name}"] = 1 - is_known
+                    now, then = (read_column(folder / table, name) for folder in (out, self.folder))
+                    known = pa.array(frequent_values(then), then.type)  # to a student of the base
+                    was, is_now = (pc.mean(pc.is_in(values, known)).as_py() for values in (then, now))
+                    self.drift[f"unknown values of {side}_{name}"] = max(was - is_now, 0.0)
         names = match_names(self.folder / "labelled.parquet")
         lacking += [name for name in names if name not in MATCH_FEATURES and name not in numbers]
         for path in sorted(self.folder.glob("*_embedding.npy")):

@@ -19,7 +19,7 @@ class StudentInputs:
     """Gathers the student's inputs by query and pin index. Embeddings stay memory-mapped, stored once a
     query and once a pin: pairs are never widened on disk."""
 
-    def __init__(self, features, spec=None, max_values=1000):
+    def __init__(self, features, spec=None, max_values=1_000):
         """spec: a trained student's inputs and the values of its categories, used whatever else is there; a
         column that is not there is unknown. Without it all columns, and their most frequent values."""
         features, columns = Path(features), {}
@@ -120,8 +120,8 @@ def moments(values):
     return [float(number) for number in numbers]
 
 
-def frequent_values(column, n):
+def frequent_values(column, n=1_000):
     """The n most frequent values of an Arrow text column, ties by value."""
-    counts = column.drop_null().value_counts().to_pylist()
-    ranked = sorted((-row["counts"], row["values"]) for row in counts)
-    return [value for _, value in ranked[:n]]
+    counts = pa.Table.from_struct_array(column.drop_null().value_counts())
+    rows = pc.select_k_unstable(counts, n, [("counts", "descending"), ("values", "ascending")])
+    return counts["values"].take(rows).to_pylist()

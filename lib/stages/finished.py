@@ -60,7 +60,7 @@ def remake(folder, command, without=()):
     finished, about = os.path.lexists(folder / "stage.json"), read_about(folder, damaged_is_fine=True)
     begun = [] if finished else folder.parent.glob(f".{folder.name}{UNFINISHED}*/stage.json")
     for path in sorted(begun, key=lambda path: path.lstat().st_mtime):
-        with contextlib.suppress(ValueError, TypeError, OSError):
+        with contextlib.suppress(ValueError, TypeError, OSError, RecursionError):
             about = dict(read_json(path))
     if {"command", "stage"} <= about.keys():
         flags = [word for word in about["command"] if word not in without]
