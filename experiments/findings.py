@@ -166,9 +166,8 @@ def compare_languages(experiments, own):
         return {"teacher": own}
     home = home_language(run)
     files = PairFiles(run, [home])
-    rows = (
-        sum(int(files.count(path).sum()) for path in files.shards) * 9 // 10
-    )  # 04 holds out a tenth at most
+    counts = [int(files.count(path).sum()) for path in files.shards]
+    rows = sum(counts) * 9 // 10  # 04 holds out a tenth at most
     flags = "--rows", rows, *experiments.epochs_for(rows)
     alone = experiments.students(run, "student_home", "--languages", home, *flags)
     return {
