@@ -100,8 +100,14 @@ class PairFiles:
         self.languages = np.array(known, dtype=object)
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         self.match = match_names(features / "labelled.parquet")
-        of_pair = [("match", np.float32, len(self.match)), ("target", np.float32, NUM_LEVELS)]
-        self.row = np.dtype([("query", np.int32), ("pin", np.int32), *of_pair])
+        self.row = np.dtype(
+            [
+                ("query", np.int32),
+                ("pin", np.int32),
+                ("match", np.float32, len(self.match)),
+                ("target", np.float32, NUM_LEVELS),
+            ]
+        )
 
     def read(self, path):
         """All rows of a file, targets not set."""
