@@ -260,9 +260,11 @@ def main(argv=None):
     if settings.teacher is None:
         require_trained_on(run, read["teacher"], rows)
     summary.describe_labelling(about, paths, todo, hardware, accelerator)
-    of_teacher = folder, settings, accelerator.device, dtype
-    of_sample = rows[:CHECKED_ROWS], text.tokenizer.pad_token_id, settings, accelerator
-    teacher = functools.cache(lambda: compile_layers(load_teacher(*of_teacher), *of_sample))
+
+    @functools.cache
+    def teacher():
+        loaded, sample = load_teacher(folder, settings, accelerator.device, dtype), rows[:CHECKED_ROWS]
+        return compile_layers(loaded, sample, text.tokenizer.pad_token_id, settings, accelerator)
 
     # 4. Soft labels, one output shard an input shard
     mine = todo[accelerator.process_index :: accelerator.num_processes]
