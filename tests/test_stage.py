@@ -24,7 +24,7 @@ from lib.stages.files import fingerprint, read_json, whole_file, write_json, wri
 from lib.stages.finished import remake, require_finished, sealed
 from lib.stages.hardware import pick_device
 from lib.stages.processes import start_stage
-from lib.stages.settings import Count, Share, Size, StageSettings, parse
+from lib.stages.settings import Count, NonNegative, Share, Size, StageSettings, parse
 from lib.stages.stage import Stage
 from lib.stages.streams import keep_chunks
 from lib.stages.terminal import Stop, run_main, stop_on_error
@@ -38,6 +38,7 @@ class Settings(StageSettings):
     hidden: tuple[Count, ...] = (8, 4)  # widths
     warmup: Share = 0.1  # share of the steps
     rows: Count | None = None  # rows (default: all)
+    gains: tuple[NonNegative, NonNegative] | None = None  # gains
     merge: bool = True  # merge
     balance: bool = False  # balance
     workers: Size = 0  # cannot change a result
@@ -84,6 +85,8 @@ def test_presets_fill_in_and_flags_win():
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--epochs", "1.5"], "epochs"),
         (["--rows", "-5"], "rows"),
+        (["--rows", "many"], "--rows: needs INT or None, not 'many'"),
+        (["--gains", "5=1"], "--gains: needs FLOAT FLOAT or None, not '5=1'"),
         (["--hidden", "4", "0"], "--hidden 0"),
         (["--hidden", "256,x"], "hidden"),
         (["--warmup", "1"], "--warmup 1.0: must be at least 0 and below 1"),

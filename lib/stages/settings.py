@@ -34,6 +34,8 @@ Share = Annotated[float, Range(0, 1)]
 Temperature = Annotated[float, Range(0.01, 100)]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
+# tyro's words for a value that an optional setting cannot hold
+NO_TYPE = r"no type matching \{None\}\|\{?([^}]+?)\}? could be instantiated from \[(.*)\]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ def flags_read(kind, default, argv, description):
             text = re.sub("[│╭╮╰╯]", " ", page.getvalue())  # a frame around a title, what is wrong, and help
             title, *parts = re.split("[─-]{8,}", text)
             said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
+            said = re.sub(NO_TYPE, r"needs \1 or None, not \2", said)
             refuse(f"{first_line(said).rstrip(' .')}; --help shows all flags")
         raise
     for field, hint in typing.get_type_hints(kind, include_extras=True).items():
