@@ -9,7 +9,8 @@ other languages.
     3  the teacher, LoRA merged, loaded for the first pair that nobody has labelled; --compile its layers
     4  soft labels, one output shard an input shard
     5  --pool (ours): they are weighed against a regression on the match features; where human labels are
-       few, the teacher alone is worse than that, and where it is clearly better it stays alone
+       few, the teacher alone is worse than that, and where it is clearly better it stays alone, as it does
+       in a language without labels whose match features mean something else
 
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
@@ -42,7 +43,7 @@ from lib.inputs.base import bases_of
 from lib.inputs.inherited import require, require_teacher, require_trained_on, teacher_identity
 from lib.inputs.known import FILE, KnownLabels, label_keys, merge_own, tables_of
 from lib.inputs.match import match_names
-from lib.inputs.pairs import count_rows, read_labelled, write_labels
+from lib.inputs.pairs import PairFiles, count_rows, read_labelled, write_labels
 from lib.inputs.pool import POOL, fit_pool, read_pool, write_pool
 from lib.inputs.rows import tokenized_shards
 from lib.results import summary
@@ -222,6 +223,8 @@ def pool_labels(run, labels, split, taken):
         summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
         if pool is None:
             return
+        pool, times_as_far = pool.widened(*PairFiles(run).sample(labels))
+        summary.describe_languages(pool, times_as_far)
     elif taken and set((pool := read_pool(taken)).names) <= set(names):
         print(f"pooled as in {taken}")
     else:

@@ -25,7 +25,7 @@ class Lists:
         features = run / "features"
         self.top = top
         queries = pd.read_parquet(features / "queries.parquet")
-        queries["key"], queries["language"] = read_queries(features)
+        queries["key"], _, queries["language"] = read_queries(features)
         pins = pd.read_parquet(features / "pins.parquet", columns=["pin_id"])
         self.pins = pd.Index(pins["pin_id"])
         tops = {name: read_top(path, queries, self.pins, top) for name, path in files.items()}

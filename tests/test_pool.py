@@ -3,16 +3,19 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers import mark_finished, stage, synthetic
 from scipy.special import softmax
+from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 
 from lib.inputs import pool
 from lib.inputs.inherited import teacher_identity
 from lib.inputs.match import MATCH_FEATURES
-from lib.inputs.pairs import read_labelled
+from lib.inputs.pairs import PairFiles, read_labelled, read_labels
 from lib.inputs.regression import fit_regression, one_hot
+from lib.stages.files import write_parquet
 from lib.tables.splits import in_hash_split
 
 
@@ -97,6 +100,33 @@ def test_a_teacher_that_is_clearly_better_stays_alone():
     assert pool.fit_pool({**rows, "teacher": noise}, query < 12, ["a"]) is not None
 
 
+def test_a_language_without_labels_is_pooled_where_the_match_features_mean_the_same(monkeypatch):
+    """As far from the teacher by mean KL(match || teacher), and enough pairs to tell."""
+    rng = np.random.default_rng(7)
+    rows = {"en": 300, "de": 200, "hi": 200, "th": pool.ENOUGH - 1}
+    language = np.repeat(np.array(list(rows), dtype=object), list(rows.values()))
+    x, target = rng.normal(size=(len(language), 1)), rng.dirichlet(np.ones(5), len(language))
+    regression = fit_regression(x, target)
+    match = regression.probabilities(x)
+    p = softmax(np.log(match) + 0.5 * rng.normal(size=match.shape), axis=1)
+    p[language == "hi"] = target[language == "hi"]
+    mine = pool.Pool(0.5, 0.5, ["en"], ["a"], regression)
+    found, times = mine.widened(p, x, language)
+    far = entropy(match, np.maximum(p, 1e-6), axis=1)
+    for other in ("de", "hi"):
+        expected = far[language == other].mean() / far[language == "en"].mean()
+        assert times.pop(other) == pytest.approx(expected, rel=1e-6)
+        assert (expected <= pool.FAR) == (other == "de")
+    assert found == mine._replace(languages=["de", "en"]) and not times
+    monkeypatch.setattr(pool, "FAR", 0.1)
+    assert mine.widened(p, x, language)[0] == mine
+    few = np.concatenate(
+        [np.flatnonzero(language == "en")[: pool.ENOUGH - 1], np.flatnonzero(language != "en")]
+    )
+    assert mine.widened(p[few], x[few], language[few]) == (mine, {})
+    assert mine.widened(p[:0], x[:0], language[:0]) == (mine, {})
+
+
 def test_a_pool_is_read_as_it_was_written(tmp_path):
     assert pool.read_pool(tmp_path) is None
     x, target = np.random.default_rng(0).normal(size=(50, 2)), np.eye(5)[np.arange(50) % 5]
@@ -119,6 +149,53 @@ def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
     assert found.languages == ["en", "fr"] and found.names == list(MATCH_FEATURES)
     queries = len(np.unique(train["key"][held_out]))
     assert f"{held_out.sum()} rows of {queries} held-out queries" in capsys.readouterr().out
+
+
+def speak(run, languages):
+    """Gives the queries of a run these languages [Q]."""
+    path = run / "features" / "queries.parquet"
+    table = pq.read_table(path)
+    write_parquet(path, table.set_column(table.column_names.index("language"), "language", [list(languages)]))
+
+
+SPLIT = {"share": 0.3, "salt": "teacher:0"}
+
+
+def test_03_pools_other_languages_by_the_impressions(tmp_path, capsys, monkeypatch):
+    """Random labels and features are as far apart in one language as in another."""
+    synthetic(tmp_path, shards=3, shard_rows=300)
+    train, _ = read_labelled(tmp_path)
+    speak(tmp_path, np.where(np.isin(np.arange(200), train["query_index"]), "en", "de"))
+    labels, pool_labels = tmp_path / "labels", stage("03").pool_labels
+    pool_labels(tmp_path, labels, SPLIT, None)
+    assert pool.read_pool(labels).languages == ["de", "en"]
+    assert "de has no labels; its match features are 1.0" in capsys.readouterr().out
+    monkeypatch.setattr(pool, "FAR", 0.5)
+    pool_labels(tmp_path, labels, SPLIT, None)
+    assert pool.read_pool(labels).languages == ["en"]
+    monkeypatch.undo()
+    for path in (labels / "impressions").iterdir():  # as with --only-labelled
+        path.unlink()
+    pool_labels(tmp_path, labels, SPLIT, None)
+    assert pool.read_pool(labels).languages == ["en"]
+
+
+def test_impressions_of_a_region_are_pooled_as_its_language(tmp_path):
+    """04 reads what 05 measures: en-us is English to both."""
+    synthetic(tmp_path, shards=1)
+    speak(tmp_path, ["en-us"] * 200)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", SPLIT, None)
+    files = PairFiles(tmp_path)
+    rows, _, _ = files.labelled()
+    of_both = np.concatenate([side["learnt"] for side in read_labelled(tmp_path)])
+    of_files = files.soft_labels("labelled.parquet", rows)
+    np.testing.assert_allclose(np.sort(of_files, axis=0), np.sort(of_both, axis=0), atol=1e-6)
+    impressions = "impressions/part-00000.parquet"
+    shard = files.read(tmp_path / "features" / impressions)
+    p = read_labels(tmp_path / "labels" / impressions)
+    expected = pool.read_pool(tmp_path / "labels")(p, shard["match"], np.full(len(p), "en", object))
+    np.testing.assert_array_equal(files.soft_labels(impressions, shard), expected)
+    assert np.abs(expected - p).max() > 0.1
 
 
 NOTHING = {"share": 0.0, "salt": "teacher:0"}  # is held out

@@ -58,10 +58,11 @@ def count_rows(paths):
 
 
 def read_queries(features):
-    """Keys (query_key) and languages of all queries, two lists."""
+    """Keys (query_key), tags (BCP 47) and languages, a tag's first part, of all queries: three lists."""
     queries = pq.read_table(features / "queries.parquet", columns=["query", "language"])
     keys = [query_key(text) for text in queries["query"].to_pylist()]
-    return keys, queries["language"].to_pylist()
+    tags = queries["language"].to_pylist()
+    return keys, tags, [tag.split("-")[0] for tag in tags]
 
 
 def read_labelled(run, labels="labels"):
@@ -71,8 +72,7 @@ def read_labelled(run, labels="labels"):
     table = pq.read_table(run / "features" / "labelled.parquet")
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
-    keys, tags = read_queries(run / "features")
-    languages = [tag.split("-")[0] for tag in tags]
+    keys, _, languages = read_queries(run / "features")
     for name, of_queries in (("key", keys), ("language", languages)):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
     if labels:
@@ -94,10 +94,10 @@ class PairFiles:
 
     def __init__(self, run, languages=()):
         self.run, features = run, run / "features"
-        self.keys, known = read_queries(features)
-        wanted = {tag for tag in set(known) if not languages or is_spoken(tag, languages)}
-        self.is_wanted = np.array([tag in wanted for tag in known])
-        self.languages = np.array(known, dtype=object)
+        self.keys, tags, languages_of = read_queries(features)
+        self.languages = np.array(languages_of, dtype=object)
+        wanted = {tag for tag in set(tags) if not languages or is_spoken(tag, languages)}
+        self.is_wanted = np.array([tag in wanted for tag in tags])
         self.shards = sorted((features / "impressions").glob("part-*.parquet"))
         self.match = match_names(features / "labelled.parquet")
         self.row = np.dtype(
@@ -131,6 +131,15 @@ class PairFiles:
         p = read_labels(folder / name)
         pool = read_pool(folder)
         return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
+
+    def sample(self, labels, most=4):
+        """Of at most so many shards of impressions, evenly spaced: the teacher's own labels [N, C] in 03's
+        folder `labels`, match features [N, F], languages [N]."""
+        shards = [path for path in self.shards if (labels / "impressions" / path.name).exists()]
+        shards = shards[:: math.ceil(len(shards) / most) or 1]
+        p = [read_labels(labels / "impressions" / path.name) for path in shards]
+        rows = np.concatenate([np.empty(0, self.row), *map(self.read, shards)])
+        return np.concatenate([np.empty((0, NUM_LEVELS)), *p]), rows["match"], self.languages[rows["query"]]
 
     def labelled(self):
         """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""

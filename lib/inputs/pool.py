@@ -3,7 +3,8 @@ logarithmic opinion pool (Genest and Zidek, 1986).
 
 Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
 weights are fitted on the queries that 02 holds out, on which neither was trained. A teacher that is clearly
-better than the regression there stays alone.
+better than the regression there stays alone; so it does in languages without labels where the regression is
+far from it: BM25 finds nothing there, or the text encoder does not know the language.
 """
 
 from typing import NamedTuple
@@ -20,11 +21,13 @@ POOL = "pool.json"  # in labels/
 EQUAL = 0.5  # both weights, where no row speaks against it
 SPREAD = 0.25  # standard deviation of a weight around that, in the prior
 CLEAR = 0.025  # p-value below which the teacher alone is clearly better than the regression
+FAR = 1.5  # times as far from the teacher as where labels are: there the match features mean something else
+ENOUGH = 100  # pairs of a language, to tell how far
 
 
 class Pool(NamedTuple):
-    """teacher, match: the two weights; languages: of the human training labels, all others keep the teacher
-    alone; regression: of the match features `names` [F]."""
+    """teacher, match: the two weights; languages: of the human training labels, and what widened() adds, all
+    others keep the teacher alone; regression: of the match features `names` [F]."""
 
     teacher: float
     match: float
@@ -35,8 +38,22 @@ class Pool(NamedTuple):
     def __call__(self, p, x, language):
         """The teacher's probabilities [B, C], match features [B, F] and languages [B] -> pooled [B, C]."""
         logits = self.teacher * log(p) + self.match * log(self.regression.probabilities(x))
-        has_labels = np.isin(language, self.languages)
-        return np.where(has_labels[:, None], softmax(logits, axis=1), p)
+        is_pooled = np.isin(language, self.languages)
+        return np.where(is_pooled[:, None], softmax(logits, axis=1), p)
+
+    def widened(self, p, x, language):
+        """The pool for languages without labels, too, where the match features mean the same: there, as mean
+        KL(match || teacher), the regression is at most FAR times as far from the teacher as where labels are.
+        Of unlabelled pairs, as in a call. Returns also how many times as far, {language: times}."""
+        p_match = self.regression.probabilities(x)
+        distance = (p_match * (log(p_match) - log(p))).sum(axis=1)
+        has_labels, times = np.isin(language, self.languages), {}
+        for other in sorted(set(language[~has_labels])) if has_labels.sum() >= ENOUGH else ():
+            rows = language == other
+            if rows.sum() >= ENOUGH:
+                times[other] = float(distance[rows].mean() / distance[has_labels].mean())
+        near = [other for other, far in times.items() if far <= FAR]
+        return self._replace(languages=sorted([*self.languages, *near])), times
 
 
 def log(p):

@@ -75,7 +75,13 @@ def describe_pool(pool, rows, queries):
         return
     weights = f"p_teacher^{pool.teacher:.2f} p_match^{pool.match:.2f}"
     print(f"pooled: {weights}, by {rows:,} rows of {queries:,} held-out queries")
-    print("only for queries in languages with labels:", *pool.languages)
+
+
+def describe_languages(pool, times_as_far):
+    """In which languages 03 pools, and why. times_as_far: of Pool.widened()."""
+    print("only for queries in:", *pool.languages)
+    for language, times in times_as_far.items():
+        print(f"  {language} has no labels; its match features are {times:.2f} times as far from the teacher")
 
 
 def describe_labels(paths, table):
