@@ -164,7 +164,7 @@ def make_optimizer(teacher, finetuning, settings):
         for parameters, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
             if parameters:
                 groups.append({"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def passes_over(rows, batch_size, steps=400, least=3, most=10):

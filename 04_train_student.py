@@ -159,7 +159,8 @@ def held_out_scores(student, inputs, held_out, device, chunk=16_384):
 
 def new_optimizer(student, settings):
     """AdamW of all weights."""
-    return torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    decay = settings.weight_decay
+    return torch.optim.AdamW(student.parameters(), settings.lr, weight_decay=decay, fused=True)
 
 
 def train_step(student, optimizer, features, target, settings, progress):
