@@ -63,6 +63,7 @@ class Settings(ModelSettings):
     lr: Positive = 2e-3  # peak learning rate of LoRA weights
     encoder_lr: Positive = 3e-4  # peak learning rate of a backbone trained in full
     head_lr: Positive = 1e-3  # peak learning rate of the head
+    layer_decay: Positive = 1.0  # encoder_lr of a layer, divided by that of the layer above
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
     rows: Count | None = None  # train on a random N of the training rows (default: all)
@@ -79,9 +80,10 @@ STEPS = dict(epochs=2, batch_size=128, encoder_lr=2e-5, head_lr=2e-4, warmup=0.0
 SIZES = dict(max_tokens=256, batch_tokens=8_192, checkpoint_steps=200, precision="auto")
 PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
 # A real encoder on a laptop or one small GPU, our choice: few rows need more than 3 epochs, lr is better than
-# 1e-4 and 2e-4, encoder_lr with the head's 1e-3 better than 5e-5 for both (experiments/RESULTS.md).
-ENCODER = dict(model=None, max_tokens=128, epochs=None, lr=5e-4, encoder_lr=1e-4, head_lr=1e-3)
-SMALL = replace(TOY, preset="small", precision="auto", **ENCODER)
+# 1e-4 and 2e-4, encoder_lr with the head's 1e-3 better than 5e-5 for both, layer_decay than 1 where labels
+# are few (experiments/RESULTS.md).
+RATES = dict(lr=5e-4, encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
+SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **RATES)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
@@ -154,17 +156,28 @@ def checkpoint_activations(teacher, rows, settings, accelerator):
 # Training
 
 
+def peak_rates(teacher, finetuning, settings):
+    """{weight: peak learning rate} of all that are trained. In a backbone trained in full a layer has
+    `layer_decay` times the rate of the one above, and what is outside the layers, as embeddings, that of one
+    below them (Howard and Ruder, 2018, section 3.2)."""
+    is_full = finetuning == "full"
+    layers = list(models.layers_of(teacher.backbone)) if is_full else []
+    peak = settings.encoder_lr if is_full else settings.lr
+    rates = dict.fromkeys(teacher.backbone.parameters(), peak * settings.layer_decay ** len(layers))
+    for below_top, layer in enumerate(reversed(layers)):
+        rates |= dict.fromkeys(layer.parameters(), peak * settings.layer_decay**below_top)
+    rates |= dict.fromkeys(teacher.head.parameters(), settings.head_lr)
+    return {weight: rate for weight, rate in rates.items() if weight.requires_grad}
+
+
 def make_optimizer(teacher, finetuning, settings):
-    """AdamW; backbone and head have learning rates of their own; no decay on biases and norms."""
-    backbone_lr = settings.encoder_lr if finetuning == "full" else settings.lr
-    groups = []
-    for module, lr in ((teacher.backbone, backbone_lr), (teacher.head, settings.head_lr)):
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-        for parameters, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    """AdamW, its step one pass over the weights; no decay on biases and norms."""
+    groups = {}
+    for weight, rate in peak_rates(teacher, finetuning, settings).items():
+        decay = settings.weight_decay if weight.ndim > 1 else 0.0
+        new = {"params": [], "lr": rate, "peak": rate, "weight_decay": decay}
+        groups.setdefault((rate, decay), new)["params"].append(weight)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def passes_over(rows, batch_size, steps=400, least=3, most=10):

@@ -35,7 +35,6 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
@@ -136,7 +135,7 @@ def compile_layers(teacher, sample, pad_id, settings, accelerator):
     if settings.compile == "off" or (settings.compile == "auto" and not on_gpu):
         return teacher
     before = soft_labels(teacher, sample, pad_id, token_budget)
-    for layer in layers_of(teacher.backbone):
+    for layer in models.layers_of(teacher.backbone):
         layer.compile(dynamic=True)
     start = time.monotonic()
     with stop_on_error("--compile: PyTorch cannot compile here", "--compile off labels without"):
@@ -148,12 +147,6 @@ def compile_layers(teacher, sample, pad_id, settings, accelerator):
     if not moved < ROUNDING[teacher.dtype]:
         raise Stop("--compile: labels move by more than rounding; --compile off labels without")
     return teacher
-
-
-def layers_of(module):
-    """The layers of a model: what its outermost lists hold."""
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else layers_of(child)
 
 
 # ------------------------------------------------------------------------------------------------------------

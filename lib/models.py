@@ -145,6 +145,12 @@ def empty_backbone(config, dtype=torch.float32):
         return random_backbone(config, dtype)
 
 
+def layers_of(module):
+    """The layers of a model, from the lowest on: what its outermost lists hold."""
+    for child in module.children():
+        yield from child if isinstance(child, torch.nn.ModuleList) else layers_of(child)
+
+
 def fit_length(max_tokens, config, flag="--max-tokens"):
     """max_tokens if the model has positions for as many, or sets no limit; else Stop."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0

@@ -250,7 +250,8 @@ def test_presets_are_what_they_say():
             name: name for name in ("toy", "small", "paper")
         }
     small = trainer.PRESETS["small"]
-    assert small.encoder_lr == 1e-4 and small.head_lr == 1e-3
+    assert (small.encoder_lr, small.head_lr, small.layer_decay) == (1e-4, 1e-3, 0.8)
+    assert trainer.TOY.layer_decay == trainer.PRESETS["paper"].layer_decay == 1.0
     assert small.epochs is None and replace(trainer.TOY) == trainer.PRESETS["toy"]
 
 

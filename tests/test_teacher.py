@@ -3,6 +3,7 @@ folders that are refused."""
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -522,6 +523,25 @@ def test_gradients_are_those_of_the_mean_over_the_batch(models, budget, world):
     assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
     # data-parallel training averages over processes
     torch.testing.assert_close(collect() / world, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "deberta"])
+def test_lower_layers_learn_more_slowly_and_vectors_do_not_decay(models, kind):
+    """Half the rate a layer, from the top down; what is outside the layers is below them; the head's own."""
+    teacher, _ = untrained(models, kind)
+    settings = replace(trainer.TOY, encoder_lr=0.01, head_lr=0.7, layer_decay=0.5, weight_decay=0.1)
+    optimizer = trainer.make_optimizer(teacher, "full", settings)
+    group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(teacher.parameters()))
+    depth = teacher.backbone.config.num_hidden_layers
+    for name, weight in teacher.named_parameters():
+        layer = re.search(r"(?:layer|block)\.(\d+)\.", name)
+        expected = 0.01 * 0.5 ** (depth - 1 - int(layer[1]) if layer else depth)
+        group = group_of[weight]
+        assert group["lr"] == group["peak"] == pytest.approx(0.7 if name.startswith("head") else expected)
+        assert group["weight_decay"] == (0.1 if weight.ndim > 1 else 0.0)
+    same = trainer.make_optimizer(teacher, "full", replace(settings, layer_decay=1.0)).param_groups
+    assert sorted({group["peak"] for group in same}) == [0.01, 0.7]
 
 
 def test_learning_rate():
