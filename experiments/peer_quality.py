@@ -63,7 +63,8 @@ def cross_encoder(model, made, max_tokens, pairs, labels, evaluated):
     from transformers import set_seed
 
     set_seed(made["seed"])  # of the new head
-    encoder = peer.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=max_tokens)
+    weights = {"dtype": torch.float32}  # in whatever the folder has them, as ours while they are trained
+    encoder = peer.CrossEncoder(model, num_labels=NUM_LEVELS, max_length=max_tokens, model_kwargs=weights)
     queries, pins = zip(*pairs)
     data = Dataset.from_dict({"query": queries, "pin": pins, "label": labels - 1})
     device, loss = pick_device("auto"), peer.losses.CrossEntropyLoss(encoder)

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import mark_finished, stop_line, synthetic
 
 from experiments import comparison, peer_quality
@@ -107,8 +108,18 @@ def test_a_decoder_is_no_peer(labelled_run):
     not (importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec("datasets")),
     reason="benchmarks/requirements.txt is not installed",
 )
-def test_a_peer_learns(models):
-    """It ranks pairs of level 5 above others, which share no word with them."""
+def test_a_peer_learns(models, monkeypatch):
+    """It ranks pairs of level 5 above others, which share no word with them. Its weights are fp32, as our
+    teacher's while it trains; the folder has fp16, whose gradients can end in NaN."""
+    from sentence_transformers import cross_encoder as peer
+
+    trainer, kept_in = peer.CrossEncoderTrainer, set()
+
+    def note(encoder, *rest, **more):
+        kept_in.update(weight.dtype for weight in encoder.parameters())
+        return trainer(encoder, *rest, **more)
+
+    monkeypatch.setattr(peer, "CrossEncoderTrainer", note)
     words = {5: "chair", 1: "lamp"}
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
@@ -116,3 +127,4 @@ def test_a_peer_learns(models):
     p, score = peer_quality.cross_encoder(str(models["bert"]), made, 16, pairs, labels, pairs)
     assert np.allclose(p.sum(1), 1, atol=1e-5)
     assert score[labels == 5].min() > score[labels == 1].max()
+    assert kept_in == {torch.float32}
