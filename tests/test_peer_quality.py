@@ -1,16 +1,18 @@
 """experiments/peer_quality.py: the same rows for the peer, and paired intervals."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import mark_finished, stop_line, synthetic
+from safetensors.torch import load_file, save_file
 
 from experiments import comparison, peer_quality
 from lib.inputs.pairs import read_labelled
-from lib.stages.files import write_json
+from lib.stages.files import read_json, write_json
 from lib.tables.splits import held_out
 
 TRAINED = {
@@ -108,10 +110,15 @@ def test_a_decoder_is_no_peer(labelled_run):
     not (importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec("datasets")),
     reason="benchmarks/requirements.txt is not installed",
 )
-def test_a_peer_learns(models, monkeypatch):
+def test_a_peer_learns(models, tmp_path, monkeypatch):
     """It ranks pairs of level 5 above others, which share no word with them. Its weights are fp32, as our
     teacher's while it trains; the folder has fp16, whose gradients can end in NaN."""
     from sentence_transformers import cross_encoder as peer
+
+    folder = shutil.copytree(models["bert"], tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "model.safetensors")
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": "float16"})
 
     trainer, kept_in = peer.CrossEncoderTrainer, set()
 
@@ -124,7 +131,7 @@ def test_a_peer_learns(models, monkeypatch):
     labels = np.array([5, 1] * 40)
     pairs = [("red", f"title: {words[label]}") for label in labels]
     made = {**TRAINED, "epochs": 5, "precision": "bf16", "seed": 0}
-    p, score = peer_quality.cross_encoder(str(models["bert"]), made, 16, pairs, labels, pairs)
+    p, score = peer_quality.cross_encoder(str(folder), made, 16, pairs, labels, pairs)
     assert np.allclose(p.sum(1), 1, atol=1e-5)
     assert score[labels == 5].min() > score[labels == 1].max()
     assert kept_in == {torch.float32}
