@@ -45,15 +45,20 @@ class Pool(NamedTuple):
         """The pool for languages without labels, too, where the match features mean the same: there, as mean
         KL(match || teacher), the regression is at most FAR times as far from the teacher as where labels are.
         Of unlabelled pairs, as in a call. Returns also how many times as far, {language: times}."""
-        p_match = self.regression.probabilities(x)
-        distance = (p_match * (log(p_match) - log(p))).sum(axis=1)
-        has_labels, times = np.isin(language, self.languages), {}
-        for other in sorted(set(language[~has_labels])) if has_labels.sum() >= ENOUGH else ():
-            rows = language == other
-            if rows.sum() >= ENOUGH:
-                times[other] = float(distance[rows].mean() / distance[has_labels].mean())
-        near = [other for other, far in times.items() if far <= FAR]
-        return self._replace(languages=sorted([*self.languages, *near])), times
+        match = self.regression.probabilities(x)
+        distance = (match * (log(match) - log(p))).sum(axis=1)
+        has_labels = np.isin(language, self.languages)
+        if has_labels.sum() < ENOUGH:
+            return self, {}
+        home = distance[has_labels].mean()
+        times_as_far = {}
+        for other in sorted(set(language[~has_labels])):
+            there = distance[language == other]
+            if len(there) >= ENOUGH:
+                times_as_far[other] = float(there.mean() / home)
+        near = [other for other, times in times_as_far.items() if times <= FAR]
+        languages = sorted([*self.languages, *near])
+        return self._replace(languages=languages), times_as_far
 
 
 def log(p):
