@@ -38,7 +38,18 @@ from lib.results import summary
 from lib.stages.checkpoint import CHECKPOINT, Checkpoints, seed_step
 from lib.stages.files import write_jsonl
 from lib.stages.processes import start_processes, start_stage
-from lib.stages.settings import ROOT, Count, ModelSettings, NonNegative, Positive, Share, Size, Width, parse
+from lib.stages.settings import (
+    ROOT,
+    Count,
+    ModelSettings,
+    NonNegative,
+    Positive,
+    Ratio,
+    Share,
+    Size,
+    Width,
+    parse,
+)
 from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 
 
@@ -63,7 +74,7 @@ class Settings(ModelSettings):
     lr: Positive = 2e-3  # peak learning rate of LoRA weights
     encoder_lr: Positive = 3e-4  # peak learning rate of a backbone trained in full
     head_lr: Positive = 1e-3  # peak learning rate of the head
-    layer_decay: Positive = 1.0  # encoder_lr of a layer, divided by that of the layer above
+    layer_decay: Ratio = 1.0  # encoder_lr of a layer over that of the one above (1: of all alike)
     warmup: Share = 0.1  # share of the steps with a rising learning rate; then it falls linearly to 0
     weight_decay: NonNegative = 0.01  # of AdamW, on weight matrices
     rows: Count | None = None  # train on a random N of the training rows (default: all)
@@ -157,9 +168,9 @@ def checkpoint_activations(teacher, rows, settings, accelerator):
 
 
 def peak_rates(teacher, finetuning, settings):
-    """{weight: peak learning rate} of all that are trained. In a backbone trained in full a layer has
-    `layer_decay` times the rate of the one above, and what is outside the layers, as embeddings, that of one
-    below them (Howard and Ruder, 2018, section 3.2)."""
+    """{weight: peak learning rate} of all that are trained; ours, the paper does not say. In a backbone
+    trained in full a layer has `layer_decay` times the rate of the one above, and what is outside the layers,
+    as embeddings, that of one below them (Howard and Ruder, 2018, section 3.2)."""
     is_full = finetuning == "full"
     layers = list(models.layers_of(teacher.backbone)) if is_full else []
     peak = settings.encoder_lr if is_full else settings.lr

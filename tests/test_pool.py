@@ -120,9 +120,7 @@ def test_a_language_without_labels_is_pooled_where_the_match_features_mean_the_s
     assert found == mine._replace(languages=["de", "en"]) and not times
     monkeypatch.setattr(pool, "FAR", 0.1)
     assert mine.widened(p, x, language)[0] == mine
-    few = np.concatenate(
-        [np.flatnonzero(language == "en")[: pool.ENOUGH - 1], np.flatnonzero(language != "en")]
-    )
+    few = np.r_[: pool.ENOUGH - 1, rows["en"] : len(p)]
     assert mine.widened(p[few], x[few], language[few]) == (mine, {})
     assert mine.widened(p[:0], x[:0], language[:0]) == (mine, {})
 

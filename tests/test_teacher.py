@@ -394,6 +394,8 @@ WRONG += [
     "--seed -1",
     "--seed 1000000000",
     "--lora-rank 1000000",
+    "--layer-decay 0",
+    "--layer-decay 1e30",
 ]
 
 
