@@ -207,8 +207,9 @@ def pool_to_take(settings, trained):
 
 def pool_labels(run, labels, split, taken):
     """Writes pool.json into the folder of labels: where human labels are few, the teacher alone is worse than
-    a regression on the match features. By its held-out rows, none where it is clearly better there; else the
-    one of `taken` (pool_to_take), else none. split: of in_hash_split, 02's."""
+    a regression on the match features. By its held-out rows, none where it is clearly better there, and by
+    impressions for languages without labels; else the one of `taken` (pool_to_take), else none. split: of
+    in_hash_split, 02's."""
     rows, _ = read_labelled(run, labels.name)
     held_out, names = in_hash_split(rows["key"], **split), match_names(run / "features" / "labelled.parquet")
     if held_out.any():
