@@ -69,7 +69,7 @@ def read_system(run, name):
 
 def home_language(run):
     """The language of most human training labels."""
-    train, _ = read_labelled(run, None)
+    train, _ = read_labelled(Path(run), None)
     return mode(train["language"])
 
 
@@ -209,7 +209,8 @@ def compare(key, conditions, into, resamples=1_000):
             learnt -= made["rows"]["human"]  # which it learns beside the impressions
         places = [f"{os.path.relpath(run, into)}:{name}" for run, name in places]
         about[label] = {"learnt_from": f"{labels} labels", "runs": places, "training_rows": learnt}
-    home = home_language(run)
+    [[(first, _), *_], *_] = conditions.values()
+    home = home_language(first)
 
     # 2. Metrics
     tags = sorted(set(rows["language"]), key=lambda tag: (tag != home, tag))

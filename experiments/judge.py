@@ -42,7 +42,7 @@ VALUE = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 CORRECTED = f"; corrected {VALUE} by {{people:,}} queries of people (as {{people_alone:,.0f}} alone)"
 DETECTS = "  {}: {queries:,} queries detect {detects:.4f} of nDCG"
 WANTED = "; the wanted difference takes {queries_for_want:,.0f}"
-FEWEST = 5  # queries of people, or of the judge alone, below which nothing is corrected
+FEWEST = 5  # queries of people below which nothing is corrected, of the judge below which they say it alone
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
 
@@ -119,14 +119,18 @@ def groups_of(weight, *columns):
 
 
 def correct(judge, people, covered, weight):
-    """The mean of the judge's values [Q], corrected by people's of the covered queries; None: too few."""
+    """The mean of the judge's values [Q], corrected by people's of the covered queries; people's own where
+    the judge has next to no other query; None: people have too few."""
     there = np.isfinite(judge)
     both, rest = covered & there & np.isfinite(people), ~covered & there
-    if both.sum() < FEWEST or rest.sum() < FEWEST:
+    if both.sum() < FEWEST:
         return None
-    scale = weight / weight[there].mean()
-    people, judge = people * scale, judge * scale
-    found, tuned, alone = estimates.corrected_mean(people[both], judge[both], judge[rest])
+    if rest.sum() < FEWEST:
+        found, tuned, alone = estimates.mean(people[both], weight[both]), 0.0, int(both.sum())
+    else:
+        scale = weight / weight[there].mean()
+        people, judge = people * scale, judge * scale
+        found, tuned, alone = estimates.corrected_mean(people[both], judge[both], judge[rest])
     return {**found._asdict(), "lambda": tuned, "people": int(both.sum()), "people_alone": alone}
 
 
@@ -145,7 +149,7 @@ def say(result):
         if found["corrected"]:
             line += CORRECTED.format(**found["corrected"])
         print(line)
-    if not found["corrected"]:
+    if not all(found["corrected"] for of_list in result["means"].values() for found in of_list.values()):
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
         wanted = WANTED.format(**found) if found["queries_for_want"] else ""

@@ -96,6 +96,8 @@ def main(argv=None):
     made, about = read[-1]["arguments"], read_json(run / "teacher" / "teacher.json")
     if about["kind"] == "decoder" and not settings.model:
         raise Stop("a CrossEncoder of a decoder scores yes against no, not five levels: --model ENCODER")
+    if made["rows"]:
+        raise Stop(f"{run}: its teacher learned --rows {made['rows']} of the labels: which ones is not known")
     learned, *_ = split_rows(train["key"], SimpleNamespace(**made))  # as stage 02 splits them
     rows = {name: column[learned] for name, column in train.items()}
     model, fields = settings.model or about["model"], about["fields"]

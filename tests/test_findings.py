@@ -40,7 +40,7 @@ def test_one_seed_conditions_have_the_reports_figures(finished, tmp_path):
     """Value and interval of a condition of one seed are those that stage 05 reports, overall and by
     language."""
     names = {"human": "student_human_labels", "all": "student", "teacher": "teacher"}
-    entry = compare(tmp_path, "b", {label: [(finished, name)] for label, name in names.items()})
+    entry = compare(tmp_path, "b", {label: [(str(finished), name)] for label, name in names.items()})
     systems = read_json(finished / "report" / "metrics.json")["systems"]
     for label, name in names.items():
         for metric in ("accuracy", "auroc_4", "ndcg_20"):

@@ -80,6 +80,18 @@ def test_a_judge_that_knows_nothing_costs_nothing():
     assert tuned == 0 and constant.value == pytest.approx(people.mean())
 
 
+def test_people_who_have_labelled_all_queries_need_no_judge():
+    rng = np.random.default_rng(0)
+    people, weight = rng.normal(size=50), rng.random(50)
+    covered = np.full(50, True)
+    found = judge.correct(people + 1, people, covered, weight)
+    assert found["value"] == pytest.approx(np.average(people, weights=weight))
+    assert (found["lambda"], found["people"], found["people_alone"]) == (0, 50, 50)
+    covered[: judge.FEWEST] = False  # enough of the judge's own to count
+    assert judge.correct(people + 1, people, covered, weight)["lambda"] > 0
+    assert judge.correct(people + 1, people, np.arange(50) < judge.FEWEST - 1, weight) is None
+
+
 def test_power_and_allocation():
     """The detected difference is the one that a t test finds four times of five."""
     rng, n, deviation = np.random.default_rng(0), 400, 0.3

@@ -106,6 +106,11 @@ def test_a_decoder_is_no_peer(labelled_run):
     assert "--model" in stop_line(peer_quality.main, ["--run", str(labelled_run)])
 
 
+def test_rows_that_a_teacher_drew_are_not_known(labelled_run):
+    mark_finished(labelled_run / "teacher", arguments={**TRAINED, "rows": 50})
+    assert "learned --rows 50" in stop_line(peer_quality.main, ["--run", str(labelled_run)])
+
+
 @pytest.mark.skipif(
     not (importlib.util.find_spec("sentence_transformers") and importlib.util.find_spec("datasets")),
     reason="benchmarks/requirements.txt is not installed",

@@ -196,6 +196,30 @@ def test_impressions_of_a_region_are_pooled_as_its_language(tmp_path):
     assert np.abs(expected - p).max() > 0.1
 
 
+FILES = ("labelled.parquet", "impressions/part-00000.parquet")
+
+
+def test_a_pool_finds_its_features_by_name(tmp_path):
+    """One that a base has made, where this run's columns stand in another order, or are more."""
+    synthetic(tmp_path, shards=1)
+    stage("03").pool_labels(tmp_path, tmp_path / "labels", SPLIT, None)
+    before = PairFiles(tmp_path)
+    labels = [before.soft_labels(name, before.read(tmp_path / "features" / name)) for name in FILES]
+    for name in FILES:
+        path = tmp_path / "features" / name
+        table = pq.read_table(path)
+        columns = [*table.column_names[:2], *reversed(MATCH_FEATURES)]
+        columns += [column for column in table.column_names if column not in columns]
+        write_parquet(path, table.select(columns).add_column(2, "shelf", table["bm25"]))
+    files = PairFiles(tmp_path)
+    assert files.match != before.match
+    for name, expected in zip(FILES, labels):
+        found = files.soft_labels(name, files.read(tmp_path / "features" / name))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    of_both = np.concatenate([side["learnt"] for side in read_labelled(tmp_path)])
+    np.testing.assert_allclose(np.sort(of_both, axis=0), np.sort(labels[0], axis=0), atol=1e-6)
+
+
 NOTHING = {"share": 0.0, "salt": "teacher:0"}  # is held out
 
 

@@ -186,8 +186,8 @@ def test_in_short_is_better_worse_or_not_clear():
     found = {
         "bm25": (0.1, 0.2),
         "match": (-0.1, 0.2),
+        "embedding": (-0.2, 0.1),
         "student_human_labels": (-0.3, -0.2),
-        "embedding": (0, 1),
     }
     compared = []
     for other, (low, high) in found.items():
@@ -196,6 +196,18 @@ def test_in_short_is_better_worse_or_not_clear():
     lines = [line for line in report.in_short(compared) if line.startswith("-")]
     assert [line.split("**")[1] for line in lines] == ["better", "no clear difference", "worse"]
     assert "nDCG@20: +0.150 [+0.100, +0.200]" in lines[0] and report.in_short([]) == []
+    assert "student beside embedding" in lines[1]  # the better one of match and embedding
+
+
+def test_a_temperatures_curve_has_the_systems_own_beside_it(monkeypatch, tmp_path):
+    drawn, p, y = [], np.eye(5)[[0, 1, 2, 3]] * 0.8 + 0.04, np.array([1, 2, 3, 5])
+    for name in ("plot_accuracy", "plot_confusion"):
+        monkeypatch.setattr(pictures, name, lambda *given: None)
+    monkeypatch.setattr(pictures, "plot_reliability", lambda y, p, scaled, path: drawn.append((p, scaled)))
+    systems = dict.fromkeys(("bm25", "student", "student_6000", "teacher"), (p, p @ np.arange(5)))
+    scaled = dict.fromkeys(("student", "student_6000", "teacher"), p)
+    pictures.plots({}, y, systems, scaled, [1, 5], tmp_path)
+    assert [list(curves) for curves in drawn[0]] == [["student", "teacher"]] * 2
 
 
 def test_queries_stand_one_by_one(measured):

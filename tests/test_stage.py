@@ -82,6 +82,7 @@ def test_presets_fill_in_and_flags_win():
         (["--unknown"], "unknown"),
         (["--overwrit"], "overwrit"),
         (["--preset", "nonsense"], "preset"),
+        (["--preset"], "'--preset'"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--epochs", "1.5"], "epochs"),
         (["--rows", "-5"], "rows"),

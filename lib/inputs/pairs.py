@@ -130,7 +130,10 @@ class PairFiles:
         folder = self.run / "labels"
         p = read_labels(folder / name)
         pool = read_pool(folder)
-        return pool(p, rows["match"], self.languages[rows["query"]]) if pool else p
+        if not pool:
+            return p
+        columns = [self.match.index(feature) for feature in pool.names]
+        return pool(p, rows["match"][:, columns], self.languages[rows["query"]])
 
     def sample(self, labels, most=4):
         """Of at most so many shards of impressions, evenly spaced: the teacher's own labels [N, C] in 03's

@@ -120,15 +120,21 @@ def signed(m):
     return "–" if m.value is None else f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
 
 
+def beside_best(compared):
+    """Of the differences from an untrained system those from the best, by each system and metric."""
+    untrained = [m for m in compared if m.minus in UNTRAINED and m.value is not None]
+    best = {}
+    for m in untrained:
+        best[m.system, m.metric] = min(m.value, best.get((m.system, m.metric), m.value))
+    return [m for m in untrained if m.value == best[m.system, m.metric]]
+
+
 def below(compared):
     """Lines on systems that are below what they are compared with, by the whole interval; of the untrained
     ones the best by each metric."""
-    worse, best = {}, {}
+    worse, best = {}, beside_best(compared)
     for m in compared:
-        if m.minus in UNTRAINED and m.value is not None:
-            best[m.system, m.metric] = min(m.value, best.get((m.system, m.metric), m.value))
-    for m in compared:
-        counts = m.minus not in UNTRAINED or m.value == best.get((m.system, m.metric))
+        counts = m.minus not in UNTRAINED or m in best
         if counts and m.high is not None and m.high < 0:
             found = f"{METRICS[m.metric].heading} {signed(m)}"
             worse.setdefault((m.system, m.minus), []).append(found)
@@ -141,11 +147,12 @@ def below(compared):
 
 def in_short(compared):
     """What a reader who reads no further should know: the system to serve beside bm25, the best of those that
-    need no training, and human labels alone."""
-    lines, beside = [], ("bm25", "match", "student_human_labels")
+    one has without a teacher, and human labels alone."""
+    lines, best = [], beside_best(compared)
     served = "student" if "student" in {m.system for m in compared} else "teacher"
     for m in compared:
-        if m.system == served and m.minus in beside and m.value is not None:
+        is_shown = m.minus in ("bm25", "student_human_labels") or m in best
+        if m.system == served and is_shown and m.value is not None:
             verdict = "no clear difference"
             if m.low > 0:
                 verdict = "better"

@@ -69,7 +69,7 @@ def parse(presets, argv=None, description=""):
     """Settings from the command line: flags given, else the preset's values. `presets`: {name: settings}."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="toy")
+    first.add_argument("--preset", default="toy", nargs="?", const="toy")  # none is for tyro to tell
     name = first.parse_known_args(argv)[0].preset
     default = presets.get(name, presets["toy"])
     if default is not presets["toy"] and default.run == presets["toy"].run:
