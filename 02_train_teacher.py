@@ -61,7 +61,9 @@ class Settings(ModelSettings):
     # (None: stage 01's text encoder)
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
-    long_queries: Literal["stop", "cut"] = "stop"  # of a query that does not fit: stop, or cut it in half
+    long_queries: Literal["stop", "cut"] = (
+        "stop"  # of a query that does not fit: stop, or cut it to half of the room
+    )
 
     finetuning: Literal["auto", "qlora", "lora", "full"] = "auto"  # auto: decoders qlora, encoders full
     lora_rank: Width = 16  # rank R of the update of a weight
@@ -90,9 +92,9 @@ QLORA = dict(model="meta-llama/Meta-Llama-3-8B", lora_rank=64, lora_alpha=16.0, 
 STEPS = dict(epochs=2, batch_size=128, encoder_lr=2e-5, head_lr=2e-4, warmup=0.03)
 SIZES = dict(max_tokens=256, batch_tokens=8_192, checkpoint_steps=200, precision="auto")
 PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
-# A real encoder on a laptop or one small GPU, our choice: few rows need more than 3 epochs, lr is better than
-# 1e-4 and 2e-4, encoder_lr with the head's 1e-3 better than 5e-5 for both, layer_decay than 1 where labels
-# are few (experiments/RESULTS.md).
+# A real encoder on a laptop or one small GPU, our choice: few rows need more than 3 epochs, encoder_lr with
+# the head's 1e-3 is better than 5e-5 for both, layer_decay than 1 where labels are few; the best lr of LoRA
+# differs from model to model (experiments/RESULTS.md).
 RATES = dict(lr=5e-4, encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
 SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **RATES)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}

@@ -8,9 +8,9 @@ other languages.
     2  the text of the pairs; which shards are left to label, and which labels are known
     3  the teacher, LoRA merged, loaded for the first pair that nobody has labelled; --compile its layers
     4  soft labels, one output shard an input shard
-    5  --pool (ours): they are weighed against a regression on the match features; where human labels are
-       few, the teacher alone is worse than that, and where it is clearly better it stays alone, as it does
-       in a language without labels whose match features mean something else
+    5  --pool (ours): how the teacher's labels are pooled with a regression on the match features, which is
+       the better one where human labels are few. The teacher stays alone where it is clearly better, and in
+       a language without labels where the match features mean something else
 
 Reads   RUN/features/, RUN/teacher/
 Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' shards, and labelled.parquet:
@@ -71,7 +71,7 @@ class Settings(ModelSettings):
 
 TOY = Settings()
 SMALL = replace(TOY, preset="small", precision="auto")
-# Our choice but for the pool, which the paper does not have; labels depend on that and the precision alone.
+# Our choice; the pool, which the paper does not have, is off. Labels depend on precision and merge alone.
 PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, compile="auto", pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 CHECKED_ROWS = 256  # rows labelled before and after compiling: how far do labels move?

@@ -5,8 +5,8 @@ levels on unlabelled impressions (knowledge distillation). The paper does not gi
 al., 2015: KL divergence at temperature T, times T squared.
 
     1  settings; labels and features must belong together
-    2  rows: impressions with soft labels, human-labelled ones with the mean of both labels
-    3  the network, which starts at a regression of the human labels on the match features (ours)
+    2  rows: impressions with soft labels; human-labelled ones with the mean of both labels (ours)
+    3  the network, which starts at a regression of the human-labelled rows on the match features (ours)
     4  distillation; scores on held-out queries after each epoch
     5  the student is saved, also as ONNX
 
@@ -68,7 +68,8 @@ class Settings(DeviceSettings):
     name: str | None = None  # output folder below RUN (default: student, or student_human_labels)
     rows: Count | None = None  # train on a random N impressions, or human labels (default: all)
     human_rows: Literal["none", "half"] = "half"
-    # half, with --labels teacher: human-labelled rows too, with the mean of human and teacher's labels
+    # half, with --labels teacher (ours): human-labelled rows too, with the mean of human and teacher's labels;
+    # none: neither these nor the regression of them, at which the student starts
     languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
 
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
@@ -91,7 +92,7 @@ TOY = Settings()
 # Not stated in the paper, our choice; at temperature 1 the gradient is that of soft cross-entropy.
 SIZES = dict(hidden=(1024, 512, 256), category_dim=32, batch_size=4_096, shuffle_window=8)
 STEPS = dict(epochs=3, weight_decay=1e-5, warmup=0.01, temperature=1.0, checkpoint_steps=2_000)
-PAPER = replace(TOY, preset="paper", **SIZES, **STEPS)
+PAPER = replace(TOY, preset="paper", human_rows="none", **SIZES, **STEPS)
 PRESETS = {"toy": TOY, "small": replace(TOY, preset="small"), "paper": PAPER}
 # (input_dropout, dropout), our choice. Rows with human labels alone, at most FEW_ROWS, choose among them by
 # cross-validation over queries; fewer than ENOUGH_QUERIES cannot tell, and take the last. More rows, and a

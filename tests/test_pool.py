@@ -117,7 +117,7 @@ def test_a_language_without_labels_is_pooled_where_the_match_features_mean_the_s
         expected = far[language == other].mean() / far[language == "en"].mean()
         assert times.pop(other) == pytest.approx(expected, rel=1e-6)
         assert (expected <= pool.FAR) == (other == "de")
-    assert found == mine._replace(languages=["de", "en"]) and not times
+    assert found == mine._replace(languages=["de", "en"]) and times == {"th": None}
     monkeypatch.setattr(pool, "FAR", 0.1)
     assert mine.widened(p, x, language)[0] == mine
     few = np.r_[: pool.ENOUGH - 1, rows["en"] : len(p)]

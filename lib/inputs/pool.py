@@ -44,7 +44,8 @@ class Pool(NamedTuple):
     def widened(self, p, x, language):
         """The pool for languages without labels, too, where the match features mean the same: there, as mean
         KL(match || teacher), the regression is at most FAR times as far from the teacher as where labels are.
-        Of unlabelled pairs, as in a call. Returns also how many times as far, {language: times}."""
+        Of unlabelled pairs, as in a call. Returns also how many times as far, {language: times, or None where
+        its pairs are too few to tell}."""
         match = self.regression.probabilities(x)
         distance = (match * (log(match) - log(p))).sum(axis=1)
         has_labels = np.isin(language, self.languages)
@@ -54,9 +55,8 @@ class Pool(NamedTuple):
         times_as_far = {}
         for other in sorted(set(language[~has_labels])):
             there = distance[language == other]
-            if len(there) >= ENOUGH:
-                times_as_far[other] = float(there.mean() / home)
-        near = [other for other, times in times_as_far.items() if times <= FAR]
+            times_as_far[other] = float(there.mean() / home) if len(there) >= ENOUGH else None
+        near = [other for other, times in times_as_far.items() if times is not None and times <= FAR]
         languages = sorted([*self.languages, *near])
         return self._replace(languages=languages), times_as_far
 

@@ -81,7 +81,10 @@ def describe_languages(pool, times_as_far):
     """In which languages 03 pools, and why. times_as_far: of Pool.widened()."""
     print("only for queries in:", *pool.languages)
     for language, times in times_as_far.items():
-        print(f"  {language} has no labels; its match features are {times:.2f} times as far from the teacher")
+        how_far = "there are too few pairs to tell how far its match features are from the teacher"
+        if times is not None:
+            how_far = f"its match features are {times:.2f} times as far from the teacher"
+        print(f"  {language} has no labels; {how_far}")
 
 
 def describe_labels(paths, table):
