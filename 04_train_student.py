@@ -68,7 +68,7 @@ class Settings(DeviceSettings):
     name: str | None = None  # output folder below RUN (default: student, or student_human_labels)
     rows: Count | None = None  # train on a random N impressions, or human labels (default: all)
     human_rows: Literal["none", "half"] = "half"
-    # half, with --labels teacher (ours): human-labelled rows too, with the mean of human and teacher's labels;
+    # with --labels teacher (ours): human-labelled rows too, with the mean of human and teacher's labels;
     # none: neither these nor the regression of them, at which the student starts
     languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
 

@@ -53,10 +53,10 @@ class PairText:
     """Turns (query, pin) into the token ids of `[CLS] query [SEP] title: … description: … [SEP]`.
 
     The query is never cut, unless `cut_queries` says so; the fields share what is left of `max_tokens`
-    (share_budget). A tokenizer without [CLS] opens with its beginning-of-text token (Llama) or nothing (T5). One without [SEP] separates
-    with end-of-text for an encoder-decoder, as T5 does for sentence pairs, and with a line break for a
-    decoder, and both close with end-of-text: the token a decoder is read out at is then always the same one
-    (our choice; RepLLaMA, Ma et al., 2023, does so)."""
+    (share_budget). A tokenizer without [CLS] opens with its beginning-of-text token (Llama) or nothing (T5).
+    One without [SEP] separates with end-of-text for an encoder-decoder, as T5 does for sentence pairs, and
+    with a line break for a decoder, and both close with end-of-text: the token a decoder is read out at is
+    then always the same one (our choice; RepLLaMA, Ma et al., 2023, does so)."""
 
     def __init__(self, tokenizer, kind, fields, max_tokens, cut_queries=False):
         """cut_queries: a query too long for max_tokens is cut to half of the room; else it is a Stop."""
