@@ -98,7 +98,8 @@ PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
 RATES = dict(lr=5e-4, encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
 SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **RATES)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
-LOWER = "lower --lr, --encoder-lr, --head-lr, --lora-alpha or --weight-decay"  # of a loss that is not finite
+# Of a loss that is not finite
+LOWER = "lower --lr, --encoder-lr, --head-lr, --layer-decay, --lora-alpha or --weight-decay"
 READS = ("pins.parquet", "queries.parquet", "labelled.parquet")  # of the features
 
 
@@ -174,11 +175,14 @@ def peak_rates(teacher, finetuning, settings):
     trained in full a layer has `layer_decay` times the rate of the one above, and what is outside the layers,
     as embeddings, that of one below them (Howard and Ruder, 2018, section 3.2)."""
     is_full = finetuning == "full"
-    layers = list(models.layers_of(teacher.backbone)) if is_full else []
+    layers = list(models.layers_of(teacher.backbone)) if is_full and settings.layer_decay != 1 else []
+    if len(layers) > teacher.backbone.config.get_text_config().num_hidden_layers:
+        raise Stop("--layer-decay: which layer stands above which is not known of this model: use 1")
     peak = settings.encoder_lr if is_full else settings.lr
     rates = dict.fromkeys(teacher.backbone.parameters(), peak * settings.layer_decay ** len(layers))
-    for below_top, layer in enumerate(reversed(layers)):
-        rates |= dict.fromkeys(layer.parameters(), peak * settings.layer_decay**below_top)
+    for below_top, parts in enumerate(reversed(layers)):
+        for part in parts:
+            rates |= dict.fromkeys(part.parameters(), peak * settings.layer_decay**below_top)
     rates |= dict.fromkeys(teacher.head.parameters(), settings.head_lr)
     return {weight: rate for weight, rate in rates.items() if weight.requires_grad}
 

@@ -27,6 +27,7 @@ Shapes: N rows of a shard, B rows of a batch, T tokens, C = 5 levels.
 """
 
 import functools
+import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def compile_layers(teacher, sample, pad_id, settings, accelerator):
     if settings.compile == "off" or (settings.compile == "auto" and not on_gpu):
         return teacher
     before = soft_labels(teacher, sample, pad_id, token_budget)
-    for layer in models.layers_of(teacher.backbone):
+    for layer in itertools.chain.from_iterable(models.layers_of(teacher.backbone)):
         layer.compile(dynamic=True)
     start = time.monotonic()
     with stop_on_error("--compile: PyTorch cannot compile here", "--compile off labels without"):
@@ -192,12 +193,9 @@ def label_shards(teacher, shards, known, text, settings, bar):
         bar.update(len(rows) - counts["passes"])
 
 
-def pool_to_take(settings, trained):
-    """Where RUN has no training query that its teacher was not trained on, none to weigh the teacher by: the
-    labels of a run that RUN builds on, pooled for this teacher. Else None. trained: stage.json of 02."""
-    rows, _ = read_labelled(settings.run, None)
-    is_needed = settings.pool == "auto" and not in_hash_split(rows["key"], **trained["held_out"]).any()
-    for labels in [run / "labels" for run in bases_of(settings.run)] if is_needed else ():
+def pool_before(settings, trained):
+    """The labels of a run that RUN builds on, pooled for this teacher, or None. trained: stage.json of 02."""
+    for labels in [run / "labels" for run in bases_of(settings.run)] if settings.pool == "auto" else ():
         if (labels / POOL).exists():
             made = require(labels, [POOL])
             if made["inputs"].get("teacher") == teacher_identity(trained):
@@ -205,26 +203,30 @@ def pool_to_take(settings, trained):
     return None
 
 
-def pool_labels(run, labels, split, taken):
+def pool_labels(run, labels, split, before):
     """Writes pool.json into the folder of labels: where human labels are few, the teacher alone is worse than
-    a regression on the match features. By its held-out rows, none where it is clearly better there, and by
-    impressions for languages without labels; else the one of `taken` (pool_to_take), else none. split: of
-    in_hash_split, 02's."""
+    a regression on the match features. By RUN's rows that 02 held out, none where the teacher is clearly
+    better there, and by impressions for languages without labels; without such rows the one of `before`, of
+    pool_before(), where the features are there. split: of in_hash_split, 02's."""
     rows, _ = read_labelled(run, labels.name)
     held_out, names = in_hash_split(rows["key"], **split), match_names(run / "features" / "labelled.parquet")
+    pool = before and read_pool(before)
     if held_out.any():
+        earlier = pool.languages if pool else ()
         pool = fit_pool(rows, held_out, names)
         summary.describe_pool(pool, held_out.sum(), len(set(rows["key"][held_out])))
-        if pool is None:
-            return
-        pool, times_as_far = pool.widened(*PairFiles(run).sample(labels))
-        summary.describe_languages(pool, times_as_far)
-    elif taken and set((pool := read_pool(taken)).names) <= set(names):
-        print(f"pooled as in {taken}")
-    else:
+        if pool:
+            pool, times_as_far = pool.widened(*PairFiles(run).sample(labels), earlier)
+            summary.describe_languages(pool, times_as_far)
+    elif not pool:
         print("not pooled: no training query was held out to weigh the teacher by")
-        return
-    write_pool(pool, labels)
+    elif lacking := [name for name in pool.names if name not in names]:
+        print(f"not pooled: the pool of {before} reads {' '.join(lacking)}, which these tables lack")
+        pool = None
+    else:
+        print(f"pooled as in {before}")
+    if pool:
+        write_pool(pool, labels)
 
 
 def main(argv=None):
@@ -237,8 +239,8 @@ def main(argv=None):
     read, about, model = require_teacher(run, folder, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs |= {"teacher": teacher_identity(read["teacher"]), "precision": hardware}
-    taken = pool_to_take(settings, read["teacher"])
-    inputs |= {"pool": fingerprint(taken / POOL)} if taken else {}
+    before = pool_before(settings, read["teacher"])
+    inputs |= {"pool": fingerprint(before / POOL)} if before else {}
     stage, work = start_stage(accelerator, run / "labels", settings, inputs)
     if work is None:
         return
@@ -273,7 +275,7 @@ def main(argv=None):
     # 5. What the match features say, pooled with that (ours); summary
     if is_main:
         if settings.pool == "auto":
-            pool_labels(run, work, read["teacher"]["held_out"], taken)
+            pool_labels(run, work, read["teacher"]["held_out"], before)
         counts = summary.describe_labels([*target.values()], merge_own(own, work / FILE))
         rows_of = {"impressions": count_rows(paths[1:]), "labelled": len(rows)}
         whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}

@@ -106,6 +106,8 @@ class PairText:
         """Token ids of each query. Stop if one does not fit, unless queries are cut."""
         ids = self.token_ids(list(texts))
         room = self.max_tokens - len(self.open) - len(self.separator) - len(self.close)
+        if room < 2:
+            raise Stop(f"--max-tokens {self.max_tokens}: no room for a query between the model's own tokens")
         too_long = [row for row, tokens in enumerate(ids) if len(tokens) > room]
         if too_long and not self.cut_queries:
             first = too_long[0]

@@ -146,9 +146,23 @@ def empty_backbone(config, dtype=torch.float32):
 
 
 def layers_of(module):
-    """The layers of a model, from the lowest on: what its outermost lists hold."""
+    """The layers of a model, from the lowest on, each a tuple of modules: what its outermost lists hold.
+    Lists of one length beside each other hold parts of the same layers (as XLM's), a list of lists their
+    layers (as Funnel's)."""
+    lists = [flattened(child) for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+    if len({len(layers) for layers in lists}) == 1:
+        yield from zip(*lists)
+    else:
+        yield from ((layer,) for layers in lists for layer in layers)
     for child in module.children():
-        yield from child if isinstance(child, torch.nn.ModuleList) else layers_of(child)
+        if not isinstance(child, torch.nn.ModuleList):
+            yield from layers_of(child)
+
+
+def flattened(modules):
+    """The modules of a list of modules, and of lists in it."""
+    is_list = [isinstance(module, torch.nn.ModuleList) for module in modules]
+    return [layer for module in modules for layer in flattened(module)] if any(is_list) else [*modules]
 
 
 def fit_length(max_tokens, config, flag="--max-tokens"):

@@ -5,7 +5,13 @@ import shlex
 import pytest
 from helpers import mark_finished, stage, stop_line, synthetic
 
-from lib.inputs.inherited import require_pairs, require_student, require_systems, teacher_identity
+from lib.inputs.inherited import (
+    require_pairs,
+    require_student,
+    require_systems,
+    require_teacher,
+    teacher_identity,
+)
 from lib.stages.files import read_json, write_json
 
 READS = ("*.parquet", "*_embedding.npy")
@@ -34,6 +40,10 @@ def test_labels_of_another_teacher_are_named(inherited, impressions):
     assert shlex.split(line.partition("; python ")[2]) == command
     assert require_pairs(inherited, READS, labels=False)  # 04 --labels human
     mark_finished(inherited / "teacher", identity="seed 0")
+
+
+def test_a_folder_that_holds_no_teacher_is_named(inherited):
+    assert "--teacher RUN/teacher" in stop_line(require_teacher, inherited, inherited / "features")
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,14 @@ def test_a_language_without_labels_is_pooled_where_the_match_features_mean_the_s
         assert times.pop(other) == pytest.approx(expected, rel=1e-6)
         assert (expected <= pool.FAR) == (other == "de")
     assert found == mine._replace(languages=["de", "en"]) and times == {"th": None}
+    found, _ = mine.widened(p, x, language, ["hi", "th"])  # hi is measured, th goes by the run before
+    assert found.languages == ["de", "en", "th"]
     monkeypatch.setattr(pool, "FAR", 0.1)
     assert mine.widened(p, x, language)[0] == mine
     few = np.r_[: pool.ENOUGH - 1, rows["en"] : len(p)]
-    assert mine.widened(p[few], x[few], language[few]) == (mine, {})
-    assert mine.widened(p[:0], x[:0], language[:0]) == (mine, {})
+    assert mine.widened(p[few], x[few], language[few]) == (mine, dict.fromkeys(("de", "hi", "th")))
+    found, times = mine.widened(p[:0], x[:0], language[:0], ["de"])
+    assert found.languages == ["de", "en"] and times == {"de": None}
 
 
 def test_a_pool_is_read_as_it_was_written(tmp_path):
@@ -144,7 +147,7 @@ def test_03_pools_by_the_rows_that_02_held_out(tmp_path, capsys):
     stage("03").pool_labels(tmp_path, tmp_path / "labels", split, None)
     found = pool.read_pool(tmp_path / "labels")
     assert found[:2] == pool.fit_pool(train, held_out, list(MATCH_FEATURES))[:2]
-    assert found.languages == ["en", "fr"] and found.names == list(MATCH_FEATURES)
+    assert found.languages == ["en"] and found.names == list(MATCH_FEATURES)
     queries = len(np.unique(train["key"][held_out]))
     assert f"{held_out.sum()} rows of {queries} held-out queries" in capsys.readouterr().out
 
@@ -167,15 +170,33 @@ def test_03_pools_other_languages_by_the_impressions(tmp_path, capsys, monkeypat
     labels, pool_labels = tmp_path / "labels", stage("03").pool_labels
     pool_labels(tmp_path, labels, SPLIT, None)
     assert pool.read_pool(labels).languages == ["de", "en"]
-    assert "de has no labels; its match features are 1.0" in capsys.readouterr().out
+    assert "de has no training labels, or few; its match features are 1.0" in capsys.readouterr().out
     monkeypatch.setattr(pool, "FAR", 0.5)
     pool_labels(tmp_path, labels, SPLIT, None)
     assert pool.read_pool(labels).languages == ["en"]
     monkeypatch.undo()
-    for path in (labels / "impressions").iterdir():  # as with --only-labelled
+    for path in (labels / "impressions").iterdir():  # as with --only-labelled, whose pairs tell as much
         path.unlink()
     pool_labels(tmp_path, labels, SPLIT, None)
-    assert pool.read_pool(labels).languages == ["en"]
+    assert "de has no training labels, or few; its match features are" in capsys.readouterr().out
+
+
+def test_the_sample_is_spread_over_all_shards(tmp_path):
+    """A log is in some order: by the hour, by market."""
+    synthetic(tmp_path, shards=5)
+    files = PairFiles(tmp_path)
+    p, match, language = files.sample(tmp_path / "labels", most=65)  # of 60 + 61 + … + 64
+    assert len(p) == len(match) == len(language) == 12 + 4 * 13
+    of_last = read_labels(tmp_path / "labels/impressions/part-00004.parquet")
+    np.testing.assert_array_equal(p[-13:], of_last[::5])
+    p, *_ = files.sample(tmp_path / "labels")
+    assert len(p) == 310
+
+
+def test_a_language_of_few_labels_is_measured_as_one_of_none():
+    language = np.repeat(np.array(["en", "de", "fr"], dtype=object), [500, 100, 1])
+    assert pool.home_languages(language) == ["de", "en"]
+    assert pool.home_languages(language[-3:]) == ["de"]  # so few in all: that of the most
 
 
 def test_impressions_of_a_region_are_pooled_as_its_language(tmp_path):
@@ -232,18 +253,33 @@ def test_03_takes_the_pool_of_a_run_that_it_builds_on_where_it_cannot_make_one(t
     for run, base in zip(days[1:], days):
         mark_finished(run / "features", base=str(base))
     settings = replace(label.TOY, run=days[2])
-    assert label.pool_to_take(settings, trained) is None
+    assert label.pool_before(settings, trained) is None
     for day, share, teacher in ((days[0], 0.2, teacher_identity(trained)), (days[1], 0.3, "another")):
         label.pool_labels(day, day / "labels", {"share": share, "salt": "teacher:0"}, None)
         mark_finished(day / "labels", inputs={"teacher": teacher})
-    taken = label.pool_to_take(settings, trained)
+    taken = label.pool_before(settings, trained)
     assert taken == days[0] / "labels"
     label.pool_labels(settings.run, settings.run / "labels", NOTHING, taken)
     of_two = [(day / "labels" / pool.POOL).read_bytes() for day in (days[0], days[2])]
     assert of_two[0] == of_two[1] and f"pooled as in {taken}" in capsys.readouterr().out
-    assert label.pool_to_take(replace(settings, pool="none"), trained) is None
-    trained["held_out"] = {"share": 0.2, "salt": "teacher:0"}  # there are rows of its own
-    assert label.pool_to_take(settings, trained) is None
+    assert label.pool_before(replace(settings, pool="none"), trained) is None
+
+
+def test_03_names_the_features_that_a_pool_needs(tmp_path, capsys):
+    synthetic(tmp_path, shards=1)
+    pool_labels, labels = stage("03").pool_labels, tmp_path / "labels"
+    pool_labels(tmp_path, labels, SPLIT, None)
+    made = pool.read_pool(labels)
+    before = tmp_path / "before"
+    before.mkdir()
+    pool.write_pool(made._replace(names=[*made.names[:-1], "shelf"]), before)
+    (labels / pool.POOL).unlink()
+    pool_labels(tmp_path, labels, NOTHING, before)
+    assert "reads shelf, which these tables lack" in capsys.readouterr().out
+    assert pool.read_pool(labels) is None
+    pool.write_pool(made._replace(languages=["de", "en", "sw"]), before)  # languages go by it, too
+    pool_labels(tmp_path, labels, SPLIT, before)
+    assert "sw" in pool.read_pool(labels).languages and "as in the run before" in capsys.readouterr().out
 
 
 def test_03_does_not_pool_without_held_out_rows_or_need(tmp_path, capsys, monkeypatch):

@@ -215,6 +215,16 @@ def test_killed_work_continues_and_half_written_files_go(tmp_path):
     assert names(stage.folder) == [".made-0", "labels/part-1.txt", "stage.json"]
 
 
+def test_work_begun_with_other_settings_is_named(tmp_path, capsys):
+    """Hours of it go when the stage is finished with new ones."""
+    begun = Stage(tmp_path / "s", settings_of(tmp_path), {}).folder
+    assert not capsys.readouterr().out
+    stage = Stage(tmp_path / "s", settings_of(tmp_path, epochs=9), {})
+    assert f"{begun}: begun with other settings" in capsys.readouterr().out
+    stage.finish()
+    assert not begun.exists()
+
+
 def test_intermediate_results_go_only_when_the_rest_is_whole(tmp_path, monkeypatch):
     stage = Stage(tmp_path / "s", settings_of(tmp_path), {})
     for name in ("checkpoint.pt", "work/a/b", "file.txt"):

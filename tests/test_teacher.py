@@ -546,6 +546,38 @@ def test_lower_layers_learn_more_slowly_and_vectors_do_not_decay(models, kind):
     assert sorted({group["peak"] for group in same}) == [0.01, 0.7]
 
 
+XLM = dict(vocab_size=30, emb_dim=16, n_layers=3, n_heads=2, max_position_embeddings=32)
+FUNNEL = dict(vocab_size=30, block_sizes=[2, 2], d_model=16, n_head=2, d_head=8, d_inner=16)
+
+
+def test_layers_whose_parts_are_in_several_lists_or_in_lists_of_lists():
+    teacher = Teacher(loading.random_backbone(transformers.XLMConfig(**XLM)), "encoder", torch.float32)
+    rates = trainer.peak_rates(teacher, "full", replace(trainer.TOY, encoder_lr=1.0, layer_decay=0.5))
+    for name, weight in teacher.backbone.named_parameters():
+        layer = re.search(r"(?:attentions|layer_norm1|ffns|layer_norm2)\.(\d+)\.", name)
+        assert rates[weight] == 0.5 ** (2 - int(layer[1]) if layer else 3), name
+    funnel = transformers.FunnelBaseModel(transformers.FunnelConfig(**FUNNEL))
+    assert [type(part).__name__ for [part] in loading.layers_of(funnel)] == ["FunnelLayer"] * 4
+
+
+def test_layers_of_unknown_order_have_one_rate():
+    """Pictures and text are read by two stacks."""
+    teacher = Teacher(loading.random_backbone(transformers.XLMConfig(**XLM)), "encoder", torch.float32)
+    teacher.backbone.vision = nn.ModuleList([nn.Linear(2, 2)] * 3 + [nn.ReLU()])
+    settings = replace(trainer.TOY, layer_decay=0.5)
+    assert "--layer-decay" in stop_line(trainer.peak_rates, teacher, "full", settings)
+    assert len({*trainer.peak_rates(teacher, "full", replace(settings, layer_decay=1.0)).values()}) == 2
+
+
+def test_a_single_row_can_be_described(capsys, models):
+    teacher, tokenizer = untrained(models, "bert")
+    rows = labelled_rows(some_rows(tokenizer), torch.tensor([0, 1, 2, 3, 4, 0, 1]), tokenizer.pad_token_id)
+    rows.train, rows.held_out = np.array([5]), np.array([], int)
+    vars(rows).update(train_queries=1, held_out_queries=0, match={})
+    labeller.summary.describe_teacher(teacher, "full", rows, trainer.TOY)
+    assert "1 highly irrelevant 100 %" in capsys.readouterr().out.lower()
+
+
 def test_learning_rate():
     warmup, steps = 0.1, 1_000
     factors = np.array([linear_warmup_decay(i / steps, warmup) for i in range(steps)])

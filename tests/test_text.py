@@ -134,6 +134,15 @@ def test_a_query_that_does_not_fit_stops(models):
     assert "the first has 8" in line and "--max-tokens" in line and "--long-queries cut" in line
 
 
+def test_too_few_tokens_for_a_query_stop(models):
+    """A query cut to less than nothing was one without its end."""
+    _, text = template(models, "bert", max_tokens=4)
+    text.cut_queries = True
+    assert "--max-tokens 4: no room" in stop_line(text.queries, ["red chair"])
+    text.max_tokens = 5
+    assert len(text.queries(["red chair lamp"])[0]) == 1
+
+
 def test_describe_tells_templates_apart(models):
     kinds = (("bert", FIELDS, 64), ("t5", FIELDS, 64), ("llama", FIELDS, 64), ("bert", FIELDS[:2], 64))
     about = [template(models, *kind)[1].describe() for kind in (*kinds, ("bert", FIELDS, 32))]

@@ -135,14 +135,18 @@ class PairFiles:
         columns = [self.match.index(feature) for feature in pool.names]
         return pool(p, rows["match"][:, columns], self.languages[rows["query"]])
 
-    def sample(self, labels, most=4):
-        """Of at most so many shards of impressions, evenly spaced: the teacher's own labels [N, C] in 03's
-        folder `labels`, match features [N, F], languages [N]."""
-        shards = [path for path in self.shards if (labels / "impressions" / path.name).exists()]
-        shards = shards[:: math.ceil(len(shards) / most) or 1]
-        p = [read_labels(labels / "impressions" / path.name) for path in shards]
-        rows = np.concatenate([np.empty(0, self.row), *map(self.read, shards)])
-        return np.concatenate([np.empty((0, NUM_LEVELS)), *p]), rows["match"], self.languages[rows["query"]]
+    def sample(self, labels, most=200_000):
+        """Of about so many impressions at most, evenly spaced, or where 03 has labelled none of the
+        human-labelled pairs: the teacher's own labels [N, C] in 03's folder `labels`, match features [N, F],
+        languages [N]."""
+        names = [f"impressions/{path.name}" for path in self.shards]
+        names = [name for name in names if (labels / name).exists()] or ["labelled.parquet"]
+        step = math.ceil(count_rows(labels / name for name in names) / most)
+        parts = []
+        for name in names:
+            rows = self.read(self.run / "features" / name)[::step]
+            parts.append((read_labels(labels / name)[::step], rows["match"], self.languages[rows["query"]]))
+        return [np.concatenate(part) for part in zip(*parts)]
 
     def labelled(self):
         """The human-labelled rows, targets not set; their levels [N]; which are wanted for training [N]."""

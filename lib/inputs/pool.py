@@ -3,8 +3,8 @@ logarithmic opinion pool (Genest and Zidek, 1986).
 
 Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
 weights are fitted on the queries that 02 holds out, on which neither was trained. A teacher that is clearly
-better than the regression there stays alone; so it does in languages without labels where the regression is
-far from it: BM25 finds nothing there, or the text encoder does not know the language.
+better than the regression there stays alone; so it does in languages without training labels where the
+regression is far from it: BM25 finds nothing there, or the text encoder does not know the language.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ EQUAL = 0.5  # both weights, where no row speaks against it
 SPREAD = 0.25  # standard deviation of a weight around that, in the prior
 CLEAR = 0.025  # p-value below which the teacher alone is clearly better than the regression
 FAR = 1.5  # times as far from the teacher as where labels are: there the match features mean something else
-ENOUGH = 100  # pairs of a language, to tell how far
+ENOUGH = 100  # pairs of a language, to tell how far; of fewer labels it is measured, too
 
 
 class Pool(NamedTuple):
@@ -41,24 +41,24 @@ class Pool(NamedTuple):
         is_pooled = np.isin(language, self.languages)
         return np.where(is_pooled[:, None], softmax(logits, axis=1), p)
 
-    def widened(self, p, x, language):
+    def widened(self, p, x, language, before=()):
         """The pool for languages without labels, too, where the match features mean the same: there, as mean
         KL(match || teacher), the regression is at most FAR times as far from the teacher as where labels are.
-        Of unlabelled pairs, as in a call. Returns also how many times as far, {language: times, or None where
-        its pairs are too few to tell}."""
+        Of unlabelled pairs, as in a call. before: languages of the pool of a run that this one builds on, by
+        which it goes where pairs are too few to tell. Returns also how many times as far, {language: times,
+        or None where they are too few}."""
         match = self.regression.probabilities(x)
         distance = (match * (log(match) - log(p))).sum(axis=1)
-        has_labels = np.isin(language, self.languages)
-        if has_labels.sum() < ENOUGH:
-            return self, {}
-        home = distance[has_labels].mean()
-        times_as_far = {}
-        for other in sorted(set(language[~has_labels])):
+        home = distance[np.isin(language, self.languages)]
+        times_as_far, near = {}, []
+        for other in sorted({*language, *before} - {*self.languages}):
             there = distance[language == other]
-            times_as_far[other] = float(there.mean() / home) if len(there) >= ENOUGH else None
-        near = [other for other, times in times_as_far.items() if times is not None and times <= FAR]
-        languages = sorted([*self.languages, *near])
-        return self._replace(languages=languages), times_as_far
+            is_near, times_as_far[other] = other in before, None
+            if min(len(home), len(there)) >= ENOUGH:
+                times_as_far[other] = float(there.mean() / home.mean())
+                is_near = times_as_far[other] <= FAR
+            near += [other] * is_near
+        return self._replace(languages=sorted([*self.languages, *near])), times_as_far
 
 
 def log(p):
@@ -117,5 +117,10 @@ def fit_pool(rows, held_out, names):
     if is_clearly_better(level, query, p, p_match):
         return None
     weights = fit_weights(level, query, p, p_match)
-    languages = sorted(set(rows["language"]))
-    return Pool(*weights.tolist(), languages, names, fit_regression(x, target))
+    return Pool(*weights.tolist(), home_languages(rows["language"]), names, fit_regression(x, target))
+
+
+def home_languages(language):
+    """Those of the rows [B] that have ENOUGH of them, or else most."""
+    names, counts = np.unique(language, return_counts=True)
+    return names[counts >= min(ENOUGH, counts.max())].tolist()

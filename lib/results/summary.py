@@ -32,7 +32,7 @@ def describe_teacher(teacher, finetuning, rows, settings):
     print(f"rows: {n:,} of {rows.train_queries:,} queries train")
     mean, longest = lengths.mean(), lengths.max()
     print(f"tokens a row: mean {mean:.0f}, max {longest} of {settings.max_tokens}")
-    print_shares("labels", one_hot(rows.levels[rows.train] + 1))
+    print_shares("labels", one_hot(rows.levels.numpy()[rows.train] + 1))
     describe_held_out(rows)
 
 
@@ -81,10 +81,11 @@ def describe_languages(pool, times_as_far):
     """In which languages 03 pools, and why. times_as_far: of Pool.widened()."""
     print("only for queries in:", *pool.languages)
     for language, times in times_as_far.items():
-        how_far = "there are too few pairs to tell how far its match features are from the teacher"
+        how_far = "too few pairs to tell how far its match features are from the teacher"
+        how_far += ": as in the run before" * (language in pool.languages)
         if times is not None:
             how_far = f"its match features are {times:.2f} times as far from the teacher"
-        print(f"  {language} has no labels; {how_far}")
+        print(f"  {language} has no training labels, or few; {how_far}")
 
 
 def describe_labels(paths, table):

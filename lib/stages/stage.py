@@ -71,8 +71,15 @@ class Stage:
                 self.clear_up()
                 return
             self.old = self.place
+        for other in self.unfinished():
+            if other != self.folder and (other / "stage.json").is_file():
+                print(f"{other}: begun with other settings or inputs; it goes when this one is finished")
         drop_damaged(self.folder)
         write_json(self.folder / "stage.json", self.about)
+
+    def unfinished(self):
+        """Folders of unfinished work on this one, of whatever settings."""
+        return sorted(self.place.parent.glob(f".{self.place.name}{UNFINISHED}*"))
 
     def link(self, other):
         """Is done if the folder `other`, of another run, is what is asked for: its files become ours."""
@@ -144,7 +151,7 @@ class Stage:
     def clear_up(self):
         """Removes unfinished work that is older than the folder, of whatever settings."""
         made = (self.place / "stage.json").stat().st_mtime
-        for other in self.place.parent.glob(f".{self.place.name}{UNFINISHED}*"):
+        for other in self.unfinished():
             begun = other / "stage.json"
             if not begun.is_file() or begun.stat().st_mtime <= made:
                 remove(other)
