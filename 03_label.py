@@ -20,6 +20,7 @@ Writes  RUN/labels/     impressions/part-*.parquet, row for row the features' sh
                         pool.json: the two weights and the regression; 04 and 05 pool by it
 
 Toy     python 03_label.py
+        python 03_label.py --run outputs/mean --mean outputs/toy outputs/toy.seed1      several teachers' mean
 Paper   accelerate launch 03_label.py --preset paper --run /runs/search      shards are dealt to processes;
                                                                             any number of them continues
 
@@ -40,10 +41,16 @@ import torch
 from common import NUM_LEVELS, PairText, Teacher, pad_rows, token_batches
 from lib import models
 from lib.inputs.base import bases_of
-from lib.inputs.inherited import require, require_teacher, require_trained_on, teacher_identity
+from lib.inputs.inherited import (
+    require,
+    require_pairs,
+    require_teacher,
+    require_trained_on,
+    teacher_identity,
+)
 from lib.inputs.known import FILE, KnownLabels, label_keys, merge_own, tables_of
 from lib.inputs.match import match_names
-from lib.inputs.pairs import PairFiles, count_rows, read_labelled, write_labels
+from lib.inputs.pairs import PairFiles, count_labels, count_rows, read_labelled, write_labels
 from lib.inputs.pool import POOL, fit_pool, read_pool, write_pool
 from lib.inputs.rows import tokenized_shards
 from lib.results import summary
@@ -68,6 +75,9 @@ class Settings(ModelSettings):
     known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN, its base …)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
+    mean: tuple[
+        Path, ...
+    ] = ()  # instead of a teacher's the mean of these runs' labels (ours), as pooled there
 
 
 TOY = Settings()
@@ -229,11 +239,9 @@ def pool_labels(run, labels, split, before):
         write_pool(pool, labels)
 
 
-def main(argv=None):
-    # 1. Settings, what is inherited, and whether anything is left to do
-    settings = parse(PRESETS, argv, __doc__)
-    models.quiet_libraries()
-    accelerator, dtype, hardware = start_processes(settings)
+def label_by_teacher(settings, accelerator, dtype, hardware):
+    """RUN/labels, of one teacher. dtype, hardware: of the computation (start_processes)."""
+    # 1. What is inherited, and whether anything is left to do
     run, is_main = settings.run, accelerator.is_main_process
     features, folder = run / "features", settings.teacher or run / "teacher"
     read, about, model = require_teacher(run, folder, settings.model)
@@ -281,6 +289,42 @@ def main(argv=None):
         whose = {"model": about["model"], "folder": settings.teacher and str(folder.resolve())}
         stage.finish(["known"], labels=counts, teacher=whose, rows=rows_of)
     accelerator.wait_for_everyone()
+
+
+def average_labels(settings, accelerator):
+    """--mean: RUN/labels are the mean of what the students of several runs learn, over the same features:
+    several teachers err less than one (deep ensembles: Lakshminarayanan et al., 2017)."""
+    run, runs, impressions = settings.run, settings.mean, not settings.only_labelled
+    read = [require_pairs(each, ["*.parquet", POOL], impressions=impressions) for each in runs]
+    features = require(run / "features", ["*.parquet"])
+    for each, made in zip(runs, read):
+        if made["features"]["identity"] != features["identity"]:
+            raise Stop(f"--mean {each}: of other features than {run}")
+    inputs = {"features": features["identity"], "mean of": [made["labels"]["identity"] for made in read]}
+    stage, work = start_stage(accelerator, run / "labels", settings, inputs)
+    if work and accelerator.is_main_process:
+        paths, files = shard_paths(settings), [PairFiles(each) for each in runs]
+        target = {path: work / path.relative_to(run / "features") for path in paths}
+        whose = f"the mean of {len(runs)} runs"
+        for path in progress_bar(iterable=paths, desc="mean", unit=" shards"):
+            name = path.relative_to(run / "features")
+            labels = np.mean([of_run.soft_labels(name, of_run.read(path)) for of_run in files], axis=0)
+            counts = {"rows": len(labels), "passes": 0, "looked_up": {whose: len(labels)}}
+            write_labels(target[path], labels.astype(np.float32), counts)
+        counts = count_labels(target.values())
+        rows_of = {"impressions": count_rows(paths[1:]), "labelled": count_rows(paths[:1])}
+        stage.finish(labels=counts, teacher={"model": whose, "folder": None}, rows=rows_of)
+    accelerator.wait_for_everyone()
+
+
+def main(argv=None):
+    settings = parse(PRESETS, argv, __doc__)
+    models.quiet_libraries()
+    processes = start_processes(settings)
+    if settings.mean:
+        average_labels(settings, processes[0])
+    else:
+        label_by_teacher(settings, *processes)
 
 
 if __name__ == "__main__":

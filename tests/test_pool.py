@@ -1,11 +1,12 @@
 """The teacher pooled with the regression: closed forms, what it finds, where it stays away."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers import mark_finished, stage, synthetic
+from helpers import mark_finished, stage, stop_line, synthetic
 from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
@@ -290,3 +291,41 @@ def test_03_does_not_pool_without_held_out_rows_or_need(tmp_path, capsys, monkey
     stage("03").pool_labels(tmp_path, tmp_path / "labels", {"share": 0.3, "salt": "teacher:0"}, None)
     assert pool.read_pool(tmp_path / "labels") is None and "clearly better" in capsys.readouterr().out
     assert stage("03").PAPER.pool == "none"  # the paper has no such step
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The mean of several runs' labels
+
+
+def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
+    """One of them pooled, the other not; 04 and 05 read it as they read a teacher's."""
+    first, second, mean = (tmp_path / name for name in ("first", "second", "mean"))
+    synthetic(first, shards=2)
+    mark_finished(first / "features", identity="features", dataset=str(tmp_path))
+    shutil.copytree(first, second)
+    rng = np.random.default_rng(9)
+    for path in (second / "labels").rglob("*.parquet"):
+        p = rng.dirichlet(np.ones(5), len(pq.read_table(path))).astype(np.float32)
+        write_parquet(path, {f"p{level}": p[:, level - 1] for level in range(1, 6)})
+    stage("03").pool_labels(first, first / "labels", SPLIT, None)
+    for run in (first, second):
+        mark_finished(run / "labels", identity=run.name, inputs={"features": "features"})
+    mean.mkdir()
+    (mean / "features").symlink_to(first / "features")
+    argv = ["--run", str(mean), "--mean", str(first), str(second)]
+    stage("03").main(argv)
+    files = [PairFiles(run) for run in (first, second, mean)]
+    for name in ("labelled.parquet", "impressions/part-00001.parquet"):
+        rows = files[0].read(first / "features" / name)
+        one, other, both = (of_run.soft_labels(name, rows) for of_run in files)
+        np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
+        assert np.abs(one - read_labels(first / "labels" / name)).max() > 0.1
+    quick = ["--run", str(mean), "--epochs", "1", "--device", "cpu"]
+    stage("04").main(quick)
+    stage("05").main(["--run", str(mean), "--resamples", "5", "--search-pages", "0"])
+    assert "teacher: the mean of 2 runs" in (mean / "report" / "report.md").read_text(encoding="utf-8")
+    stage("03").main(argv)
+    assert "nothing to do" in capsys.readouterr().out
+    mark_finished(second / "features", identity="others")
+    mark_finished(second / "labels", identity="others", inputs={"features": "others"})
+    assert "of other features" in stop_line(stage("03").main, [*argv, "--overwrite"])

@@ -20,7 +20,7 @@ from lib.stages.terminal import Stop
 WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given", "compile", "device", "workers", "memory"}
 WITHOUT_EFFECT |= {"batch_tokens", "checkpoint_steps", "long_queries"}
 # … and of these it is the content that counts, which stands among the inputs.
-PLACES = {"base", "data", "teacher", "model", "caption_model", "text_encoder", "precision"}
+PLACES = {"base", "data", "teacher", "model", "caption_model", "text_encoder", "precision", "mean"}
 PACKAGES = ("torch", "transformers", "numpy", "duckdb")  # whose versions are noted
 
 
