@@ -188,6 +188,25 @@ def test_queries_that_differ_in_case_alone(tmp_path, capsys):
     assert any("3 rows, 2 texts" in line for line in lines(capsys))
 
 
+TAGS = {  # as they stand in the table: bare, or None where they are no tag
+    **{"en": "en", "en-US": "en-us", "EN_GB": "en-gb", "zh-Hant": "zh-hant", " fr_FR ": "fr-fr", "": ""},
+    **{"\u200een": "en", "x-shop": "x-shop", "es-419": "es-419", "de-CH-1996": "de-ch-1996"},
+    **dict.fromkeys(["true", "1", "this is, a; sentence", "en\0us", "-us", "_", "english"]),
+}
+
+
+def test_languages_that_are_no_tag_are_named(tmp_path, capsys):
+    tables, n = small_dataset(), len(TAGS)
+    ids = [f"q{i + 1}" for i in range(n)]
+    tables["queries"] = {"query_id": ids, "query": [f"text {i}" for i in range(n)], "language": [*TAGS]}
+    check(write_dataset(tmp_path, tables))
+    [line] = [line for line in lines(capsys) if line.startswith("odd")]
+    assert line.startswith("odd: queries.parquet: column 'language': 7 rows are no BCP 47 tag")
+    assert line.endswith("the first: 'true'")
+    bare = RawTables(tmp_path).ask("SELECT coalesce(plain_tag(language), '') FROM raw_queries")
+    assert all(tag == found for (found,), tag in zip(bare, TAGS.values()) if tag is not None)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Raters
 

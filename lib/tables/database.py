@@ -18,7 +18,8 @@ MACROS = f"""
     CREATE MACRO is_blank(t) AS regexp_full_match(t, '{INVISIBLE}');
     CREATE MACRO query_key(t) AS replace(lower(trim(nfc_normalize(t), '{SPACES}')), 'ς', 'σ');
     CREATE MACRO number(t) AS CASE WHEN abs(TRY_CAST(t AS DOUBLE)) <= 1e30 THEN TRY_CAST(t AS DOUBLE) END;
-    CREATE MACRO plain_tag(t) AS nullif(lower(replace(trim(t, '{SPACES}'), '_', '-')), '');
+    CREATE MACRO plain_tag(t) AS nullif(lower(replace(
+        regexp_replace(t, '^{INVISIBLE}|{INVISIBLE}$', '', 'g'), '_', '-')), '');
     CREATE MACRO words(j) AS CASE json_type(j) WHEN 'NULL' THEN NULL WHEN 'VARCHAR' THEN j->>'$'
         WHEN 'ARRAY' THEN array_to_string(j->>'$[*]', ' ') ELSE j::VARCHAR END;
     CREATE MACRO holds_more(j) AS json_type(j) = 'OBJECT'
@@ -33,8 +34,8 @@ class Database:
     """DuckDB in memory on the files of a folder; beyond `memory` it spills to a folder (spill_to).
 
     SQL macros: is_blank(text); query_key(text): queries with equal keys are one query; number(value): far
-    within fp32, or null; plain_tag(text): of a language; words(JSON): its text, of a list of texts all of
-    them; holds_more(JSON): is it nested otherwise; is_number(text): written as a number, without leading
+    within fp32, or null; plain_tag(text): a language's, bare; words(JSON): its text, of a list of texts all
+    of them; holds_more(JSON): is it nested otherwise; is_number(text): written as a number, without leading
     zeros; digits(number): as a text, the same for equal numbers of any type (1, 1.0, 1.00; 1.5, 1.50; 1e18).
     """
 

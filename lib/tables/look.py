@@ -7,6 +7,8 @@ from lib.tables.files import quoted
 from lib.tables.images import load_image
 from lib.tables.raw import REQUIRED, kinds_of
 
+# A tag of a language as BCP 47 says it is written, in lower case: en, zh-hant-tw, x-mine
+TAG = "([a-z]{2,3}|[ix])(-[a-z0-9]{1,8})*"
 ROWS, COLUMNS = 100_000, 40  # of a table's first rows and columns
 PICTURES = 200  # opened for a check
 URL = "regexp_matches(image, '^\\s*(https?|ftp)://')"
@@ -83,6 +85,12 @@ def oddities(raw, columns):
         if texts < rows:
             name = raw.name["queries"]
             yield f"odd: {name}: {rows:,} rows, {texts:,} texts (but for case and spaces): one query each"
+        bad = f"NOT regexp_full_match(plain_tag(language), '{TAG}')"
+        rows, first = raw.ask(f"SELECT count(*), first(language) FROM raw_queries WHERE {bad}")[0]
+        if rows:
+            are = "1 row is" if rows == 1 else f"{rows:,} rows are"
+            what = f"{are} no BCP 47 tag such as en or zh-Hant, the first: {first[:80]!r}"
+            yield f"odd: {raw.name['queries']}: column 'language': {what}"
     yield from (f"odd: {name}: {odd}" for name, _, _, odd in columns if odd)
     for table in filter(raw.whole, REQUIRED):
         yield from (f"odd: {line}" for line in further.oddities(raw, table))
