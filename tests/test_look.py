@@ -77,6 +77,34 @@ def test_a_table_that_is_not_there_hides_no_fault_of_another(tmp_path, capsys, g
     assert f"{gone}.parquet" in missing and "'board_title' is missing; it has 'pin_id', 'title'" in column
 
 
+def wrong(folder, capsys):
+    """The lines on faults of --check, which must end in a Stop."""
+    stop_line(check, folder)
+    return [line for line in lines(capsys) if line.startswith("wrong")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_bytes_that_are_no_text_hide_no_other_fault(tmp_path, capsys, kind):
+    tables = small_dataset()
+    tables["labels"]["label"] = [5, 6, 4]
+    write_dataset(tmp_path, tables, kind)
+    if kind == "csv":
+        (tmp_path / "pins.csv").write_bytes("pin_id,title,note\n007,a,é\np2,é,b\np3,é,b\n".encode("latin-1"))
+    else:
+        write_table(tmp_path, "pins", {**tables["pins"], "note": [b"a", b"\xff\xfe", b"b"]})
+    found = sorted(wrong(tmp_path, capsys), key=lambda line: "label" in line)
+    for part, line in zip(("not UTF-8: ", "1 row outside 1, 2, 3, 4, 5"), found, strict=True):
+        assert part in line, line
+
+
+@pytest.mark.parametrize("rows", ["007,5\np2,5,x", "007\np2,5", '007,"5\np2,5'])
+def test_what_cannot_be_read_is_said_once(tmp_path, capsys, rows):
+    write_dataset(tmp_path, small_dataset(), "csv")
+    (tmp_path / "boards.csv").write_text(f"pin_id,board_title\n{rows}\n")
+    [line] = wrong(tmp_path, capsys)
+    assert "boards.csv, line " in line
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_columns_missing_in_one_table_are_one_line(tmp_path, kind):
     tables = small_dataset()

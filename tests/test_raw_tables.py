@@ -22,6 +22,7 @@ from lib.stages.terminal import Stop
 from lib.tables.database import Database
 from lib.tables.names import is_spoken
 from lib.tables.raw import RawTables
+from lib.tables.splits import split_of
 
 build = stage("01")
 
@@ -288,6 +289,8 @@ def test_no_folder_and_no_table(tmp_path):
     assert "no such dataset folder; data/README.md" in stop_line(opened, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "pins.parquet" in stop_line(opened, tmp_path / "empty")
+    (tmp_path / "empty" / "pins.csv").mkdir()
+    assert "empty/pins.csv/: no table is in this folder" in stop_line(opened, tmp_path / "empty")
 
 
 def test_table_in_two_formats_or_a_folder_of_two_kinds(tmp_path):
@@ -338,7 +341,9 @@ def test_no_row_in_a_split(tmp_path):
     line = stop_line(
         build.main, arguments(own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run")
     )
-    assert "labels.parquet" in line and "'eval'" in line
+    assert "labels.parquet" in line and "'eval'" in line and "leave the column 'split' out" in line
+    assert "a larger --eval-share" in stop_line(split_of, ["a", "b"], [None, None], 0.0, "labels")
+    assert "a smaller --eval-share" in stop_line(split_of, ["a", "b"], [None, None], 0.999999, "labels")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -728,7 +733,7 @@ def test_text_stored_as_bytes(tmp_path):
     assert rows(opened(write_dataset(tmp_path, tables)), "pins", "pin_id, title")[0] == ("007", "café")
     tables["pins"]["title"] = pa.array([b"caf\xe9", b"b", None])
     line = stop_line(build.main, arguments(own_embeddings(write_dataset(tmp_path, tables)), tmp_path / "run"))
-    assert "pins.parquet" in line and "UTF8" in line
+    assert "pins.parquet" in line and "not UTF-8: decode it as text" in line
 
 
 @pytest.mark.parametrize(
@@ -744,7 +749,7 @@ def test_a_column_with_a_name_of_ours(tmp_path, table, column):
 
 
 CSV = {  # content of pins.csv; the reason
-    "Latin-1": ("pin_id,title\n007,café\np2,a\np3,b\n".encode("latin-1"), ["line 2", "not utf-8"]),
+    "Latin-1": ("pin_id,title\n007,café\np2,a\np3,b\n".encode("latin-1"), ["line 2: not UTF-8: save"]),
     "unclosed quote": (b'pin_id,title\n007,a\np2,"never\np3,b\n', ["line 3", "unterminated quote"]),
     "short row": (b"pin_id,title\n007,a\np2\np3,b\n", ["line 3", "Expected Number of Columns: 2 Found: 1"]),
     "long row": (
@@ -754,6 +759,10 @@ CSV = {  # content of pins.csv; the reason
     "UTF-16": ("pin_id,title\n007,a\n".encode("utf-16"), ["UTF-16"]),
     "UTF-16 without a mark": ("pin_id,title\n007,a\n".encode("utf-16-be"), ["UTF-16"]),
     "LF after CRLF": (b"pin_id,title\r\n007,a\r\np2,b\np3,c\n", ["lines end in different ways"]),
+    "one name twice": (b"pin_id,title,title\n007,a,b\np2,b,c\np3,b,c\n", ["'title' stands there more than"]),
+    "gzip": (gzip.compress(b"pin_id,title\n007,a\n"), ["packed by gzip: name it pins.csv.gz"]),
+    "Parquet": (b"PAR1\x15\4\x15\0", ["Parquet: name it pins.parquet"]),
+    "workbook": (b"PK\3\4\x14\0\0", ["workbook", "CSV"]),
     "cut gzip": (None, ["pins.csv.gz"]),
 }
 

@@ -9,6 +9,7 @@ import re
 import stat
 import unicodedata
 import urllib.parse
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -26,6 +27,14 @@ FORMATS = {
 NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*")  # types in SQL
 NAMELESS = "without a name"  # ends the name that we give to a column that has none
 FILE = "path of the file"  # a column of ours while folders are read
+# How a file of another kind begins, and what to do with one that is named .csv or .jsonl.
+OTHER_KINDS = {
+    b"\x1f\x8b": "it is packed by gzip: name it {name}.gz",
+    b"\x28\xb5\x2f\xfd": "it is packed by Zstandard: name it {name}.zst",
+    b"PAR1\x15": "it is Parquet: name it {stem}.parquet",
+    b"PK\3\4": "it is a workbook, or packed by zip: export or unpack it as CSV",
+    b"\xd0\xcf\x11\xe0": "it is a workbook: export it as CSV",
+}
 # What lies in a table whose files alone do not say its rows: its format, what exports these.
 MORE_THAN_FILES = {
     "_delta_log": ("Delta Lake", "DuckDB: COPY (FROM delta_scan('FOLDER')) TO 'TABLE.parquet'"),
@@ -204,10 +213,14 @@ def csv_reader(files):
 
 
 def start_of(path):
-    """The first MiB of a file, unpacked."""
+    """The first MiB of a file of text, unpacked. Stop if it is a file of another kind."""
     packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with pa.input_stream(str(path), compression=packing) as stream:
-        return stream.read(1 << 20)
+        start = stream.read(1 << 20)
+    for sign, advice in OTHER_KINDS.items():
+        if start.startswith(sign):
+            raise Stop(f"{path}: no text: {advice.format(name=path.name, stem=path.name.split('.')[0])}")
+    return start
 
 
 def csv_header(path):
@@ -222,7 +235,10 @@ def csv_header(path):
     blank_lines = len(text[: len(text) - len(header)].splitlines())
     delimiter = max(",\t;|", key=header.splitlines()[0].count)
     names = next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter))
-    return delimiter, blank_lines, *(name or f"column {n} {NAMELESS}" for n, name in enumerate(names, 1))
+    names = [name or f"column {n} {NAMELESS}" for n, name in enumerate(names, 1)]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise Stop(f"{path}: the column {twice[0]!r} stands there more than once: rename or remove one")
+    return delimiter, blank_lines, *names
 
 
 def plain_names(columns, contract):
@@ -256,18 +272,24 @@ def one_line(where):
     except Stop as error:
         raise Stop(str(error) if str(where) in str(error) else f"{where}: {error}") from None
     except (duckdb.Error, pa.ArrowException, csv.Error, OSError) as error:
-        raise Stop(f"{where}: cannot be read ({reason(error)})") from error
+        raise Stop(reason(error, where)) from error
 
 
-def reason(error):
-    """What an error of DuckDB says in one line: its first line, or of a CSV file the line's number and what
-    is wrong with it."""
+def reason(error, where):
+    """What an error of DuckDB says in one line: the file and, of a CSV file, the line, what is wrong with it;
+    where DuckDB names no file, `where` and its first line."""
     text = str(error)
     line, file = (re.search(pattern, text) for pattern in (r"CSV Error on Line: (\d+)", r"\n  file = (.*)"))
+    if bytes_found := re.search(r'Parquet file "(.*)": value (.*) is not valid UTF8', text):
+        advice = "decode it as text, or leave its column out"
+        return f"{bytes_found[1]}: the value {bytes_found[2][:80]} is not UTF-8: {advice}"
     if "reached an invalid state" in text:
         return f"{file[1]}: its lines end in different ways (LF, CRLF, CR), or a quote is not closed"
     if not line:
-        return first_line(error)
+        advice = ": save the file as UTF-8" * ("invalid UTF-8" in text)  # of JSON
+        return f"{where}: cannot be read ({first_line(error)}){advice}"
+    if "Invalid unicode" in text:
+        return f"{file[1]}, line {line[1]}: not UTF-8: save the file as UTF-8"
     said = re.split(r"\n+Possible ", text)[0].strip().split("\n")[-1]
     said = "unterminated quote, or a line over 16 MiB" if "unterminated quote" in text else first_line(said)
     return f"{file[1]}, line {line[1]}: {said}"

@@ -126,11 +126,11 @@ def try_pictures(raw):
         yield f"odd: pictures: {len(bad):,} of {len(images):,} tried cannot be read, the first: {bad[0]}"
 
 
-def show(raw, *first):
-    """Prints what is known of the tables after `first`, lines of heavier weight: what is odd, what is used of
-    the logs, how far raters agree, what becomes of each column."""
+def show(raw):
+    """Prints what is known of the tables: what is odd, what is used of the logs, how far raters agree, what
+    becomes of each column."""
     columns = list(look_at(raw))
-    for lines in (first, oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns)):
+    for lines in (oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns)):
         for line in lines:
             print(line)
 
@@ -143,7 +143,12 @@ def check(raw, checks):
         if raw.whole(*tables.split()):
             with raw.noting():
                 call()
-    show(raw, *(f"wrong: {fault}" for fault in raw.faults), *try_pictures(raw))
+    for name in filter(raw.whole, raw.files):  # bytes that are no UTF-8, in columns and rows not asked so far
+        with raw.noting(name):
+            raw.ask(f"SELECT sum(length(COLUMNS(*)::VARCHAR)) FROM file_{name}", raw.name[name])
+    for line in (*(f"wrong: {fault}" for fault in raw.faults), *try_pictures(raw)):
+        print(line)
+    show(raw)
     if raw.faults:
         raise Stop(f"{raw.folder}: {len(raw.faults)} thing(s) wrong, said above")
     print(f"{raw.folder}: nothing is wrong")

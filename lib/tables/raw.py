@@ -19,6 +19,7 @@ from lib.tables.files import (
     plain_names,
     quoted,
     reader,
+    table_name,
     text_literal,
 )
 from lib.tables.names import near
@@ -50,6 +51,7 @@ DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seco
 LEVELS = "--levels says what other labels mean"
 OUTSIDE, NO_SPLIT = f"outside 1, 2, 3, 4, 5 ({LEVELS})", "neither 'train' nor 'eval'"
 DIFFERENT = "(pairs) labelled twice with different labels (by several raters? A column 'rater' names them)"
+LINE = r"(?<=\.[ct]sv), line \d+(?=: )"  # of a CSV file, in a fault
 IDS = (("queries", "query_id"), ("pins", "pin_id"))
 RULES = [
     *((table, key, TWICE.format(table, key), "with an id that stands more than once") for table, key in IDS),
@@ -108,7 +110,9 @@ class RawTables(Database):
         except Stop as fault:
             if self.faults is None:
                 raise
-            self.faults.append(str(fault))
+            said, but_for_line = str(fault), [re.sub(LINE, "", known) for known in self.faults]
+            if re.sub(LINE, "", said) not in but_for_line:  # what cannot be read says so to every check
+                self.faults.append(said)
             self.broken.add(table)
 
     def whole(self, *names):
@@ -162,6 +166,9 @@ class RawTables(Database):
     def refuse_missing(self, name):
         """Stop, with the file that may be meant, if a table that must be there is not."""
         if name in self.required:
+            for path in sorted(self.folder.iterdir()):
+                if path.is_dir() and table_name(path) == name:
+                    raise Stop(f"{path}/: no table is in this folder (.parquet, .csv or .jsonl)")
             alike, known = near(name, self.not_read), ", ".join(self.not_read)
             other = f" ({known}: not the name of a table)" if known else ""
             other = f" ({alike[0]}: a table of {name}? Then rename it)" if alike else other

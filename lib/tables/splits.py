@@ -58,9 +58,12 @@ def split_of(keys, given, share, name):
     in_eval, _ = held_out(keys, share, "eval")
     split = [known or ("eval" if hashed else "train") for known, hashed in zip(given, in_eval)]
     rows, queries = Counter(split), Counter(side for side, _ in set(zip(split, keys)))
-    for side in ("train", "eval"):
+    for side, other in (("train", "smaller"), ("eval", "larger")):
         if not rows[side]:
-            raise Stop(f"{name}: no row in the split {side!r}; both are needed")
+            advice = f"a {other} --eval-share, or labels of more queries"
+            if any(given):
+                advice = "leave the column 'split' out, and a share of the queries is held out (--eval-share)"
+            raise Stop(f"{name}: no row in the split {side!r}; both are needed: {advice}")
     sides = [f"{rows[side]:,} rows of {queries[side]:,} queries {side}" for side in ("train", "eval")]
     print("labelled:", ", ".join(sides))
     if queries["eval"] < ENOUGH_EVAL:
