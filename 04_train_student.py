@@ -53,6 +53,7 @@ from lib.stages.settings import (
     Temperature,
     Width,
     parse,
+    refuse,
 )
 from lib.stages.stage import Stage
 from lib.stages.streams import ahead
@@ -276,7 +277,7 @@ def with_name(settings):
     default = {"teacher": "student", "human": "student_human_labels"}[settings.labels]
     name = default if settings.name is None else settings.name
     if not re.fullmatch(r"student[\w.+-]*", name):
-        raise Stop(f"--name {name!r}: one folder's name, that begins with 'student'")
+        refuse(f"--name {name!r}: one folder's name, that begins with 'student'")
     return replace(settings, name=name)
 
 

@@ -39,7 +39,7 @@ from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import cards, pictures, queries, report
 from lib.stages.files import write_json
-from lib.stages.settings import NonNegative, Range, Size, StageSettings, parse
+from lib.stages.settings import NonNegative, Range, Size, StageSettings, parse, refuse
 from lib.stages.stage import Stage
 from lib.stages.terminal import run_main
 from lib.tables.splits import in_hash_split
@@ -339,6 +339,8 @@ def calibrated(systems, temperatures, table, rows, settings):
 def main(argv=None):
     # 1. Settings, what is inherited, and the folder
     settings = parse(PRESETS, argv, __doc__)
+    if settings.gains and not any(settings.gains):
+        refuse("--gains: all are 0, and nDCG has no gain")
     run = settings.run
     read = require_systems(run, READS)
     identities = {folder: about["identity"] for folder, about in read.items()}

@@ -640,11 +640,22 @@ def test_values_out_of_range_touch_nothing(tmp_path, flag, value, capsys):
     assert end.value.code == 2 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("memory", ["lots", "4", "GB", "0GB"])
-def test_a_memory_that_is_no_size(tmp_path, memory):
+@pytest.mark.parametrize("memory", ["lots", "4", "GB"])
+def test_a_memory_that_is_no_size(tmp_path, memory, capsys):
     data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
-    line = stop_line(made, data, tmp_path / "run", "--memory", memory)
-    assert "--memory" in line and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit) as end:
+        made(data, tmp_path / "run", "--memory", memory)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"error: --memory {memory}: give a size")
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "--memory" in stop_line(made, data, tmp_path / "run", "--memory", "0GB")
+
+
+def test_a_run_does_not_build_on_itself(tmp_path, capsys):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    with pytest.raises(SystemExit) as end:
+        made(data, tmp_path / "run", "--base", str(tmp_path / "run"))
+    assert end.value.code == 2 and "cannot build on itself" in capsys.readouterr().err
 
 
 def test_a_text_encoder_that_reads_less(models, tmp_path):

@@ -897,7 +897,7 @@ def test_levels_of_ones_own(tmp_path, case, kind):
     assert read_json(folder / "stage.json")["levels"] == sorted(set(expected))
 
 
-def test_levels_that_do_not_fit(tmp_path):
+def test_levels_that_do_not_fit(tmp_path, capsys):
     tables = small_dataset()
     tables["labels"]["label"] = ["E", "X", "I"]
     data = write_dataset(tmp_path / "data", tables)
@@ -905,8 +905,9 @@ def test_levels_that_do_not_fit(tmp_path):
     assert "labels.parquet" in line and "one of E, I" in line and "'X'" in line
     assert "--levels" in stop_line(features, data, tmp_path / "run")
     for wrong in ("E", "E=6", "E=5,E=4", "=5", "E=5,,I=1", "E:5"):
-        line = stop_line(features, data, tmp_path / "run", "--levels", wrong)
-        assert f"--levels {wrong}" in line
+        with pytest.raises(SystemExit) as end:
+            features(data, tmp_path / "run", "--levels", wrong)
+        assert end.value.code == 2 and f"error: --levels {wrong}: write" in capsys.readouterr().err
     assert not (tmp_path / "run" / "features").exists()
 
 

@@ -355,7 +355,8 @@ def test_the_main_student_is_needed(run):
 
 @pytest.mark.parametrize("flags", ["--resamples 0", "--resamples 1", "--resamples x",
                                    "--resamples 1000000000", "--search-pages -1",
-                                   "--seed -1", "--compare a=b", "--preset huge"])  # fmt: skip
+                                   "--gains 0 0 0 0 0", "--seed -1", "--compare a=b",
+                                   "--preset huge"])  # fmt: skip
 def test_bad_flags(tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["--run", str(tmp_path), *flags.split()])

@@ -88,6 +88,7 @@ def test_presets_fill_in_and_flags_win():
         (["--rows", "-5"], "rows"),
         (["--rows", "many"], "--rows: needs INT or None, not 'many'"),
         (["--gains", "5=1"], "--gains: needs FLOAT FLOAT or None, not '5=1'"),
+        (["--gains"], "--gains: needs FLOAT FLOAT or None; no value is given; --help"),
         (["--hidden", "4", "0"], "--hidden 0"),
         (["--hidden", "256,x"], "hidden"),
         (["--warmup", "1"], "--warmup 1.0: must be at least 0 and below 1"),

@@ -424,11 +424,12 @@ BAD_NAMES += ["student ", "student\n", "../student", "/student"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_name_is_one_folder_of_a_student(tmp_path, name):
+def test_a_name_is_one_folder_of_a_student(tmp_path, name, capsys):
     synthetic(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    line = stop_line(distil.main, ["--run", str(tmp_path), "--name", name, "--overwrite"])
-    assert "--name" in line and "student" in line
+    with pytest.raises(SystemExit) as end:
+        distil.main(["--run", str(tmp_path), "--name", name, "--overwrite"])
+    assert end.value.code == 2 and "begins with 'student'" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

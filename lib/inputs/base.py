@@ -17,6 +17,7 @@ from lib.inputs.student_inputs import TABLES, frequent_values, further_columns, 
 from lib.levels import side_of
 from lib.stages.files import link
 from lib.stages.finished import read_about
+from lib.stages.settings import refuse
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop
@@ -49,7 +50,7 @@ def open_base(settings, inputs):
         return None
     run = settings.base.resolve()
     if run == settings.run.resolve():
-        raise Stop(f"--base {settings.base}: a run cannot build on itself")
+        refuse(f"--base {settings.base}: a run cannot build on itself")
     about = require(run / "features", READS)
     both = about["inputs"].keys() & inputs.keys()
     changes = changes_between(about, {"arguments": vars(settings), "inputs": inputs})

@@ -110,6 +110,7 @@ def flags_read(kind, default, argv, description):
             title, *parts = re.split("[─-]{8,}", text)
             said = " ".join((parts or [title])[0].split("Got errors:")[0].split())
             said = re.sub(NO_TYPE, r"needs \1 or None, not \2", said)
+            said = re.sub(r", not \.?$", "; no value is given", said)
             refuse(f"{first_line(said).rstrip(' .')}; --help shows all flags")
         raise
     for field, hint in typing.get_type_hints(kind, include_extras=True).items():

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import duckdb
 
-from lib.stages.terminal import stop_on_error
+from lib.stages.settings import refuse
+from lib.stages.terminal import first_line
 from lib.tables.files import one_line, text_literal
 
 # Characters that are not seen: spaces, control and format characters, fillers, variation selectors.
@@ -41,11 +42,13 @@ class Database:
 
     def __init__(self, folder, memory="4GB", spill=None):
         self.folder = Path(folder)
-        with stop_on_error(f"--memory {memory}: give a size such as 4GB"):  # too small a one, too
+        try:
             self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
             with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
                 self.db.execute("SET enable_progress_bar = false")
             self.db.execute(MACROS)
+        except duckdb.Error as error:  # no size, or too small a one
+            refuse(f"--memory {memory}: give a size such as 4GB ({first_line(error)})")
         if spill:
             self.spill_to(spill)
 

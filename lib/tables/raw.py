@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from lib.stages.files import fingerprint, hashed, stamps
+from lib.stages.settings import refuse
 from lib.stages.terminal import Stop, progress_bar
 from lib.tables.columns import as_text, nested_in, survey
 from lib.tables.database import Database
@@ -290,5 +291,5 @@ def levels_of(text):
     pairs = [re.fullmatch(r"\s*(\S.*?)\s*=([1-5])\s*", part) for part in text.split(",")] if text else []
     if not all(pairs) or len({pair[1] for pair in pairs}) < len(pairs):
         rule = "write LABEL=LEVEL,…, each label once, levels 1 to 5: E=5,S=4,C=3,I=1"
-        raise Stop(f"--levels {text}: {rule}")
+        refuse(f"--levels {text}: {rule}")
     return {pair[1]: int(pair[2]) for pair in pairs} or None
