@@ -431,6 +431,10 @@ BAD_EMBEDDINGS = {  # what is written; parts of the line
         lambda p: np.save(p, np.array([[1, 2], [3, 0], [np.inf, 1]], np.float16)),
         ["pin_mine.npy", "1 rows", "'p3'"],
     ),
+    "beyond fp32": (
+        lambda p: np.save(p, np.array([[1, 2], [9e8, 0], [1e25, -1e25]], np.float32)),
+        ["pin_mine.npy", "1 rows", "a norm over 1e+09", "'p3'", "divided by its norm"],
+    ),
     "one dimension": (lambda p: np.save(p, np.ones(3, np.float32)), ["pin_mine.npy", "[rows, dim]", "[3]"]),
     "float64": (lambda p: np.save(p, np.ones((3, 2))), ["pin_mine.npy", "float64"]),
     "text": (lambda p: np.save(p, np.array([["a"]] * 3)), ["pin_mine.npy", "float16 or float32"]),

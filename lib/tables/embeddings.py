@@ -9,6 +9,8 @@ from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.files import regular_file
 
+MOST_NORM = 1e9  # of a vector: the product of two squares is within fp32
+
 
 def own_embeddings(folder):
     """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one cannot be used."""
@@ -72,10 +74,12 @@ def users_embedding(source, ids, target):
             wanted = row[start:end]
             block = vectors[np.maximum(wanted, 0)]
             block[wanted < 0] = 0
-            bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+            squares = np.einsum("rd,rd->r", block, block, dtype=np.float32)
+            bad = np.flatnonzero(~(squares <= MOST_NORM**2))
             if len(bad):
                 first = ids[start + int(bad[0])].as_py()
                 rows = f"{len(bad):,} rows (of those up to {end:,})"
-                raise Stop(f"{source}: {rows} with NaN or infinity, the first: {first!r}")
+                problem = f"with NaN, infinity or a norm over {MOST_NORM:g}, the first: {first!r}"
+                raise Stop(f"{source}: {rows} {problem}; a vector may be divided by its norm")
             out[start:end] = block
     return int((row < 0).sum())
