@@ -213,22 +213,28 @@ def measure(systems, rows, levels, settings):
                 of_queries[system] = measured.ndcg["ndcg_20"]
         table[system] = {"overall": parts.pop(None), "by_language": parts}
     compared = [name for name in report.AUROCS if name in shown][:1] + ["ndcg_20"]
-    return table, differences(overall, compared), of_queries
+    has_gain = np.isfinite(of_queries[system])
+    counts = dict.fromkeys(compared, len(has_gain)) | {"ndcg_20": has_gain.sum()}
+    return table, differences(overall, counts), of_queries
 
 
-def differences(overall, metrics):
+def differences(overall, counts):
     """What training brings: every trained system less each untrained one, student and teacher less the
     student on human labels, the teacher less the student: `system`, `minus`, `metric` and their interval(),
-    on the same resamples of the queries. overall: {system: (values, values on resamples)}."""
+    on the same resamples of the queries; without low and high where these are too few. overall: {system:
+    (values, values on resamples)}; counts: {metric: queries that count in it}."""
     trained = [name for name in overall if name not in ("majority", *report.UNTRAINED)]
     pairs = [(name, other) for name in trained for other in report.UNTRAINED]
     pairs += [(name, "student_human_labels") for name in ("student", "teacher", "pooled")]
     pairs += [("teacher", "student"), ("pooled", "teacher")]
     found = []
-    for metric, (system, minus) in itertools.product(metrics, pairs):
+    for metric, (system, minus) in itertools.product(counts, pairs):
         if system in overall and minus in overall:
             (value, drawn), (less, less_drawn) = overall[system], overall[minus]
-            m = interval(value[metric] - less[metric], drawn[metric] - less_drawn[metric])
+            sample = drawn[metric] - less_drawn[metric]
+            if counts[metric] < report.FEWEST:
+                sample = sample[:0]
+            m = interval(value[metric] - less[metric], sample)
             found.append(SimpleNamespace(system=system, minus=minus, metric=metric, **vars(m)))
     return found
 

@@ -310,6 +310,20 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     assert compared[0].minus == "bm25"
 
 
+@pytest.mark.parametrize("queries, gainless, intervals", [(4, 0, 0), (5, 0, 2), (5, 1, 1), (1, 0, 0)])
+def test_a_difference_on_too_few_queries_has_no_interval(queries, gainless, intervals):
+    y, good, _, query = sample(queries=queries)
+    y[query < gainless] = 1
+    rows = {"label": y, "query_index": query, "learnt": good, "language": np.full(len(y), "en", dtype=object)}
+    right = np.eye(5)[y - 1]
+    systems = {"bm25": (right, y + 0.0), "teacher": (right[:, ::-1], -y + 0.0)}
+    _, compared, _ = evaluate.measure(systems, rows, np.arange(1, 6), settings(20, 0))
+    found = [m for m in compared if m.low is not None]
+    assert len(compared) == 2 and len(found) == intervals and all(m.value < 0 for m in compared)
+    assert sum(line.count("[") for line in report.below(compared)) == intervals
+    assert str(report.in_short(compared)).count("too few") == 2 - intervals
+
+
 def test_few_queries_are_told():
     assert report.few_queries(30) == [] and "only 29 " in report.few_queries(29)[0]
 

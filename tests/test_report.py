@@ -190,6 +190,9 @@ def test_in_short_is_better_worse_or_not_clear():
         "student_human_labels": (-0.3, -0.2),
     }
     compared = []
+    few = {"system": "student", "minus": "bm25", "metric": "auroc_4", "value": -0.1}
+    [line] = report.in_short([SimpleNamespace(**few, low=None, high=None)])[2:-1]
+    assert line.endswith("AUROC ≥4: -0.100: **too few queries to tell**")
     for other, (low, high) in found.items():
         m = {"system": "student", "minus": other, "metric": "ndcg_20"}
         compared.append(SimpleNamespace(**m, value=(low + high) / 2, low=low, high=high))

@@ -18,6 +18,7 @@ from lib.inputs.inherited import whence, whose_labels
 
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
 FEW_QUERIES = 30  # an interval on fewer is marked
+FEWEST = 5  # queries: a difference on fewer has no interval, and nothing follows from it
 ENOUGH_FITTED = 15  # queries to fit a temperature on: experiments/RESULTS.md, "Temperatures of few queries"
 # Systems are compared by the first of these that means something.
 AUROCS = {f"auroc_{level}": level for level in (RELEVANT, *THRESHOLDS)}
@@ -116,8 +117,10 @@ def section(title, text, head, body):
 
 
 def signed(m):
-    """A difference as `+value [low, high]`."""
-    return "–" if m.value is None else f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
+    """A difference as `+value [low, high]`, or of too few queries `+value`."""
+    if m.value is None:
+        return "–"
+    return f"{m.value:+.3f}" + (f" [{m.low:+.3f}, {m.high:+.3f}]" if m.low is not None else "")
 
 
 def beside_best(compared):
@@ -154,7 +157,9 @@ def in_short(compared):
         is_shown = m.minus in ("bm25", "student_human_labels") or m in best
         if m.system == served and is_shown and m.value is not None:
             verdict = "no clear difference"
-            if m.low > 0:
+            if m.low is None:
+                verdict = "too few queries to tell"
+            elif m.low > 0:
                 verdict = "better"
             elif m.high < 0:
                 verdict = "worse"
@@ -249,7 +254,8 @@ def of_differences(compared):
     for m in compared:
         lines.setdefault(f"{m.system} − {m.minus}", []).append(signed(m))
         heads.append(METRICS[m.metric].heading)
-    text = "Differences on the same resamples of the queries: above zero, the first is the better one."
+    text = "Differences on the same resamples of the queries: above zero, the first is the better one. "
+    text += f"Fewer than {FEWEST} queries give no interval."
     head = ["difference", *dict.fromkeys(heads)]
     body = [[escaped(pair), *found] for pair, found in lines.items()]
     return section("What training brings", text, head, body)
