@@ -50,15 +50,20 @@ class Pool(NamedTuple):
         match = self.regression.probabilities(x)
         distance = (match * (log(match) - log(p))).sum(axis=1)
         home = distance[np.isin(language, self.languages)]
-        times_as_far, near = {}, []
+        times_as_far = {}
+        near = []
         for other in sorted({*language, *before} - {*self.languages}):
             there = distance[language == other]
-            is_near, times_as_far[other] = other in before, None
+            times = None
+            is_near = other in before
             if min(len(home), len(there)) >= ENOUGH:
-                times_as_far[other] = float(there.mean() / home.mean())
-                is_near = times_as_far[other] <= FAR
-            near += [other] * is_near
-        return self._replace(languages=sorted([*self.languages, *near])), times_as_far
+                times = float(there.mean() / home.mean())
+                is_near = times <= FAR
+            times_as_far[other] = times
+            if is_near:
+                near.append(other)
+        languages = sorted([*self.languages, *near])
+        return self._replace(languages=languages), times_as_far
 
 
 def log(p):
