@@ -295,12 +295,17 @@ def average_labels(settings, accelerator):
     """--mean: RUN/labels are the mean of what the students of several runs learn, over the same features:
     several teachers err less than one (deep ensembles: Lakshminarayanan et al., 2017)."""
     run, runs, impressions = settings.run, settings.mean, not settings.only_labelled
+    if run.resolve() in [each.resolve() for each in runs]:
+        raise Stop(f"--mean {run}: its labels would be replaced by the mean; another --run")
     read = [require_pairs(each, ["*.parquet", POOL], impressions=impressions) for each in runs]
     features = require(run / "features", ["*.parquet"])
     for each, made in zip(runs, read):
         if made["features"]["identity"] != features["identity"]:
             raise Stop(f"--mean {each}: of other features than {run}")
-    inputs = {"features": features["identity"], "mean of": [made["labels"]["identity"] for made in read]}
+    inputs = {
+        "features": features["identity"],
+        "mean of": sorted(made["labels"]["identity"] for made in read),
+    }
     stage, work = start_stage(accelerator, run / "labels", settings, inputs)
     if work and accelerator.is_main_process:
         paths, files = shard_paths(settings), [PairFiles(each) for each in runs]

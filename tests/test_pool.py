@@ -324,8 +324,10 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
     stage("04").main(quick)
     stage("05").main(["--run", str(mean), "--resamples", "5", "--search-pages", "0"])
     assert "teacher: the mean of 2 runs" in (mean / "report" / "report.md").read_text(encoding="utf-8")
-    stage("03").main(argv)
+    stage("03").main([*argv[:3], *reversed(argv[3:])])
     assert "nothing to do" in capsys.readouterr().out
+    itself = ["--run", str(first), "--mean", str(first), str(second), "--overwrite"]
+    assert "another --run" in stop_line(stage("03").main, itself)
     mark_finished(second / "features", identity="others")
     mark_finished(second / "labels", identity="others", inputs={"features": "others"})
     assert "of other features" in stop_line(stage("03").main, [*argv, "--overwrite"])
