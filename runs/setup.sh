@@ -14,10 +14,10 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     . .venv/bin/activate
 fi
 echo "+ python: $(command -v python)"
-if python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
+python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: needs Python 3.11 or newer" >&2
     exit 2
-fi
+}
 # A stamp keeps a second run from asking the package index again.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.requirements-$(cksum < requirements.txt | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
