@@ -422,7 +422,7 @@ def test_a_recipe_takes_a_relative_run_from_where_the_user_stands(tmp_path):
         assert done.returncode == 0, done.stderr
         calls = [line.split() for line in done.stdout.splitlines() if line.startswith("+ python 0")]
         assert len(calls) == 6 and {words[words.index("--run") + 1] for words in calls} == {str(expected)}
-    stub.write_text("#!/bin/bash\n! grep -q version_info <<< \"$2\"\n")  # an old one
+    stub.write_text('#!/bin/bash\n! grep -q version_info <<< "$2"\n')  # an old one
     done = subprocess.run(["bash", ROOT / "runs" / "toy.sh"], **recipe, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: needs Python 3.11 or newer\n"
 
