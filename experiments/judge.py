@@ -122,7 +122,8 @@ def correct(judge, people, covered, weight):
     """The mean of the judge's values [Q], corrected by people's of the covered queries; people's own where
     the judge has next to no other query; None: people have too few."""
     there = np.isfinite(judge)
-    both, rest = covered & there & np.isfinite(people), ~covered & there
+    both = covered & there & np.isfinite(people)
+    rest = ~covered & there
     if both.sum() < FEWEST:
         return None
     if rest.sum() < FEWEST:
@@ -143,13 +144,15 @@ def say(result):
     """The result on the terminal."""
     print("judge beside people:", numbers(result["agreement"][""]))
     print(f"gain of a pair: {result['gain']}, the nearer to people's:", numbers(result["distance"]))
+    is_corrected = True
     for name, metric in product(result["means"], METRICS):
         found = result["means"][name][metric]
+        is_corrected &= bool(found["corrected"])
         line = f"  {name:<24} {METRICS[metric].format(result['top']):<15} {VALUE.format(**found['all'])}"
         if found["corrected"]:
             line += CORRECTED.format(**found["corrected"])
         print(line)
-    if not all(found["corrected"] for of_list in result["means"].values() for found in of_list.values()):
+    if not is_corrected:
         print(f"the judge's own figures: people have labelled the tops of fewer than {FEWEST} queries")
     for name, found in result["power"].items():
         wanted = WANTED.format(**found) if found["queries_for_want"] else ""

@@ -38,7 +38,8 @@ def refuse(folder, why):
 def require_teacher(run, folder, model=None):
     """What stage 03 reads, {"features", "teacher": stage.json}; teacher.json; and where the teacher's model
     is (`model`, if it was moved), which must be the one that 02 trained on. folder: the teacher's."""
-    if folder.exists() and not (folder / "teacher.json").exists():
+    is_teacher = (folder / "teacher.json").exists()
+    if folder.exists() and not is_teacher:
         raise Stop(f"{folder}: no teacher: --teacher RUN/teacher, a folder that stage 02 made")
     read = {"features": require(run / "features"), "teacher": require(folder)}
     about = read_json(folder / "teacher.json")

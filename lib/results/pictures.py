@@ -87,7 +87,8 @@ def plots(table, y, systems, scaled, levels, folder):
     p = {name: systems[name][0] for name in trained}
     plot_accuracy(table, folder / "accuracy.png")
     plot_confusion(y, p, levels, folder / "confusion.png")
-    at_temperature = {name: scaled[name] for name in trained if name in scaled}
+    fitted = [name for name in trained if name in scaled]
+    at_temperature = {name: scaled[name] for name in fitted}
     plot_reliability(y, p, at_temperature, folder / "reliability.png")
 
 
