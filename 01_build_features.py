@@ -82,7 +82,7 @@ class Settings(ModelSettings):
     shard_rows: Count = 8_192  # impressions a shard
     memory: str = "4GB"  # DuckDB's memory limit; beyond it, it spills to disk
     workers: Count = 2  # processes that tokenize the pin text
-    seed: Size = 0
+    seed: Size = 0  # of the pin graph's embedding
 
 
 # Our choice; the paper's embeddings are SearchSage's.

@@ -61,9 +61,7 @@ class Settings(ModelSettings):
     # (None: stage 01's text encoder)
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
-    long_queries: Literal["stop", "cut"] = (
-        "stop"  # of a query that does not fit: stop, or cut it to half of the room
-    )
+    long_queries: Literal["stop", "cut"] = "stop"  # that do not fit: stop, or cut them to half of the room
 
     finetuning: Literal["auto", "qlora", "lora", "full"] = "auto"  # auto: decoders qlora, encoders full
     lora_rank: Width = 16  # rank R of the update of a weight

@@ -75,9 +75,7 @@ class Settings(ModelSettings):
     known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN, its base …)
     only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
     pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
-    mean: tuple[
-        Path, ...
-    ] = ()  # instead of a teacher's the mean of these runs' labels (ours), as pooled there
+    mean: tuple[Path, ...] = ()  # runs whose labels, as pooled there, are averaged instead (ours)
 
 
 TOY = Settings()
@@ -302,10 +300,8 @@ def average_labels(settings, accelerator):
     for each, made in zip(runs, read):
         if made["features"]["identity"] != features["identity"]:
             raise Stop(f"--mean {each}: of other features than {run}")
-    inputs = {
-        "features": features["identity"],
-        "mean of": sorted(made["labels"]["identity"] for made in read),
-    }
+    averaged = sorted(made["labels"]["identity"] for made in read)
+    inputs = {"features": features["identity"], "mean of": averaged}
     stage, work = start_stage(accelerator, run / "labels", settings, inputs)
     if work and accelerator.is_main_process:
         paths, files = shard_paths(settings), [PairFiles(each) for each in runs]

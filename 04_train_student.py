@@ -68,9 +68,9 @@ class Settings(DeviceSettings):
     labels: Literal["teacher", "human"] = "teacher"  # soft labels of impressions, or human training labels
     name: str | None = None  # output folder below RUN (default: student, or student_human_labels)
     rows: Count | None = None  # train on a random N impressions, or human labels (default: all)
+    # half, with --labels teacher (ours): human-labelled rows too, with the mean of people's and the teacher's
+    # labels; none: neither these nor the regression of them, at which the student starts
     human_rows: Literal["none", "half"] = "half"
-    # with --labels teacher (ours): human-labelled rows too, with the mean of human and teacher's labels;
-    # none: neither these nor the regression of them, at which the student starts
     languages: tuple[str, ...] = ()  # train on rows of queries in these languages only (default: all)
 
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers

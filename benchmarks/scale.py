@@ -36,12 +36,12 @@ from lib.stages.terminal import Stop, run_main  # noqa: E402
 class Settings:
     """Sizes, and what is measured."""
 
-    impressions: tuple[Count, ...] = (300_000, 3_000_000)
-    pins: tuple[Count, ...] = (100_000,)
-    queries: Count = 100_000
+    impressions: tuple[Count, ...] = (300_000, 3_000_000)  # each with each number of pins
+    pins: tuple[Count, ...] = (100_000,)  # rows of pins
+    queries: Count = 100_000  # rows of queries
     engagements: Count = 1_000_000  # rows of the engagement log
     width: Width = 1_100  # columns of all embeddings together
-    stages: tuple[Literal["01", "03", "04"], ...] = ("01", "03", "04")
+    stages: tuple[Literal["01", "03", "04"], ...] = ("01", "03", "04")  # what is timed
     hidden: tuple[Width, ...] = (1024, 512, 256)  # widths of 04's hidden layers
     memory: str = "4GB"  # DuckDB's limit in 01
 

@@ -54,7 +54,7 @@ class Settings:
     """What is measured."""
 
     run: Path = ROOT / "outputs" / "toy"  # through stage 04
-    candidates: tuple[Count, ...] = (100, 1_000, 10_000)
+    candidates: tuple[Count, ...] = (100, 1_000, 10_000)  # pins of a query
     seconds: NonNegative = 20.0  # for a number of candidates
     url: str | None = None  # of a service of the same run, which is asked instead
     clients: Count = 8

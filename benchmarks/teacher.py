@@ -79,9 +79,9 @@ COLUMNS |= {"max_difference": "{:.1e}", "said": "{}"}
 class Options:
     """What is measured."""
 
-    parts: tuple[Literal[tuple(WAYS)], ...] = ("train", "label", "caption", "embed")
+    parts: tuple[Literal[tuple(WAYS)], ...] = ("train", "label", "caption", "embed")  # what is timed
     small: bool = False  # tiny shapes
-    device: Device = "auto"
+    device: Device = "auto"  # where models run
     precision: Precision = "auto"  # bf16 where the hardware has it
     steps: Count = 2  # training steps measured, after one that is not
     rows: Count = 1_024  # rows to label

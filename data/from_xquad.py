@@ -45,7 +45,7 @@ class Settings:
 
     source: Positional[Path]  # folder with LANGUAGE.json or .json.gz
     out: Path = ROOT / "data" / "xquad"  # dataset folder
-    languages: tuple[Literal[LANGUAGES], ...] = LANGUAGES
+    languages: tuple[Literal[LANGUAGES], ...] = LANGUAGES  # of the questions
     train_questions: int = 500  # train, 4 rows each
     eval_questions: int = 100  # evaluate, 4 rows each a language
     impression_questions: int = 150  # unlabelled, in every language

@@ -42,7 +42,7 @@ VALUE = "{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 CORRECTED = f"; corrected {VALUE} by {{people:,}} queries of people (as {{people_alone:,.0f}} alone)"
 DETECTS = "  {}: {queries:,} queries detect {detects:.4f} of nDCG"
 WANTED = "; the wanted difference takes {queries_for_want:,.0f}"
-FEWEST = 5  # queries of people below which nothing is corrected, of the judge below which they say it alone
+FEWEST = 5  # queries: with fewer of people's nothing is corrected, with fewer others people's alone count
 SHARD = 8_192  # pairs labelled between two files that survive a kill
 
 

@@ -18,9 +18,7 @@ done
 over_the_features "$FIRST.mean"
 OF_MEAN=(--preset "${PRESET:-small}" --run "$FIRST.mean")
 run python 03_label.py "${OF_MEAN[@]}" --mean "$FIRST" "${@/#/$FIRST.seed}"
-run python 04_train_student.py "${OF_MEAN[@]}" --labels human
-run python 04_train_student.py "${OF_MEAN[@]}"
-run python 05_evaluate.py "${OF_MEAN[@]}"
+SEED="" the_students "${OF_MEAN[@]}"
 for EACH in "$FIRST" "$FIRST".seed* "$FIRST.mean"; do
     echo; echo "$EACH"
     sed -n '/^| system/,/^$/p' "$EACH/report/report.md" | head -12

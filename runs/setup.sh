@@ -42,8 +42,11 @@ the_stages() {
     shift 2
     launch 02_train_teacher.py "${flags[@]}" ${SEED:+--seed "$SEED"} "$@"
     launch 03_label.py "${flags[@]}"
-    run python 04_train_student.py "${flags[@]}" ${SEED:+--seed "$SEED"} --labels human  # the baseline
-    run python 04_train_student.py "${flags[@]}" ${SEED:+--seed "$SEED"}
-    run python 05_evaluate.py "${flags[@]}" ${OF_05[@]+"${OF_05[@]}"}
+    the_students "${flags[@]}"
     echo; echo "all: $SECONDS s"
+}
+the_students() {  # 04 and 05, with these flags
+    run python 04_train_student.py "$@" ${SEED:+--seed "$SEED"} --labels human  # the baseline
+    run python 04_train_student.py "$@" ${SEED:+--seed "$SEED"}
+    run python 05_evaluate.py "$@" ${OF_05[@]+"${OF_05[@]}"}
 }

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, stop_line
+from helpers import ROOT, stage, stop_line
 from torch import nn
 
 from lib.inputs.captions import reuse_captions
@@ -117,6 +118,18 @@ def test_help_shows_the_values_of_the_preset_in_force(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "passes over the rows (default: 9)" in text and "--run" in text and "--overwrite" in text
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05"])
+def test_every_flag_has_its_help(number, capsys, monkeypatch):
+    """The comment of a setting that is broken over lines was lost."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(stage(number).PRESETS, ["--help"])
+    text = re.sub(r"[│╭╮╰╯─]|\{.*?\}", " ", capsys.readouterr().out)
+    flags = re.findall(r"(?m)^\s+(--[a-z][\w-]*)(.*?)\(default", text, re.S)
+    without = [flag for flag, said in flags if not re.search("[a-z]{2}", said)]
+    assert len(flags) > 5 and not without
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -136,9 +136,9 @@ class PairFiles:
         return pool(p, rows["match"][:, columns], self.languages[rows["query"]])
 
     def sample(self, labels, most=200_000):
-        """Of about so many impressions at most, evenly spaced, or where 03 has labelled none of the
-        human-labelled pairs: the teacher's own labels [N, C] in 03's folder `labels`, match features [N, F],
-        languages [N]."""
+        """The teacher's own labels [N, C] in 03's folder `labels`, match features [N, F] and languages [N] of
+        about so many impressions at most, evenly spaced; where 03 has labelled none, of the human-labelled
+        pairs."""
         names = [f"impressions/{path.name}" for path in self.shards]
         names = [name for name in names if (labels / name).exists()] or ["labelled.parquet"]
         step = math.ceil(count_rows(labels / name for name in names) / most)
