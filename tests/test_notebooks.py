@@ -101,6 +101,7 @@ def test_committed_with_outputs(name):
     text = ""
     for o in outputs:
         data = o.get("data", {})
+        assert data.get("text/markdown", "a table"), "a table that shows nothing"
         text += f"{o.get('text', '')}{data.get('text/plain', '')}{data.get('text/markdown', '')}"
     assert not re.search(r"(/home/|/root/|/tmp/|/Users/|/work/|[A-Z]:\\)", text), (
         "an absolute path in an output"
