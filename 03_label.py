@@ -278,7 +278,7 @@ def label_by_teacher(settings, accelerator, dtype, hardware):
         label_shards(teacher, shards, known, text, settings, bar)
     wait_for_all(accelerator, target.values())
 
-    # 5. What the match features say, pooled with that (ours); summary
+    # 5. Pooled with what the match features say (ours); summary
     if is_main:
         if settings.pool == "auto":
             pool_labels(run, work, read["teacher"]["held_out"], before)

@@ -26,8 +26,8 @@ ENOUGH = 100  # pairs of a language, to tell how far; of fewer labels it is meas
 
 
 class Pool(NamedTuple):
-    """teacher, match: the two weights; languages: of the human training labels, and what widened() adds, all
-    others keep the teacher alone; regression: of the match features `names` [F]."""
+    """teacher, match: the two weights; languages: home_languages() of the human training labels, and what
+    widened() adds, all others keep the teacher alone; regression: of the match features `names` [F]."""
 
     teacher: float
     match: float
