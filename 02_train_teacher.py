@@ -64,8 +64,8 @@ class Settings(ModelSettings):
     long_queries: Literal["stop", "cut"] = "stop"  # that do not fit: stop, or cut them to half of the room
 
     finetuning: Literal["auto", "qlora", "lora", "full"] = "auto"  # auto: decoders qlora, encoders full
-    lora_rank: Width = 16  # rank R of the update of a weight
-    lora_alpha: Positive = 32.0  # the update is (alpha / R) B A x
+    lora_rank: Width = 64  # rank R of the update of a weight
+    lora_alpha: Positive = 64.0  # the update is (alpha / R) B A x
     lora_dropout: Share = 0.0  # share of A's input left out in a training step
 
     epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, passes_over()
@@ -93,8 +93,9 @@ PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
 # A real encoder on a laptop or one small GPU, our choice: few rows need more than 3 epochs, encoder_lr with
 # the head's 1e-3 is better than 5e-5 for both, layer_decay than 1 where labels are few; the best lr of LoRA
 # differs from model to model (experiments/RESULTS.md).
-RATES = dict(lr=5e-4, encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
-SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **RATES)
+LORA = dict(lora_rank=16, lora_alpha=32.0, lr=5e-4)
+FULL = dict(encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
+SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **LORA, **FULL)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 # Of a loss that is not finite
 LOWER = "lower --lr, --encoder-lr, --head-lr, --layer-decay, --lora-alpha or --weight-decay"
