@@ -53,10 +53,27 @@ def test_weights_are_found_again_where_queries_are_many(true):
     assert pool.fit_weights(level, query, p, q) == pytest.approx(true, abs=0.1)
 
 
-def test_without_rows_both_count_alike_and_a_query_counts_once():
+def test_a_teacher_that_says_the_same_of_every_pair_does_not_make_the_pool_less_sure():
+    """The prior's weights by hand: p is (1 - s, s / 4, …) turned from row to row, so mean p is 1 / 5, and KL
+    to it the same for all rows."""
+
+    def turned(s):
+        first = np.array([1 - s, *[s / 4] * 4])
+        return np.stack([np.roll(first, k) for k in range(5)]), np.log(5) + (first * np.log(first)).sum()
+
+    (sure, much), (vague, little) = turned(0.3), turned(0.7)
+    assert pool.prior_weights(sure, vague) == pytest.approx([0.5, 0.5])  # perhaps it is too sure
+    share = little / (little + much)
+    assert pool.prior_weights(vague, sure) == pytest.approx([share, 1 - share], abs=1e-4)
+    flat = np.full((5, 5), 0.2)
+    assert pool.prior_weights(flat, sure) == pytest.approx([0, 1], abs=1e-4)
+    assert pool.prior_weights(flat, flat) == pytest.approx([0.5, 0.5])
+    weights = pool.fit_weights(np.array([1, 2]), np.array([0, 1]), flat[:2], sure[:2])  # no row against it
+    assert weights[0] == pytest.approx(0, abs=0.01) and weights[1] > 1
+
+
+def test_a_query_counts_once():
     level, query, p, q = world(queries=3)
-    none = slice(0, 0)
-    assert pool.fit_weights(level[none], query[none], p[none], q[none]) == pytest.approx([0.5, 0.5])
     few = pool.fit_weights(level, query, p, q)
     many = [np.repeat(column, 50, axis=0) for column in (level, query, p, q)]
     assert pool.fit_weights(*many) == pytest.approx(few, abs=1e-3)  # the same queries, each row 50 times

@@ -18,8 +18,7 @@ from lib.inputs.regression import Regression, fit_regression, one_hot, stacked
 from lib.stages.files import read_json, write_json
 
 POOL = "pool.json"  # in labels/
-EQUAL = 0.5  # both weights, where no row speaks against it
-SPREAD = 0.25  # standard deviation of a weight around that, in the prior
+SPREAD = 0.25  # standard deviation of a weight in the prior, around prior_weights()
 CLEAR = 0.025  # p-value below which the teacher alone is clearly better than the regression
 FAR = 1.5  # times as far from the teacher as where labels are: there the match features mean something else
 ENOUGH = 100  # pairs of a language, to tell how far; of fewer labels it is measured, too
@@ -71,20 +70,30 @@ def log(p):
     return np.log(np.maximum(p, 1e-6))
 
 
+def prior_weights(p_teacher, p_match):
+    """Both weights [2] where no row speaks against them: a half each. To multiply by probabilities that are
+    alike for all pairs only makes the others less sure; so a teacher that tells the rows less apart than the
+    regression gets its share of the sum, as mean KL(p || mean p). One that tells more may be too sure."""
+    told = [(p * (log(p) - log(p.mean(axis=0)))).sum() for p in (p_teacher, p_match)]
+    teacher = min(0.5, (told[0] + 1e-6) / (sum(told) + 2e-6))
+    return np.array([teacher, 1 - teacher])
+
+
 def fit_weights(level, query, p_teacher, p_match):
     """The two weights for which the cross-entropy, averaged within a query and summed over queries, plus the
-    Gaussian prior is least. level, query [B]; probabilities [B, C]."""
+    Gaussian prior is least. level, query [B]; probabilities [B, C]; at least one row."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
     rows = np.arange(len(level))
     share = 1 / sizes[of_query]
     log_teacher, log_match = log(p_teacher), log(p_match)
+    start = prior_weights(p_teacher, p_match)
 
     def loss(weights):
         pooled = log_softmax(weights[0] * log_teacher + weights[1] * log_match, axis=1)
-        prior = ((weights - EQUAL) ** 2).sum() / (2 * SPREAD**2)
+        prior = ((weights - start) ** 2).sum() / (2 * SPREAD**2)
         return prior - share @ pooled[rows, level - 1]
 
-    return minimize(loss, [EQUAL, EQUAL], bounds=[(0, None)] * 2).x
+    return minimize(loss, start, bounds=[(0, None)] * 2).x
 
 
 def is_clearly_better(level, query, p, other):
