@@ -1,6 +1,6 @@
 """Render the toy dataset: a small made-up world with pictures, logs and relevance labels in four languages.
 
-    python data/toy/make_toy.py                               # 2,000 pins, 600 queries; about 10 s
+    python data/toy/make_toy.py                               # 2,000 pins, 600 queries; ten seconds
     python data/toy/make_toy.py --scale 0.05 --out /tmp/tiny  # a tiny world for tests; under a second
 
 Every pin and every query has a hidden meaning (object, colour, material, style, scene). The five levels
