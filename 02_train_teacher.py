@@ -95,7 +95,9 @@ PAPER = replace(TOY, preset="paper", **QLORA, **STEPS, **SIZES)
 # differs from model to model (experiments/RESULTS.md).
 LORA = dict(lora_rank=16, lora_alpha=32.0, lr=5e-4)
 FULL = dict(encoder_lr=1e-4, head_lr=1e-3, layer_decay=0.8)
-SMALL = replace(TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **LORA, **FULL)
+SMALL = replace(
+    TOY, preset="small", precision="auto", model=None, max_tokens=128, epochs=None, **LORA, **FULL
+)
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
 # Of a loss that is not finite
 LOWER = "lower --lr, --encoder-lr, --head-lr, --layer-decay, --lora-alpha or --weight-decay"
