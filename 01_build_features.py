@@ -69,7 +69,7 @@ class Settings(ModelSettings):
     data: Path = ROOT / "data" / "toy" / "tables"  # dataset folder with the raw tables
     check: bool = False  # look at the tables alone: what is wrong or odd, what becomes of each column
     levels: str = ""  # what labels other than 1 to 5 mean: E=5,S=4,C=3,I=1, or 0=1,1=2,2=4,3=5 (no level 3)
-    eval_share: Share = 0.1  # of the queries, by a hash, where labels have no split; the paper's is a tenth
+    eval_share: Share = 0.1  # share of the queries that evaluate, by a hash, where labels have no split
     caption_model: str = str(ROOT / "data/toy/models/blip")  # BLIP; its vision tower also embeds the image
     caption_tokens: Count = 12  # longest caption, in tokens
     image_batch: Count = 64  # images a captioning batch
@@ -81,7 +81,7 @@ class Settings(ModelSettings):
     graph_dim: Width = 32  # size of the pin-board graph embedding
     shard_rows: Count = 8_192  # impressions a shard
     memory: str = "4GB"  # DuckDB's memory limit; beyond it, it spills to disk
-    workers: Count = 2  # processes that tokenize the pin text
+    workers: Count = 2  # processes that tokenize pins' texts, if these are more than 200,000
     seed: Size = 0  # of the pin graph's embedding
 
 

@@ -57,8 +57,8 @@ from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 class Settings(ModelSettings):
     """Settings of stage 02."""
 
-    model: str | None = str(ROOT / "data/toy/models/llama")  # folder written by save_pretrained, or hub id
-    # (None: stage 01's text encoder)
+    # folder written by save_pretrained, or hub id; None: stage 01's text encoder
+    model: str | None = str(ROOT / "data/toy/models/llama")
     fields: tuple[Literal[FIELDS], ...] = FIELDS  # pin-text fields the teacher reads
     max_tokens: Count = 96  # of query and pin text together
     long_queries: Literal["stop", "cut"] = "stop"  # that do not fit: stop, or cut them to half of the room
@@ -68,7 +68,7 @@ class Settings(ModelSettings):
     lora_alpha: Positive = 64.0  # the update is (alpha / R) B A x
     lora_dropout: Share = 0.0  # share of A's input left out in a training step
 
-    epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, passes_over()
+    epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, by how many rows there are
     batch_size: Count = 32  # rows an optimizer step, over all processes
     batch_tokens: Count = 4_096  # tokens a forward pass; a step is as many passes as its rows need
     lr: Positive = 2e-3  # peak learning rate of LoRA weights

@@ -70,11 +70,12 @@ class Settings(ModelSettings):
     compile: Literal["off", "on", "auto"] = "off"  # torch.compile: faster after a wait; auto: on a GPU alone
     merge: bool = True  # add LoRA into plain weights; --no-merge keeps NF4, for small memory
     model: str | None = None  # where the model of a LoRA teacher is now (default: where 02 found it)
-    long_queries: Literal["stop", "cut"] | None = None  # of one that does not fit (default: as in 02)
+    long_queries: Literal["stop", "cut"] | None = None  # that do not fit (default: as in 02)
     teacher: Path | None = None  # teacher/ of another run (default: RUN's own)
     known: tuple[Path, ...] | None = None  # runs whose labels are looked up (default: RUN, its base …)
-    only_labelled: bool = False  # the human-labelled rows alone, to measure a teacher: no student learns that
-    pool: Literal["auto", "none"] = "auto"  # with a regression on the match features; none: the teacher alone
+    only_labelled: bool = False  # label no impressions, to measure a teacher alone: no student can learn that
+    # auto: labels are pooled with a regression on the match features, unless the teacher is clearly better
+    pool: Literal["auto", "none"] = "auto"
     mean: tuple[Path, ...] = ()  # runs whose labels, as pooled there, are averaged instead (ours)
 
 

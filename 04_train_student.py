@@ -76,7 +76,7 @@ class Settings(DeviceSettings):
     hidden: tuple[Width, ...] = (256, 128)  # widths of the hidden layers
     category_dim: Width = 8  # size of the embedding of a categorical column
     input_dropout: Share | None = None  # share of the embeddings' numbers left out in a training step
-    dropout: Share | None = None  # likewise of the hidden units (default of both: DROPOUTS)
+    dropout: Share | None = None  # likewise of the hidden units (default of both: by the rows, DROPOUTS)
     temperature: Temperature = 1.0  # softens teacher and student alike; at 1 probabilities stay as they are
 
     epochs: Count = 20  # passes over the training rows

@@ -51,8 +51,8 @@ class Settings(StageSettings):
 
     resamples: Annotated[int, Range(2, 10**9)] = 1_000  # bootstrap resamples of the queries
     search_pages: Size = 4  # queries shown as pictures: pins ranked by BM25, student, teacher
-    gains: tuple[(NonNegative,) * NUM_LEVELS] | None = None  # of levels 1 to 5, as 0 0 0.01 0.1 1: adds nDCG
-    # of whole lists with these gains, and macro-F1
+    # of levels 1 to 5, as 0 0 0.01 0.1 1: adds nDCG of whole lists with these gains, and macro-F1
+    gains: tuple[(NonNegative,) * NUM_LEVELS] | None = None
     seed: Size = 0  # of the bootstrap
 
 

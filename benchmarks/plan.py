@@ -55,7 +55,7 @@ class Plan:
     caption_speed: Positive = 175.0  # pictures/s of captioning
     embed_speed: Positive = 1e6  # tokens/s of the text encoder (an assumption, not measured)
     gpus: Count = 1  # of a machine
-    machines: Count = 1
+    machines: Count = 1  # of so many GPUs each
     price: NonNegative = 2.0  # USD a GPU hour (an example)
 
 

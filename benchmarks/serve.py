@@ -57,7 +57,7 @@ class Settings:
     candidates: tuple[Count, ...] = (100, 1_000, 10_000)  # pins of a query
     seconds: NonNegative = 20.0  # for a number of candidates
     url: str | None = None  # of a service of the same run, which is asked instead
-    clients: Count = 8
+    clients: Count = 8  # that ask the service at once
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ class Settings:
     pins: Count = 20  # of each query
     further: Share = 0.2  # share of the pins from below the tops
     strata: tuple[str, ...] = ("language",)  # columns of queries; popularity: traffic in thirds
-    out: Path = Path("queue.csv")
-    seed: Size = 0
+    out: Path = Path("queue.csv")  # the queue
+    seed: Size = 0  # of the draw
 
 
 def popularity(traffic):

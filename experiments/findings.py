@@ -39,8 +39,8 @@ class Settings:
     more: Path | None = None  # run for (b): the same human labels, more impressions (default: RUN)
     models: tuple[str, ...] = MODELS  # teachers of (a) beside RUN's own: NAME=FOLDER or NAME=HUB-ID
     run_teacher: str = "Llama"  # what RUN's own teacher is called in (a)
-    fields: tuple[str, ...] = ("caption", "title+description", "links", "boards", "queries")
     # pin text of (d) in the order it is added, here the paper's; RUN's teacher must have read all of it
+    fields: tuple[str, ...] = ("caption", "title+description", "links", "boards", "queries")
     seeds: tuple[Size, ...] = (0, 1, 2)  # of teachers and students
     jobs: Count = 2  # experiments at a time; 1 where there is a GPU
     resamples: Count = 1_000  # bootstrap resamples of queries and seeds

@@ -1,7 +1,9 @@
 """lib/stages: settings, whole files, a stage's folder through kills and refusals, one-line errors."""
 
+import ast
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,6 +133,25 @@ def test_every_flag_has_its_help(number, capsys, monkeypatch):
     flags = re.findall(r"(?m)^\s+(--[a-z][\w-]*)(.*?)\(default", text, re.S)
     without = [flag for flag, said in flags if not re.search("[a-z]{2}", said)]
     assert len(flags) > 5 and not without
+
+
+def test_no_line_of_a_help_is_lost():
+    """tyro shows the comment behind a setting, or else the lines above it, never both."""
+    paths = [path for where in ("*.py", "*/*.py", "lib/stages/*.py") for path in ROOT.glob(where)]
+    wrong, seen = [], 0
+    for path in [path for path in paths if path.parent.name != "tests"]:
+        text = path.read_text(encoding="utf-8")
+        lines, tokens = text.splitlines(), tokenize.generate_tokens(io.StringIO(text).readline)
+        commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+        for kind in ast.walk(ast.parse(text)):
+            if isinstance(kind, ast.ClassDef) and re.fullmatch(r"\w*Settings|Options|Plan", kind.name):
+                fields = [field for field in kind.body if isinstance(field, ast.AnnAssign)]
+                for field in fields if kind.decorator_list else ():
+                    above = lines[field.lineno - 2].lstrip().startswith("#")
+                    behind = field.end_lineno in commented
+                    wrong += [f"{path.name} {field.target.id}"] if above == behind else []
+                    seen += 1
+    assert seen > 100 and wrong == []
 
 
 # ------------------------------------------------------------------------------------------------------------
