@@ -67,8 +67,9 @@ def model_of_01(made, kind, told=None):
         raise Stop(f"stage 01 used no {kind} for these features")
     name = str(told or used["name"])
     if not is_model(name, used["fingerprint"]):
-        flag = f"--{kind.replace(' ', '-')}"
-        raise Stop(f"{name}: not the {kind} that made these features; {flag} says where that one is")
+        where = f"{kind.replace(' ', '_').upper()} of a service, models of a Ranker"
+        where += ", --text-encoder of serving.text_encoder" * (kind == "text encoder")
+        raise Stop(f"{name}: not the {kind} that made these features; say where that one is: {where}")
     return name
 
 

@@ -29,6 +29,7 @@ from lib.stages.terminal import Stop
 from lib.tables.raw import RawTables
 from serving import ranker as ranker_module
 from serving.ranker import Pin, Query, Ranker
+from serving.text_encoder import model_of_01
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,15 @@ def test_models_that_moved_or_changed(run, models):
     line = stop_line(lambda: Ranker(run, models={"text encoder": models["t5"]}))
     assert "not the text encoder" in line and "--text-encoder" in line
     Ranker(run, models={"text encoder": str(models["bert"]) + "/"})
+
+
+def test_what_says_where_a_moved_model_is():
+    """Settings of a service, not flags that it has not."""
+    other = ROOT / "data" / "toy" / "models" / "t5"
+    made = {"models": dict.fromkeys(("text encoder", "caption model"), {"name": "", "fingerprint": ""})}
+    assert "TEXT_ENCODER of a service" in stop_line(model_of_01, made, "text encoder", other)
+    line = stop_line(model_of_01, made, "caption model", other)
+    assert "CAPTION_MODEL of a service" in line and "--" not in line
 
 
 # ------------------------------------------------------------------------------------------------------------
