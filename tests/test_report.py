@@ -171,7 +171,7 @@ Queries, the worst beside bm25 first|nDCG@20: bm25"""
     for fact in facts.replace("\n", "|").split("|"):
         assert fact in text, fact
     rows = read_json(run / "student" / "stage.json")["rows"]["train"]
-    assert f"{rows:,} rows, the teacher labels" in text
+    assert f"{rows:,} rows, the teacher's labels" in text
     human = pq.read_table(run / "features" / "labelled.parquet").to_pydict()
     best = {}
     for query, split, label in zip(human["query_index"], human["split"], human["label"]):
@@ -380,7 +380,7 @@ def test_no_page_of_search_results_is_fine(run, no_pictures):
 
 
 @pytest.mark.parametrize(
-    "after, expected", [(0.90, "worth most"), (0.99, "bring little"), (1.1, "bring little")]
+    "after, expected", [(0.90, "queries help"), (0.99, "bring little"), (1.1, "bring little")]
 )
 def test_whether_more_labels_help_is_one_sentence(after, expected):
     curve = {"queries": [1_100, 2_200], "match": [1.2, 1.19], "student": [1.0, after]}

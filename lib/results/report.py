@@ -173,7 +173,7 @@ def more_labels(curve):
     (few, many), (before, after) = curve["queries"], curve["student"]
     learned = f"from {few:,} to {many:,} labelled queries its KL on others goes {before:.3f} -> {after:.3f}"
     beside = f"(the regression's {curve['match'][0]:.3f} -> {curve['match'][1]:.3f})"
-    help = "labels of more queries are worth most" if after < 0.98 * before else "more labels bring little"
+    help = "labels of more queries help" if after < 0.98 * before else "more labels bring little"
     return f"student on human labels: {learned} {beside}: {help}"
 
 
@@ -221,9 +221,9 @@ def facts(read, n, queries, gainful):
             known["the teacher learnt from"] = f"{learnt} human-labelled rows{of}"
         elif name.startswith("student"):
             labels = about["arguments"]["labels"]
-            learnt += f" rows, the {labels} labels"
+            learnt += " rows, the human labels" if labels == "human" else " rows, the teacher's labels"
             if labels == "teacher":
-                learnt += f"; {rows.get('human', 0):,} of them human-labelled rows too, half and half"
+                learnt += f"; {rows.get('human', 0):,} of them are human-labelled too: there the mean of both"
             known[f"{name} learnt from"] = learnt
             if about.get("curve"):
                 known["would more labels help"] = more_labels(about["curve"])
