@@ -1,7 +1,7 @@
 """What two or more stages share of the method, and nothing else.
 
     1  the text of a (query, pin) pair and its tokens    02, 03 (batches also 01)
-    2  the teacher, a cross-encoder                      02, 03 (loading an encoder also 01)
+    2  the teacher, a cross-encoder                      02, 03
     3  the student, a feed-forward network               04, 05
 
 Shape letters used everywhere: B rows, T tokens, C = NUM_LEVELS = 5 levels, D embedding size, F match

@@ -1,6 +1,6 @@
 """What the paper's method would cost on your data: parameters, memory, hours, money, disk. Loads no weights.
 
-    python benchmarks/plan.py                                                 the paper's teachers and rows
+    python benchmarks/plan.py                              the paper's rows; its teachers, and preset small's
     python benchmarks/plan.py --data DATASET_DIR --model google-t5/t5-base    your rows, one teacher; and
                                                                               minutes of preset small here
     python benchmarks/plan.py --gpus 8 --machines 4 --price 3.5               several GPUs, a provider's USD

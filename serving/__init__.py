@@ -1,1 +1,1 @@
-"""The student in a service, and at a shell. May import lib and common.py, no stage."""
+"""The student in a service and on a page, people's labels. May import lib and common.py, no stage."""
