@@ -42,11 +42,13 @@ def estimate(value, variance, n):
 
 
 def mean(values, weight):
-    """Mean of values [Q] over queries; weight [Q]: each one's share of the traffic. NaN does not count."""
-    known = np.isfinite(values)
+    """Mean of values [Q] over queries; weight [Q]: each one's share of the traffic. A query whose value is
+    NaN, or that has no weight, does not count; the mean of none is NaN."""
+    known = np.isfinite(values) & (weight > 0)
     values, weight = values[known], weight[known]
     share = weight / weight.sum()
-    value, n = share @ values, len(values)
+    n = len(values)
+    value = share @ values if n else np.nan
     squares = (values - value) ** 2
     return estimate(value, share**2 @ squares * n / max(n - 1, 1), n)
 
@@ -113,13 +115,14 @@ def power(values, stratum, weight, want, plan):
     """What the queries at hand detect by these differences [Q], how many detect the difference `want` (0: not
     asked), and how to draw `plan` queries from the strata next time: by their traffic, or optimally (Neyman,
     1934: by traffic times standard deviation), and what these detect."""
-    queries = pd.DataFrame({"value": values, "weight": weight, "stratum": stratum}).dropna()
+    queries = pd.DataFrame({"value": values, "weight": weight, "stratum": stratum})
+    queries = queries[weight > 0].dropna()
     strata = queries.groupby("stratum").agg({"weight": "sum", "value": "std"}).fillna(0)
     share = strata["weight"] / strata["weight"].sum()
     product = share * strata["value"]
     optimal = (product / product.sum()).fillna(share)
     drawn = pd.DataFrame({"proportional": share, "optimal": optimal})
-    variance = drawn.rdiv(product**2, axis=0).sum()  # of the mean, times the queries drawn
+    variance = drawn.rdiv(product**2, axis=0).sum(min_count=1)  # of the mean, times the queries drawn
     deviation = queries["value"].std()
     return {
         "queries": len(queries),

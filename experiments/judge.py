@@ -120,8 +120,8 @@ def groups_of(weight, *columns):
 
 def correct(judge, people, covered, weight):
     """The mean of the judge's values [Q], corrected by people's of the covered queries; people's own where
-    the judge has next to no other query; None: people have too few."""
-    there = np.isfinite(judge)
+    the judge has next to no other query; None: people have too few. Queries without weight do not count."""
+    there = np.isfinite(judge) & (weight > 0)
     both = covered & there & np.isfinite(people)
     rest = ~covered & there
     if both.sum() < FEWEST:

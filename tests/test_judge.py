@@ -54,6 +54,9 @@ def test_mean_and_its_interval():
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
     twice = estimates.mean(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 2.0]))
     assert twice.value == pytest.approx(2.5)  # traffic counts
+    weight = np.append(np.ones(4), np.zeros(36))  # no traffic: as if it were not there
+    assert estimates.mean(values, weight) == estimates.mean(values[:4], np.ones(4))
+    assert np.isnan(estimates.mean(np.full(3, np.nan), np.ones(3)).value)  # not 0
 
 
 def test_corrected_mean_is_that_of_ppi_python():
@@ -92,6 +95,15 @@ def test_people_who_have_labelled_all_queries_need_no_judge():
     assert judge.correct(people + 1, people, np.arange(50) < judge.FEWEST - 1, weight) is None
 
 
+def test_a_correction_leaves_out_queries_without_traffic():
+    rng = np.random.default_rng(0)
+    people, covered, some = rng.normal(1, 1, 60), np.arange(60) < 30, np.arange(60) % 2 == 0
+    judged = people + rng.normal(0, 0.3, 60)
+    expected = judge.correct(judged[some], people[some], covered[some], np.ones(30))
+    assert judge.correct(judged, people, covered, some.astype(float)) == pytest.approx(expected)
+    assert judge.correct(judged, people, covered, (~covered).astype(float)) is None  # not 0 [0, 0]
+
+
 def test_power_and_allocation():
     """The detected difference is the one that a t test finds four times of five."""
     rng, n, deviation = np.random.default_rng(0), 400, 0.3
@@ -104,6 +116,9 @@ def test_power_and_allocation():
     assert estimates.detectable(found["deviation"], found["queries_for_want"]) == pytest.approx(0.1, rel=0.01)
     assert [*found["plan"]["calm"].values(), *found["plan"]["wild"].values()] == [50, 25, 50, 75]
     assert found["plan_detects"]["optimal"] < found["plan_detects"]["proportional"]
+    weight = (np.arange(200) < 120).astype(float)
+    some = estimates.power(values[:120], stratum[:120], np.ones(120), 0.1, 100)
+    assert estimates.power(values, stratum, weight, 0.1, 100) == some  # no traffic: as if it were not there
 
 
 def test_agreement():
