@@ -128,4 +128,8 @@ def strata_of(named, queries):
             stratum = table["stratum"].fillna("other").to_numpy(object)
         if "weight" in table:
             weight = table["weight"].fillna(0).to_numpy()
+            least = weight.min()
+            most = weight.max()
+            if least < 0 or not 0 < most < np.inf:
+                raise Stop(f"{path}: weights of the lists' queries must be finite, none below 0, some above")
     return stratum, weight
