@@ -28,10 +28,12 @@ class Labels:
         self.said = {}
         for path in sorted(folder.glob("labels_*.csv")) if queue else ():
             mine = self.said[path.stem.removeprefix("labels_")] = {}
-            with open(path, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    if row.get("label"):  # a cell that is empty, or a line that is cut, is no label
-                        mine[row["query_id"], row["pin_id"]] = int(row["label"]), row.get("note")
+            for row in read_columns(path, {"pin_id": "id", "label": "text", "note": "text"}).to_pylist():
+                label = row.get("label")
+                if label and label not in map(str, LEVELS):
+                    raise Stop(f"{path}: the label {label!r} of {row['pin_id']!r} is none of 1, 2, 3, 4, 5")
+                if label:  # a cell that is empty is no label
+                    mine[row["query_id"], row["pin_id"]] = int(label), row.get("note")
 
     def save(self, name, mine):
         """Writes what a person has said: the file is whole, and on the disk."""

@@ -100,8 +100,27 @@ def test_labels_survive(queue, labels, tmp_path):
     assert [*row.values()] == [*first, "4", "ann", "a note, with comma"]
     assert "before" in stop_line(again.add, "ann", first, 5, "")
     assert again.undo("ann") == first and again.undo("ann") is None
-    (tmp_path / "labels_bob.csv").write_text(f"query_id,pin_id,label\n{','.join(first)},\n{first[0]}")
+    (tmp_path / "labels_bob.csv").write_text(f"query_id,pin_id,label\n{','.join(first)},\n")
     assert Labels(queue, tmp_path, raters=2).next("bob", [])[:2] == (first, 0)
+
+
+def test_labels_that_a_spreadsheet_has_saved(queue, labels, tmp_path):
+    """The next label writes the file anew: what is not read would be lost."""
+    first, second, *_ = labels.pairs
+    text = f"\ufeffQuery_id;pin_id;label;rater;note\n{';'.join(first)};4;ann;so so\n{';'.join(second)};;;\n"
+    (tmp_path / "labels_ann.csv").write_text(text, encoding="utf-8")
+    again = Labels(queue, tmp_path, raters=2)
+    again.add("ann", second, 2, "")
+    assert Labels(queue, tmp_path, raters=2).said == {"ann": {first: (4, "so so"), second: (2, None)}}
+
+
+@pytest.mark.parametrize("label", ["good", "9", "4.5", "４", "caf\xe9"])
+def test_a_label_that_is_none_is_one_line(queue, labels, tmp_path, label):
+    text = f"query_id,pin_id,label\n{','.join(labels.pairs[0])},{label}\n"
+    (tmp_path / "labels_ann.csv").write_bytes(text.encode("latin1" if "caf" in label else "utf-8"))
+    assert "labels_ann.csv" in stop_line(Labels, queue, tmp_path, 2)
+    (tmp_path / "labels_ann.csv").write_text(f"query_id,pin_id,label\n{labels.pairs[0][0]}")  # cut
+    assert "line 2" in stop_line(Labels, queue, tmp_path, 2)
 
 
 def test_as_many_people_as_asked(labels):
