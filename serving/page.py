@@ -98,6 +98,12 @@ class Page:
         self.queries = {row["query_id"]: row for row in queries}
         folder = Path(labels) if labels else Path(queue).parent if queue else run
         self.labels = Labels(queue and Path(queue), folder, raters)
+        pairs, pins = self.labels.pairs, self.ranker.row_of
+        known = self.labels.pairs = [pair for pair in pairs if pair[0] in self.queries and pair[1] in pins]
+        if len(known) < len(pairs):
+            unknown = f"{len(pairs) - len(known):,} pairs of a query or a pin that the run does not have"
+            first = next(pair for pair in pairs if pair not in known)
+            print(f"{queue}: {unknown} are left out, the first: {first}")
 
     def pin(self, pin_id):
         """A pin of the run: its id, title, description, caption, image."""
@@ -135,8 +141,6 @@ class Page:
         about = {"done": done, "left": left, "agreement": self.labels.agreement()}
         if pair is None:
             return about
-        if pair[0] not in self.queries:
-            raise Stop(f"{pair}: not in this run")
         return {**about, **self.queries[pair[0]], **self.pin(pair[1])}
 
 

@@ -185,6 +185,16 @@ def test_what_is_refused(client, path):
     assert client.get(path).status_code in (404, 422)
 
 
+def test_pairs_of_another_run_are_left_out(run, queue, tmp_path, capsys):
+    """Nobody gets stuck at one."""
+    name = tmp_path / "queue.csv"
+    first, *rest = queue.read_text(encoding="utf-8").splitlines(keepends=True)
+    name.write_text("".join([first, "nobody,p1,x,x,1\n", rest[0], f"{rest[0].split(',')[0]},gone,x,x,1\n"]))
+    page = Page(run, name)
+    assert "2 pairs of a query or a pin that the run does not have" in capsys.readouterr().out
+    assert page.pair("ann", [])["pin_id"] == rest[0].split(",")[1] and page.pair("ann", [])["left"] == 1
+
+
 def test_only_this_machine(client):
     assert client.get("/about", headers={"host": "evil.example"}).status_code == 400
 
