@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.splits import query_key
 from serving.text_encoder import model_of_01, saved_encoder
 
-LARGEST = 1e30  # a number beyond is not known, as in the raw tables
+# As in the raw tables: a number beyond is not known, a vector with a norm beyond is none.
+LARGEST, MOST_NORM = 1e30, 1e9
 
 
 @dataclass(eq=False)
@@ -206,15 +208,17 @@ class NewFeatures:
         as in stage 01. Stop for what is none."""
         if name in self.spec["embeddings"]:
             size = self.spec["embeddings"][name]
-            what = f"{name}: must be {size} finite numbers"
+            what = f"{name}: must be {size} finite numbers, with a norm of at most {MOST_NORM:g}"
             with stop_on_error(what):
                 vector = np.zeros(size) if given is None else np.asarray(given, np.float64)
-            if vector.shape != (size,) or not (np.abs(vector) <= LARGEST).all():
+            if vector.shape != (size,) or not math.hypot(*vector) <= MOST_NORM:
                 raise Stop(what)
             return vector.astype(np.float32)
         if name not in self.spec["categories"]:
             return number(name, given)
         values = self.spec["categories"][name]
+        if isinstance(given, (float, np.floating)) and given.is_integer():
+            given = int(given)  # 1.0 is the text 1
         text = str(given).lower() if isinstance(given, bool) else str(given)
         return values.index(text) + 1 if text in values and given is not None else 0
 

@@ -25,8 +25,9 @@ from lib.inputs.student_inputs import StudentInputs
 from lib.results import contract as export
 from lib.stages.files import write_json
 from lib.tables.database import Database
+from lib.tables.embeddings import MOST_NORM
 from lib.tables.raw import RawTables
-from serving import service, text_encoder
+from serving import new_features, service, text_encoder
 from serving.new_features import number
 from serving.ranker import Pin, Query, Ranker
 
@@ -320,7 +321,7 @@ def test_candidates_are_any_sequence(ranker):
         stop_line(ranker.score, wrong)
     for wrong in (None, b"red chair", "", " "):
         stop_line(ranker.rank, wrong)
-    for wrong in (None, 1.0, [1.0], [np.nan] * 64, [np.inf] * 64, ["x"] * 64, [[1], [1, 2]]):
+    for wrong in (None, 1.0, [1.0], [np.nan] * 64, [np.inf] * 64, [1e9] * 64, ["x"] * 64, [[1], [1, 2]]):
         query = Query("red chair", embeddings={"query_text": wrong})
         assert "query_text: must be 64 finite numbers" in stop_line(ranker.rank, query)
     left = ranker.rank("red chair", exclude=some[:4])
@@ -350,12 +351,14 @@ def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
         assert np.isnan(number("price", beyond))
     for wrong in ("cheap", "１２", [1]):
         assert "price" in stop_line(number, "price", wrong)
+    assert new_features.MOST_NORM == MOST_NORM
     new = ranker.new
     old = new.spec["categories"]
     new.spec["categories"] = {"query_size": ["1", "true", "2.5"]}
-    codes = [new.value("query_size", given) for given in (1, "1", True, 2.5, None, np.nan, "x")]
+    codes = [new.value("query_size", given) for given in (1, "1", 1.0, True, 2.5, None, np.nan, np.inf, "x")]
     new.spec["categories"] = old
-    assert codes == [1, 1, 2, 3, 0, 0, 0]
+    assert codes == [1, 1, 1, 2, 3, 0, 0, 0, 0]
+    assert known.ask("SELECT digits(1.0::DOUBLE)") == [("1",)]
 
 
 def test_a_temperature_outside_its_range(run):
