@@ -102,7 +102,7 @@ class Service:
 
     def __init__(self, settings):
         self.settings, self.loading, out = settings, threading.Lock(), settings.exclude
-        self.exclude = out.read_text(encoding="utf-8").splitlines() if out else []
+        self.exclude = out.read_text(encoding="utf-8-sig").splitlines() if out else []
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)  # its memory and processor
         self.requests = prometheus.Counter("requests", "answered", ["address", "status"], registry=registry)

@@ -579,7 +579,7 @@ def test_reload_serves_what_run_points_to_now(run, tmp_path):
 
 def test_pins_that_no_ranking_has(run, ranker, tmp_path):
     best = ranker.rank("red chair", top=3).pins
-    (tmp_path / "out.txt").write_text("\n".join(best[:2]) + "\n")
+    (tmp_path / "out.txt").write_text("\n".join(best[:2]) + "\n", encoding="utf-8-sig")  # as Notepad does
     app = service.from_environment({"RUN": str(run), "EXCLUDE": str(tmp_path / "out.txt")})
     found = TestClient(app).post("/rank", json={"query": "red chair", "top": 1}).json()
     assert found[0]["pin_id"] == best[2]
