@@ -127,7 +127,7 @@ def find(rows, **which):
 
 def points(m):
     """A difference of two shares, in points: +3.1 [+1.0, +5.2]."""
-    return "–" if m.value is None else f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
+    return "–" if m.low is None else f"{100 * m.value:+.1f} [{100 * m.low:+.1f}, {100 * m.high:+.1f}]"
 
 
 def table_of(title, head, rows, **which):

@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn.functional import kl_div
 
 from common import at_temperature
+from experiments import comparison
 from lib.results import report
 from lib.tables.splits import in_hash_split
 
@@ -229,6 +230,13 @@ def test_a_metric_that_does_not_exist_is_none():
     out = with_intervals(np.array([1, 1]), np.eye(5)[[0, 1]], np.zeros(2), np.array([0, 1]), 20, 0)
     assert triple(out["auroc_3"]) == triple(out["ndcg_20"]) == (None, None, None)
     assert out["accuracy"].value == 0.5
+
+
+def test_a_metric_that_no_resample_has_is_a_dash():
+    """Of two queries, with two resamples of one query each."""
+    found = evaluate.interval(1.0, np.array([np.nan, np.nan]))
+    assert (found.value, found.low) == (1, None)
+    assert report.cell(found) == report.cell(found, False) == comparison.points(found) == "–"
 
 
 def settings(resamples, seed, gains=None):

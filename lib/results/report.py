@@ -82,7 +82,7 @@ def meaningful(levels):
 
 def cell(m, percent=True):
     """A metric's value, low and high as `value [low, high]`."""
-    if m is None or m.value is None:
+    if m is None or m.low is None:
         return "–"
     if percent:
         return f"{100 * m.value:.1f} [{100 * m.low:.1f}, {100 * m.high:.1f}]"
