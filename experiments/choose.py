@@ -18,6 +18,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.inputs.pairs import PairFiles  # noqa: E402
 from lib.models import quiet_libraries  # noqa: E402
+from lib.stages.files import whole_file  # noqa: E402
 from lib.stages.settings import ROOT, Count, Share, Size, parse  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 from serving.ranker import Ranker  # noqa: E402
@@ -83,7 +84,8 @@ def main(argv=None):
     print(f"{len(drawn):,} of {is_open.sum():,} queries that are shown and have no label")
     drawn["pin_id"] = [pins_of(ranker.rank(text), settings, rng) for text in drawn["query"]]
     queue = drawn.explode("pin_id")[["query_id", "pin_id", "query", "stratum", "weight"]]
-    queue.to_csv(settings.out, index=False, float_format="%.6g")
+    with whole_file(settings.out) as temporary:
+        queue.to_csv(temporary, index=False, float_format="%.6g")
     print(f"wrote {settings.out}")
 
 

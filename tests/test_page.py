@@ -31,7 +31,7 @@ def run(features, models):
 
 @pytest.fixture(scope="module")
 def queue(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("queue") / "queue.csv"
+    path = tmp_path_factory.mktemp("queue") / "new" / "queue.csv"
     choose.main(["--run", str(run), "--queries", "3", "--pins", "5", "--out", str(path)])
     return path
 
