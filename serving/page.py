@@ -29,6 +29,7 @@ from lib.models import load_config, load_tokenizer, quiet_libraries
 from lib.results.pictures import picture
 from lib.stages.terminal import Stop, run_main
 from serving.labels import Labels
+from serving.new_features import spaced_key
 from serving.ranker import Query, Ranker
 from serving.service import refused
 
@@ -92,7 +93,7 @@ class Page:
         names = ["query_index", "pin_index", "label"]
         labelled = pq.read_table(run / "features" / "labelled.parquet", columns=names)
         labelled = zip(*(labelled[name].to_pylist() for name in names))
-        self.human = {(texts[query], ids[pin]): level for query, pin, level in labelled}
+        self.human = {(spaced_key(texts[query]), ids[pin]): level for query, pin, level in labelled}
         names = ["query_id", "query", "language"]
         queries = pq.read_table(run / "features" / "queries.parquet", columns=names).to_pylist()
         self.queries = {row["query_id"]: row for row in queries}
@@ -112,13 +113,13 @@ class Page:
 
     def column(self, query, found, order):
         """Pins of a column, best first, as the page shows them. found: Scores; order: rows of it."""
-        shown = []
+        shown, key = [], spaced_key(query)
         for row in order:
             about = self.pin(found.pins[row])
             about["text"] = about["title"] or about["caption"] or "no text"
             why = {name: round(float(x[row]), 3) for name, x in found.match.items() if np.isfinite(x[row])}
             p = [round(float(x), 4) for x in found.probabilities[row]]
-            shown.append(about | {"why": why, "p": p, "human": self.human.get((query, about["pin_id"]))})
+            shown.append(about | {"why": why, "p": p, "human": self.human.get((key, about["pin_id"]))})
         return shown
 
     def search(self, query, columns, teacher, top):
@@ -147,7 +148,8 @@ class Page:
 def application(page):
     """The FastAPI application of a Page."""
     app = FastAPI(title="Search relevance")
-    hosts = ["127.0.0.1", "localhost", os.environ.get("HOST", "::1")]
+    host = (os.environ.get("HOST") or "::1").lower()  # of all addresses no name is a wrong one
+    hosts = ["*"] if host in ("0.0.0.0", "::") else ["127.0.0.1", "localhost", host]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_exception_handler(Stop, refused)
 

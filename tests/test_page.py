@@ -178,6 +178,16 @@ def test_the_teacher_is_03s(client, run):
     assert np.abs(p[0] - [table[f"p{level}"] for level in range(1, 6)]).max() < 0.05
 
 
+def test_peoples_labels_are_shown_however_the_query_is_written(client, run):
+    [row] = pq.read_table(run / "features" / "labelled.parquet").slice(0, 1).to_pylist()
+    text = pq.read_table(run / "features" / "queries.parquet")["query"][row["query_index"]].as_py()
+    human = []
+    for asked in (text, f" {text.upper()}"):
+        found = client.get("/search", params={"query": asked, "top": 50}).json()
+        human.append({pin["pin_id"]: pin["human"] for pins in found.values() for pin in pins})
+    assert human[0] == human[1] and any(human[0].values())
+
+
 @pytest.mark.parametrize(
     "path", ["/search", "/search?query=a&top=99", "/image/..%2F..%2Fetc", "/image/nobody"]
 )
