@@ -191,13 +191,22 @@ def application(page):
     return app
 
 
+def whole_number(name, default):
+    """A number in the environment, as people and ports have it. Stop for what is none."""
+    text = os.environ.get(name) or default
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise Stop(f"{name}={text}, in the environment: must be a whole number from 1 to 65535")
+    return int(text)
+
+
 def main():
     quiet_libraries()
     told = os.environ
     if "RUN" not in told:
         raise Stop("RUN=DIR says which run; RUN=outputs/toy python -m serving.page")
-    page = Page(Path(told["RUN"]), told.get("QUEUE"), told.get("LABELS"), int(told.get("RATERS", "1")))
-    host, port = told.get("HOST", "127.0.0.1"), int(told.get("PORT", "8000"))
+    raters, port = whole_number("RATERS", "1"), whole_number("PORT", "8000")
+    page = Page(Path(told["RUN"]), told.get("QUEUE"), told.get("LABELS"), raters)
+    host = told.get("HOST") or "127.0.0.1"
     print(f"http://{host}:{port}")
     uvicorn.run(application(page), host=host, port=port, log_level="warning")
 

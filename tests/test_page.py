@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from shutil import which
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from helpers import ROOT, stop_line
 
 from experiments import choose
 from lib.stages.terminal import Stop
+from serving import page as serving_page
 from serving.labels import Labels
 from serving.page import Page, application
 
@@ -205,8 +207,23 @@ def test_pairs_of_another_run_are_left_out(run, queue, tmp_path, capsys):
     assert page.pair("ann", [])["pin_id"] == rest[0].split(",")[1] and page.pair("ann", [])["left"] == 1
 
 
+@pytest.mark.parametrize("wrong", ["PORT=x", "PORT=65536", "RATERS=0", "RATERS=two", "RATERS=²"])
+def test_a_number_of_the_environment_that_is_none_is_one_line(monkeypatch, wrong):
+    monkeypatch.setenv("RUN", "nowhere")
+    monkeypatch.setenv(*wrong.split("="))
+    assert wrong in stop_line(serving_page.main)
+
+
 def test_only_this_machine(client):
     assert client.get("/about", headers={"host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize("host, name", [("0.0.0.0", "10.0.0.7"), ("::", "here"), ("Here.org", "here.org")])
+def test_other_machines_where_host_says_so(monkeypatch, host, name):
+    monkeypatch.setenv("HOST", host)
+    page = SimpleNamespace(columns={}, labels=SimpleNamespace(pairs=[]))
+    asked = TestClient(application(page), base_url=f"http://{name}:8000")
+    assert asked.get("/about").status_code == 200
 
 
 def test_label_over_http(client):
