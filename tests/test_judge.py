@@ -196,7 +196,7 @@ def test_strata_of_a_table(tmp_path, text):
     assert (stratum.tolist(), weight.tolist()) == STRATA[text]
 
 
-@pytest.mark.parametrize("weight", ["q1,-3", "q1,inf", "zz,1", "q1,\"1,5\""])
+@pytest.mark.parametrize("weight", ["q1,-3", "q1,inf", "zz,1", 'q1,"1,5"'])
 def test_weights_that_are_none_are_one_line(tmp_path, weight):
     (tmp_path / "strata.csv").write_text(f"query_id,weight\n{weight}\n")
     queries = pd.DataFrame({"query_id": ["q1"], "key": ["blue"]})
