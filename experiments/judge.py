@@ -14,6 +14,7 @@ Writes  RUN/judged/NAME/    pairs.parquet (every pair, its rank in each list, p1
 
 import functools
 import importlib
+import json
 import sys
 from dataclasses import dataclass, replace
 from itertools import product
@@ -198,7 +199,8 @@ def main(argv=None):
 
     # 4. Files, and the terminal
     write_parquet(stage.folder / "pairs.parquet", lists.columns() | dict(zip(COLUMNS, p.T)))
-    write_json(stage.folder / "metrics.json", result)
+    numbers = json.dumps(result, default=vars)  # in which NaN may stand, that is no JSON
+    write_json(stage.folder / "metrics.json", json.loads(numbers, parse_constant=lambda name: None))
     panels = {heading.format("K"): {} for heading in METRICS.values()}
     for name, (metric, heading), group in product(differences or judge, METRICS.items(), groups):
         panels[heading.format("K")][f"{name}, {group}"] = result["means"][name][metric][group]

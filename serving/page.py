@@ -164,7 +164,7 @@ def application(page):
 
     @app.get("/search")
     def search(request: Request, query: str, teacher: bool = False, top: int = Bounded(10, ge=1, le=50)):
-        known = {*request.query_params} - {"query", "teacher", "top", "language"}
+        known = {*request.query_params} - {"query", "teacher", "top"}
         return page.search(query, {name: request.query_params[name] for name in known}, teacher, top)
 
     @app.get("/image/{pin_id:path}")

@@ -244,7 +244,7 @@ def test_two_lists_of_a_run(run, tmp_path, capsys):
     argv = ["--run", str(run), "--results", *lists, "--top", "5", "--strata", "interest", "--want", "0.01"]
     judge.main([*argv, "--name", "two"])
     folder, said = run / "judged" / "two", capsys.readouterr().out
-    result = json.loads((folder / "metrics.json").read_text())
+    result = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     means = result["means"]
     difference = means["text_cosine - bm25"]["ndcg"]["all"]["value"]
     assert difference == pytest.approx(

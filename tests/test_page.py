@@ -278,7 +278,7 @@ def test_in_a_browser(server, tmp_path):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(which("chromedriver")))
     process, until = start(port, told), WebDriverWait(driver, 60).until
     try:
-        driver.get(f"http://127.0.0.1:{port}/?query=roter+stuhl&language=de")  # a link that somebody sent
+        driver.get(f"http://127.0.0.1:{port}/?query=roter+stuhl")  # a link that somebody sent
         until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "#columns section")) == 2)
         assert driver.find_element(By.NAME, "query").get_attribute("value") == "roter stuhl"
         driver.find_element(By.ID, "to-label").click()
