@@ -257,8 +257,8 @@ def label_by_teacher(settings, accelerator, dtype, hardware):
     target = {path: work / path.relative_to(features) for path in paths}
     unwritten = of_main({path.stem for path in paths if not target[path].exists()})
     own, decided_by = work / "known", what_decides(read["teacher"], hardware, settings.merge)
-    earlier, _locks = tables_of(settings.known, run, decided_by, print if is_main else None)
-    known = KnownLabels(earlier, own, decided_by, unwritten)
+    earlier, _locks = tables_of(settings.known, run, decided_by) if is_main else (None, None)
+    known = KnownLabels(of_main(earlier), own, decided_by, unwritten)
     todo = of_main([path for path in paths if path.stem in unwritten or path.stem not in known.covered])
 
     # 3. The teacher, LoRA merged; a day on which no pair is new needs none

@@ -187,6 +187,25 @@ def test_two_processes_continue_what_one_began_to_label(labelled, tmp_path, monk
     assert times.items() <= made.items()
 
 
+def test_two_processes_look_labels_up_in_the_same_tables(labelled, tmp_path):
+    """A table of an earlier run that is damaged serves neither, not the main process alone."""
+    earlier, run = tmp_path / "earlier", tmp_path / "run"
+    shutil.copytree(labelled, earlier, symlinks=True, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(labelled, run, symlinks=True, ignore=shutil.ignore_patterns("labels", ".*"))
+    table = earlier / "labels" / FILE
+    content = bytearray(table.read_bytes())
+    (_, labels), *_ = LabelTable(table).between(b"", b"\xff" * 16)
+    place = content.index(labels.tobytes())
+    content[place : place + labels.nbytes] = (labels[:, ::-1]).tobytes()
+    table.write_bytes(content)
+    codes, log = two_processes(tmp_path, "03", ["--run", run, "--known", earlier])
+    assert codes == [0, 0] and log.count(f"not looked up: {table}: not what its stage wrote") == 1, log
+    assert json.loads((run / "labels" / "stage.json").read_text())["labels"]["looked_up"] == {}
+    table.unlink()
+    codes, log = two_processes(tmp_path, "03", ["--run", run, "--known", earlier, "--overwrite"])
+    assert codes == [0, 0] and "missing" in log and "Traceback" not in log, log
+
+
 def test_a_launch_that_starts_one_process_is_refused(monkeypatch, tmp_path):
     """`accelerate launch --cpu --num_processes 2` sets an address and starts one process."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -155,7 +155,7 @@ def merge_own(own, path):
     return merge([LabelTable(table) for table in sorted(own.glob("*.arrow"))], path)
 
 
-def tables_of(runs, run, decided_by, say):
+def tables_of(runs, run, decided_by, say=print):
     """{run: its LabelTable} of earlier runs whose labels are decided by the same; say(line) about the others.
     runs: None: RUN itself, whose labels --overwrite replaces, and those that RUN builds on. Also locks on
     them."""
@@ -178,6 +178,5 @@ def tables_of(runs, run, decided_by, say):
             tables[str(earlier)] = table
             locks.append(about)
         except Stop as why:
-            if say:
-                say(f"not looked up: {why}")
+            say(f"not looked up: {why}")
     return tables, locks

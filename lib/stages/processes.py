@@ -77,8 +77,7 @@ def lead(accelerator, work, jobs):
     part, end = (accelerator.process_index, accelerator.num_processes), "failed"
 
     def do(order):
-        with stop_on_error("another process has ended", "the same command continues"):
-            name, args = of_main(order)
+        name, args = of_main(order)
         if args == "failed":
             sys.exit(1)  # the main process says why
         if name is None:
@@ -108,8 +107,9 @@ def lead(accelerator, work, jobs):
 
 def of_main(value):
     """A value of the main process, on all, once all have come for it."""
-    broadcast_object_list(values := [value])
-    wait_for_everyone()
+    with stop_on_error("another process has ended", "the same command continues"):
+        broadcast_object_list(values := [value])
+        wait_for_everyone()
     return values[0]
 
 
