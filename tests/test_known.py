@@ -1,5 +1,7 @@
 """Labels by what decides them: keys, tables on disk, and what a process looks up."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers import mark_finished, stop_line
@@ -115,7 +117,7 @@ def test_earlier_runs_whose_labels_do_not_serve_are_named(tmp_path):
         assert why in line and line.startswith("not looked up: ")
 
 
-def test_labels_that_overwrite_replaces_are_known(tmp_path):
+def test_labels_that_overwrite_replaces_are_known(tmp_path, monkeypatch):
     """`03 --overwrite`, which is what is advised where features are others, labelled every pair again."""
     folder = tmp_path / "run" / "labels"
     table = known.write_table(folder / FILE, [batch_of(*keys_and_labels(10, 5))], DECIDED_BY)
@@ -123,6 +125,9 @@ def test_labels_that_overwrite_replaces_are_known(tmp_path):
     lock = hold(folder, "write")  # this process makes the folder
     found, _ = tables_of(None, tmp_path / "run", DECIDED_BY, print)
     assert {run: known.rows for run, known in found.items()} == {str(tmp_path / "run"): table.rows}
+    monkeypatch.chdir(tmp_path)
+    for same in (Path("run"), tmp_path / "run" / ".." / "run"):  # --known, written in another way
+        assert [*tables_of((same,), tmp_path / "run", DECIDED_BY)[0]] == [str(same)]
     assert not tables_of((), tmp_path / "run", DECIDED_BY, print)[0]
     assert not tables_of(None, tmp_path / "run", "1" * 32, print)[0]
     content = bytearray((folder / FILE).read_bytes())

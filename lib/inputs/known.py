@@ -168,7 +168,7 @@ def tables_of(runs, run, decided_by, say=print):
     for earlier in runs:
         folder = earlier / "labels"
         try:
-            if earlier == run:  # locked already, by this process
+            if earlier.resolve() == run.resolve():  # locked already, by this process
                 check_files(folder, about := read_about(folder), [FILE])
             else:
                 about = require(folder, [FILE])
