@@ -86,7 +86,7 @@ def test_a_query_counts_once():
 def test_the_held_out_rows_are_not_in_the_regression_that_weighs_them(monkeypatch):
     level, query, p, _ = world(queries=30)
     rng = np.random.default_rng(2)
-    rows = {"label": level, "query_index": query, "teacher": p, "language": np.full(len(p), "en", object)}
+    rows = {"label": level, "key": query, "teacher": p, "language": np.full(len(p), "en", object)}
     rows |= {"a": level + rng.normal(size=len(p)), "b": rng.normal(size=len(p))}
     held_out = query < 6
     seen = []
@@ -102,6 +102,22 @@ def test_the_held_out_rows_are_not_in_the_regression_that_weighs_them(monkeypatc
     np.testing.assert_allclose(found.regression.weight, whole.weight)
 
 
+def test_a_text_under_many_ids_is_one_query(tmp_path):
+    """As where a log's sessions are the query_ids: three texts stand for 200 queries, and tell as little."""
+    synthetic(tmp_path, shards=1)
+    path = tmp_path / "features" / "queries.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("query")
+    texts = [f"text {i % 3}" for i in range(len(table))]
+    write_parquet(path, table.set_column(place, "query", [texts]))
+    train, _ = read_labelled(tmp_path)
+    held_out = train["key"] != "text 0"
+    found = pool.fit_pool(train, held_out, ["bm25"])
+    _, numbers = np.unique(train["key"], return_inverse=True)  # each text under one id
+    assert found[:2] == pool.fit_pool({**train, "query_index": numbers}, held_out, ["bm25"])[:2]
+    assert found[:2] == pytest.approx([0.5, 0.5], abs=0.2)
+
+
 def test_a_teacher_that_is_clearly_better_stays_alone():
     level, query, p, noise = world(queries=25)
     assert pool.is_clearly_better(level, query, p, noise)
@@ -112,7 +128,7 @@ def test_a_teacher_that_is_clearly_better_stays_alone():
     few = query < 5  # in one of five queries it is much worse: so few do not tell
     odd = np.where((query == 0)[:, None], np.roll(np.eye(5)[level - 1], 1, axis=1), p)
     assert not pool.is_clearly_better(level[few], query[few], odd[few], noise[few])
-    rows = {"label": level, "query_index": query, "teacher": p, "language": np.full(len(p), "en", object)}
+    rows = {"label": level, "key": query, "teacher": p, "language": np.full(len(p), "en", object)}
     rows["a"] = np.random.default_rng(3).normal(size=len(p))
     assert pool.fit_pool(rows, query < 12, ["a"]) is None
     assert pool.fit_pool({**rows, "teacher": noise}, query < 12, ["a"]) is not None

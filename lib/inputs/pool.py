@@ -126,7 +126,7 @@ def fit_pool(rows, held_out, names):
     [B]: those the teacher was not trained on, at least one; names: of the match features."""
     x, target = stacked(rows, names), one_hot(rows["label"])
     apart = fit_regression(x[~held_out], target[~held_out])
-    level, query, p = (rows[name][held_out] for name in ("label", "query_index", "teacher"))
+    level, query, p = (rows[name][held_out] for name in ("label", "key", "teacher"))
     p_match = apart.probabilities(x[held_out])
     if is_clearly_better(level, query, p, p_match):
         return None
