@@ -223,7 +223,7 @@ def with_dropout(settings, rows, inputs, moments, device):
     names = ("input_dropout", "dropout")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     choices = [replace(settings, **dict(zip(names, shares)) | given) for shares in DROPOUTS]
-    queries, data = len(np.unique(rows.human["query"])), (rows, inputs, moments, device)
+    queries, data = rows.count_queries(rows.human), (rows, inputs, moments, device)
     if len(given) == 2 or settings.labels == "teacher" or rows.total > FEW_ROWS:
         return choices[0], None
     if queries < ENOUGH_QUERIES:

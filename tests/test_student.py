@@ -1,6 +1,7 @@
 """The student: its loss in closed form, its inputs by plain indexing, its rows counted."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -505,6 +506,22 @@ def test_dropout_follows_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(distil, "FEW_ROWS", 100)
     settings, rows = trained_on(tmp_path, monkeypatch, *human)
     assert rows.total > 100 and (settings.input_dropout, settings.dropout) == (0.4, 0.1)
+
+
+def test_a_text_under_many_ids_is_one_query(tmp_path, monkeypatch, capsys):
+    """40 texts under 200 ids: too few to compare dropouts by, as the folds are of texts."""
+    _, human = synthetic(tmp_path, shards=1)
+    path = tmp_path / "features" / "queries.parquet"
+    table = pq.read_table(path)
+    texts = [f"text {i % 40}" for i in range(len(table))]
+    write_parquet(path, table.set_column(table.column_names.index("query"), "query", [texts]))
+    mark_finished(tmp_path / "features")
+    distil.main(["--run", str(tmp_path), "--labels", "human", "--epochs", "1", "--device", "cpu"])
+    about = read_json(tmp_path / "student_human_labels" / "stage.json")
+    assert about["dropouts"] == {"input_dropout": 0.9, "dropout": 0.5} and not about["curve"]
+    counted = re.findall(r"of (\d+) queries", capsys.readouterr().out)
+    learnt = human["query_index"][human["split"] == "train"]
+    assert sum(map(int, counted)) == len(set(learnt % 40))  # those to train on, and those held out
 
 
 def test_cross_validation_is_over_queries(tmp_path, monkeypatch):

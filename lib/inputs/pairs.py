@@ -208,6 +208,10 @@ class TrainingRows:
         is_held_out = self.is_held_out[rows["query"]]
         return rows[~is_held_out], rows[is_held_out]
 
+    def count_queries(self, rows):
+        """Of how many queries rows are: a text is one, under however many ids it stands."""
+        return len({self.files.keys[query] for query in np.unique(rows["query"])})
+
     def deal(self, counts):
         """Deals --rows to the shards, which have so many training rows, or to the human-labelled rows."""
         rng, n = np.random.default_rng([self.settings.seed, 1]), self.settings.rows

@@ -48,11 +48,11 @@ def print_shares(what, p):
 def describe_student(student, rows, held_out, settings, device):
     """What is going to be trained, on what. rows: TrainingRows; held_out: its held-out rows."""
     n = len(rows.human)
-    queries = len(np.unique(rows.human["query"]))
+    queries = rows.count_queries(rows.human)
     human = f"{n:,} human-labelled, of {queries:,} queries"
     print(f"{settings.labels}'s labels: {rows.total:,} rows, {human}; {device}")
     n = len(held_out)
-    queries = len(np.unique(held_out["query"]))
+    queries = rows.count_queries(held_out)
     print(f"held out: {n:,} rows of {queries:,} queries")
     print("inputs:", *input_names(student.spec))
     weights = count_weights(student.parameters())
