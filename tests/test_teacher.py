@@ -12,12 +12,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from helpers import TOY_MODELS, environment, mark_finished, stage, stop_line
+from helpers import TOY_MODELS, environment, mark_finished, stage, stop_line, synthetic
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -408,6 +409,23 @@ def test_wrong_flags(wrong, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Rows into batches
+
+
+def test_rows_stand_in_one_order_whatever_that_of_the_table(models, tmp_path):
+    """Also those that are the same to the teacher, as of queries that differ in spaces, of which some are
+    held out: another order was another teacher."""
+    _, human = synthetic(tmp_path, shards=1)
+    features, found = tmp_path / "features", []
+    queries = pq.read_table(features / "queries.parquet")
+    texts = pa.array([f"red{' ' * i} chair" for i in range(len(queries))])
+    write_parquet(features / "queries.parquet", queries.set_column(1, "query", texts))
+    text = PairText(tokenizer_of(models["bert"]), "encoder", ("title", "caption"), 32)
+    for step in (1, -1):
+        write_parquet(features / "labelled.parquet", {name: x[::step] for name, x in human.items()})
+        rows = LabelledRows(features, text, trainer.Settings())
+        assert len({row.tobytes() for row in rows.ids}) == 1 and 0 < len(rows.held_out) < len(rows.ids) / 10
+        found.append((rows.held_out.tolist(), rows.train.tolist(), rows.levels.tolist()))
+    assert found[0] == found[1]
 
 
 def test_token_ids_are_the_pairs_texts(features, models):

@@ -25,16 +25,16 @@ class LabelledRows:
         queries = pq.read_table(features / "queries.parquet", columns=["query"])["query"]
         self.queries = queries.to_pylist()  # of all rows and impressions
         ids = token_ids_of(features, text, queries, table)
-        order = content_order(ids, table["label"].to_numpy())
+        keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
+        order = content_order(ids, table["label"].to_numpy(), keys)
         table = table.take(order)
         self.ids = [ids[row] for row in order]
         self.lengths = np.array([len(row) for row in self.ids])
         labels = table["label"].to_numpy().astype(np.int64)
         self.levels = torch.from_numpy(labels - 1)
         self.pad_id = text.tokenizer.pad_token_id
-        keys = [query_key(self.queries[query]) for query in table["query_index"].to_numpy()]
+        keys = np.array(keys, object)[order]
         self.train, self.held_out, self.split = split_rows(keys, settings)
-        keys = np.array(keys, object)
         self.train_queries = len(set(keys[self.train]))
         self.held_out_queries = len(set(keys[self.held_out]))
         self.match = {name: table[name].to_numpy() for name in ("bm25", "text_cosine")}
@@ -96,9 +96,10 @@ def read_fields(path, fields, pins):
     return pa.concat_tables(found).to_pydict()
 
 
-def content_order(rows, labels):
-    """The order of N rows of token ids and labels [N] by what they are, wherever they stand in a table."""
-    content = [(row.tobytes(), label) for row, label in zip(rows, labels)]
+def content_order(rows, *columns):
+    """The order of N rows of token ids and columns [N] by what they are, wherever they stand in a table."""
+    tokens = [row.tobytes() for row in rows]
+    content = list(zip(tokens, *columns))
     return sorted(range(len(content)), key=content.__getitem__)
 
 
