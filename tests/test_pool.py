@@ -16,7 +16,7 @@ from lib.inputs.inherited import teacher_identity
 from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.pairs import PairFiles, read_labelled, read_labels
 from lib.inputs.regression import fit_regression, one_hot
-from lib.stages.files import write_parquet
+from lib.stages.files import read_json, write_json, write_parquet
 from lib.tables.splits import in_hash_split
 
 
@@ -355,8 +355,13 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
         assert np.abs(one - read_labels(first / "labels" / name)).max() > 0.1
     quick = ["--run", str(mean), "--epochs", "1", "--device", "cpu"]
     stage("04").main(quick)
+    write_json(mean / "teacher" / "teacher.json", {})  # which the labels are not of
+    mark_finished(mean / "teacher", rows={"train": 7}, held_out=SPLIT)
     stage("05").main(["--run", str(mean), "--resamples", "5", "--search-pages", "0"])
-    assert "teacher: the mean of 2 runs" in (mean / "report" / "report.md").read_text(encoding="utf-8")
+    report = (mean / "report" / "report.md").read_text(encoding="utf-8")
+    assert "teacher: the mean of 2 runs" in report and "the teacher learnt from" not in report
+    assert "teacher" not in read_json(mean / "report" / "temperatures.json")
+    assert not (mean / "report" / "cards" / "teacher.md").exists()
     stage("03").main([*argv[:3], *reversed(argv[3:])])
     assert "nothing to do" in capsys.readouterr().out
     itself = ["--run", str(first), "--mean", str(first), str(second), "--overwrite"]

@@ -111,8 +111,10 @@ def require_systems(run, reads):
             if name == "student" and not read["labels"]["arguments"].get("only_labelled"):
                 raise
             print(f"left out: {why}")
-    teacher = Path(read["labels"].get("teacher", {}).get("folder") or run / "teacher")
-    if teacher.exists():
+    made = read["labels"]
+    teacher = Path(made.get("teacher", {}).get("folder") or run / "teacher")
+    is_mean = "mean of" in made["inputs"]
+    if teacher.exists() and not is_mean:
         read["teacher"] = require(teacher, ["teacher.json"])
     return read
 
