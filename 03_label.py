@@ -294,8 +294,8 @@ def average_labels(settings, accelerator):
     """--mean: RUN/labels are the mean of what the students of several runs learn, over the same features:
     several teachers err less than one (deep ensembles: Lakshminarayanan et al., 2017)."""
     run, runs, impressions = settings.run, settings.mean, not settings.only_labelled
-    if run.resolve() in [each.resolve() for each in runs]:
-        raise Stop(f"--mean {run}: its labels would be replaced by the mean; another --run")
+    if len({each.resolve() for each in (run, *runs)}) <= len(runs):
+        raise Stop("--mean: a run stands twice, or is --run, whose labels it would replace; another --run")
     read = [require_pairs(each, ["*.parquet", POOL], impressions=impressions) for each in runs]
     features = require(run / "features", ["*.parquet"])
     for each, made in zip(runs, read):

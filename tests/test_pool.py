@@ -366,6 +366,8 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     itself = ["--run", str(first), "--mean", str(first), str(second), "--overwrite"]
     assert "another --run" in stop_line(stage("03").main, itself)
+    twice = [*argv, f"{first}/../{first.name}", "--overwrite"]
+    assert "a run stands twice" in stop_line(stage("03").main, twice)
     mark_finished(second / "features", identity="others")
     mark_finished(second / "labels", identity="others", inputs={"features": "others"})
     assert "of other features" in stop_line(stage("03").main, [*argv, "--overwrite"])
