@@ -310,7 +310,8 @@ def average_labels(settings, accelerator):
         whose = f"the mean of {len(runs)} runs"
         for path in progress_bar(iterable=paths, desc="mean", unit=" shards"):
             name = path.relative_to(run / "features")
-            labels = np.mean([of_run.soft_labels(name, of_run.read(path)) for of_run in files], axis=0)
+            labels = [of_run.soft_labels(name, of_run.read(path)) for of_run in files]
+            labels = np.mean(labels, axis=0, dtype=np.float64)  # in fp32 it hangs on their order
             counts = {"rows": len(labels), "passes": 0, "looked_up": {whose: len(labels)}}
             write_labels(target[path], labels.astype(np.float32), counts)
         counts = count_labels(target.values())

@@ -371,3 +371,20 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
     mark_finished(second / "features", identity="others")
     mark_finished(second / "labels", identity="others", inputs={"features": "others"})
     assert "of other features" in stop_line(stage("03").main, [*argv, "--overwrite"])
+
+
+def test_a_mean_is_the_same_in_any_order(tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for seed, run in enumerate(runs):
+        synthetic(run, shards=1, seed=seed)
+        shutil.rmtree(run / "features")
+        synthetic(tmp_path / "features of all", shards=1)
+        shutil.copytree(tmp_path / "features of all" / "features", run / "features")
+        mark_finished(run / "labels", identity=run.name, inputs={"features": "features"})
+    found = []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        mean = tmp_path / f"mean {order}"
+        shutil.copytree(runs[0] / "features", mean / "features")
+        stage("03").main(["--run", str(mean), "--mean", *(str(runs[i]) for i in order)])
+        found.append(read_labels(mean / "labels" / "impressions" / "part-00000.parquet"))
+    np.testing.assert_array_equal(*found)
