@@ -1,6 +1,7 @@
 """Labels by what decides them: keys, tables on disk, and what a process looks up."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from lib.inputs.known import (
     merge_own,
     tables_of,
 )
+from lib.inputs.pairs import write_labels
+from lib.results.summary import describe_labels
 from lib.stages.finished import hold
 
 DECIDED_BY = "0" * 32
@@ -135,6 +138,16 @@ def test_labels_that_overwrite_replaces_are_known(tmp_path, monkeypatch):
     (folder / FILE).write_bytes(content)
     assert not tables_of(None, tmp_path / "run", DECIDED_BY, print)[0]
     del lock
+
+
+def test_the_mean_label_is_of_all_shards(tmp_path, capsys):
+    """Rows of level 1 in two shards of one row and of nine, of level 5 in ten shards of one."""
+    paths = [tmp_path / f"part-{i:05d}.parquet" for i in range(12)]
+    for path, rows in zip(paths, [1, 9, *[1] * 10]):
+        labels = np.eye(5, dtype=np.float32)[[0 if path in paths[:2] else 4] * rows]
+        write_labels(path, labels, {"rows": rows, "passes": rows, "looked_up": {}})
+    describe_labels(paths, SimpleNamespace(path=paths[0], rows=2))
+    assert "mean soft label: 1 highly irrelevant 50 %, 2 poor 0 %" in capsys.readouterr().out
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):
