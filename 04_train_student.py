@@ -185,7 +185,7 @@ def train(student, rows, inputs, held_out, settings, device, folder):
     checkpoints = Checkpoints(folder, student, optimizer, start)
     state, planned = checkpoints.state, rows.total * settings.epochs
     if checkpoints.continues:
-        print(f"continuing in epoch {state['epoch'] + 1}, after {state['rows']:,} rows")
+        print(f"continuing after {state['rows']:,} of {planned:,} rows")
     for epoch in range(state["epoch"], settings.epochs):
         loss_sum, batches = torch.tensor(state["loss_sum"]), rows.batches(epoch, skip=state["step"])
         bar = progress_bar(total=planned, initial=state["rows"], desc=f"epoch {epoch + 1}", unit=" rows")

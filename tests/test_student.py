@@ -377,6 +377,19 @@ def test_the_training_loss_is_that_of_the_steps(tmp_path, monkeypatch):
     assert losses == losses_of_all[8:] and log_again == log
 
 
+def test_a_student_that_was_killed_after_its_last_epoch_is_saved(tmp_path, monkeypatch, capsys):
+    def killed(log):
+        raise KeyboardInterrupt
+
+    learnable(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distil, "warn_if_by_heart", killed)
+        train(tmp_path, "--epochs", "2")
+    about, log = train(tmp_path, "--epochs", "2")
+    rows = f"{2 * about['rows']['train']:,}"
+    assert len(log) == 2 and f"continuing after {rows} of {rows} rows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("labels", ["teacher", "human"])
 def test_a_dataset_of_few_queries_trains_without_held_out_rows(tmp_path, labels, capsys):
     synthetic(tmp_path, queries=3)
