@@ -265,8 +265,8 @@ def warn_if_by_heart(log):
     losses = [line["held_out_kl"] for line in log if "held_out_kl" in line]
     if losses and losses[-1] - min(losses) > max(min(losses) / 20, 0.01):
         rose = f"from {min(losses):.3f} to {losses[-1]:.3f}"
-        print(f"warning: on held-out queries KL rose {rose} while the loss fell")
-        print("more --dropout and --input-dropout, fewer --epochs, or labels of more queries?")
+        print(f"warning: on held-out queries KL rose {rose}")
+        print("more --dropout and --input-dropout, fewer --epochs, lower --lr, or labels of more queries?")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -583,3 +583,5 @@ def test_a_student_that_learns_by_heart_is_told(capsys):
     assert not capsys.readouterr().out
     distil.warn_if_by_heart([{"held_out_kl": 1.3}, {"held_out_kl": 1.23}, {"held_out_kl": 1.53}])
     assert "from 1.230 to 1.530" in capsys.readouterr().out
+    distil.warn_if_by_heart([{"held_out_kl": 1.2, "loss": 1.0}, {"held_out_kl": 1.9, "loss": 2.0}])
+    assert "loss fell" not in (said := capsys.readouterr().out) and "lower --lr" in said
