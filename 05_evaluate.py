@@ -200,7 +200,7 @@ def measure(systems, rows, levels, settings):
     for system, (p, score) in systems.items():
         parts = {}
         for language, some in groups.items():
-            y, query = rows["label"][some], rows["query_index"][some]
+            y, query = rows["label"][some], rows["query"][some]
             teacher = rows["learnt"][some] if system.startswith("student") else None
             measured = Measured(y, p[some], score[some], query, teacher, settings.gains)
             value, drawn = measured.bootstrap(settings.resamples, settings.seed)
@@ -317,7 +317,7 @@ def fit_temperatures(run, read, train):
         if held_out.any():
             rows = {column: values[held_out] for column, values in train.items()}
             p, _ = trained_system(run, name, rows)
-            queries = len(np.unique(rows["query_index"]))
+            queries = len(np.unique(rows["query"]))
             fitted = {"temperature": 1.0, "rows": len(p), "queries": queries}
             if queries >= report.ENOUGH_FITTED:
                 fitted["temperature"] = round(fit_temperature(rows["label"], p), 4)
@@ -331,7 +331,7 @@ def calibrated(systems, temperatures, table, rows, settings):
     scaled = {}
     for name, fitted in temperatures.items():
         p = at_temperature(torch.from_numpy(systems[name][0]), fitted["temperature"]).numpy()
-        measured = Measured(rows["label"], p, expected_level(p), rows["query_index"])
+        measured = Measured(rows["label"], p, expected_level(p), rows["query"])
         value, drawn = measured.bootstrap(settings.resamples, settings.seed)
         fitted["ece"] = table[name]["overall"]["ece"]
         fitted["ece_at_temperature"] = interval(value["ece"], drawn["ece"])
@@ -358,7 +358,7 @@ def main(argv=None):
     train, evaluation = read_labelled(run)
     systems = all_systems(run, students_of(read), train, evaluation)
     y = evaluation["label"]
-    n, n_queries = len(y), len(np.unique(evaluation["query_index"]))
+    n, n_queries = len(y), len(np.unique(evaluation["query"]))
     print(f"evaluation: {n:,} rows of {n_queries:,} queries")
     for line in report.few_queries(n_queries):
         print(line)

@@ -44,7 +44,7 @@ ALL = ""  # "language" of a row over all languages
 class System(NamedTuple):
     """A trained system on the evaluation rows, in the order of query and pin."""
 
-    rows: dict  # label, query_index, language; key of the query, pin_id [B]
+    rows: dict  # label, query, language; key of the query, pin_id [B]
     p: np.ndarray  # [B, C]
     score: np.ndarray  # [B]
     about: dict  # stage.json of its student, or of the labels
@@ -81,7 +81,7 @@ def measure_condition(systems, at, resamples, number):
     Owen, 2007). Few seeds understate how far seeds differ, so their values stand beside the interval."""
     runs = []
     for system in systems:
-        y, query = system.rows["label"][at], system.rows["query_index"][at]
+        y, query = system.rows["label"][at], system.rows["query"][at]
         runs.append(evaluate.Measured(y, system.p[at], system.score[at], query).bootstrap(resamples, seed=0))
     seeds, drawn = zip(*runs)
     drawn = np.stack([pd.DataFrame(of_seed) for of_seed in drawn], axis=1)  # [R, seeds, metrics]
@@ -219,7 +219,7 @@ def compare(key, conditions, into, resamples=1_000):
     entry = {
         "title": FINDINGS[key],
         "rows": len(rows["label"]),
-        "queries": len(np.unique(rows["query_index"])),
+        "queries": len(np.unique(rows["query"])),
         "home_language": home,
         "shown": f"auroc_{RELEVANT}" if two_levels else "accuracy",
         "conditions": about,

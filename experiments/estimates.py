@@ -75,7 +75,7 @@ def trust(rows):
     """Which gain is nearer to people's, the mean distance of each over queries, and how far the judge agrees
     with people, overall ("") and by language. rows: with people's labels, of read_labelled()."""
     p, level = rows["teacher"], rows["label"]
-    pairs = pd.DataFrame({"query": rows["query_index"], "level": level, "likeliest": p.argmax(axis=1) + 1})
+    pairs = pd.DataFrame({"query": rows["query"], "level": level, "likeliest": p.argmax(axis=1) + 1})
     pairs["people"] = GAINS[level - 1]
     for how in HOW:
         pairs[how], _ = gains(p, how)

@@ -111,7 +111,7 @@ def main(argv=None):
     systems = {"cross_encoder": peer, **systems}
     found = {name: [comparison.System(evaluation, *system, {})] for name, system in systems.items()}
     values, differences = comparison.measure(found, settings.resamples)
-    queries = len(np.unique(evaluation["query_index"]))
+    queries = len(np.unique(evaluation["query"]))
     print(f"\n{len(evaluation['label']):,} evaluation rows of {queries:,} queries")
     for title, rows in (("system", values), ("difference", differences)):
         print("\n".join(comparison.table_of(title, comparison.COMPARED.values(), rows)))

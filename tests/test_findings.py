@@ -59,7 +59,7 @@ def test_seeds_are_averaged_and_widen_the_interval():
 
     def system(p):
         score = comparison.evaluate.expected_level(p)
-        rows = {"label": y, "query_index": query, "language": np.full(200, "en", object)}
+        rows = {"label": y, "query": query, "language": np.full(200, "en", object)}
         return comparison.System(rows, p, score, {})
 
     right, wrong = system(np.eye(5)[y - 1]), system(np.eye(5)[y % 5])

@@ -126,7 +126,7 @@ def test_agreement():
     names = ("exact", "within_one", "kappa", "tau", "rho")
 
     def agreement(level, likeliest, query):
-        rows = {"label": level, "teacher": np.eye(5)[likeliest - 1], "query_index": query}
+        rows = {"label": level, "teacher": np.eye(5)[likeliest - 1], "query": query}
         _, distance, agrees = estimates.trust({**rows, "language": np.array(["en"] * len(level))})
         assert agrees[""] == agrees["en"]
         return distance, agrees["en"]

@@ -262,7 +262,7 @@ def test_table_of_two_levels():
     y, p, score, query = sample()
     y = np.where(y > 3, 5, 1)
     language = np.array(["en", "de"], dtype=object)[query % 2]
-    rows = {"label": y, "query_index": query, "language": language, "learnt": p}
+    rows = {"label": y, "query": query, "language": language, "learnt": p}
     systems = {"bm25": (p, score), "student": (p, score)}
     table, compared, ndcg = evaluate.measure(systems, rows, np.array([1, 5]), settings(10, 0))
     shared = ["accuracy", "auroc_4", "ndcg_20", "ece"]
@@ -280,7 +280,7 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
     y, good, score, query = sample()
     bad = np.random.default_rng(9).dirichlet(np.ones(5), len(y))
     right = 0.5 * np.eye(5)[y - 1] + 0.5 * good
-    rows = {"label": y, "query_index": query, "learnt": good}
+    rows = {"label": y, "query": query, "learnt": good}
     rows["language"] = np.array(["en", "de"], dtype=object)[query % 2]
     probabilities = {"bm25": bad, "embedding": right, "match": bad, "student_human_labels": right,
                      "student": bad, "teacher": right * 0.9 + 0.02}  # fmt: skip
@@ -322,7 +322,7 @@ def test_differences_are_paired_and_losses_told_beside_the_best_untrained_system
 def test_a_difference_on_too_few_queries_has_no_interval(queries, gainless, intervals):
     y, good, _, query = sample(queries=queries)
     y[query < gainless] = 1
-    rows = {"label": y, "query_index": query, "learnt": good, "language": np.full(len(y), "en", dtype=object)}
+    rows = {"label": y, "query": query, "learnt": good, "language": np.full(len(y), "en", dtype=object)}
     right = np.eye(5)[y - 1]
     systems = {"bm25": (right, y + 0.0), "teacher": (right[:, ::-1], -y + 0.0)}
     _, compared, _ = evaluate.measure(systems, rows, np.arange(1, 6), settings(20, 0))
@@ -367,7 +367,7 @@ def test_at_temperature_is_a_softmax_over_logits():
 def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch):
     key = np.array([f"q{i}" for i in range(40)], dtype=object).repeat(10)
     y, p, _ = example(3, 400)
-    train = {"key": key, "label": y, "teacher": p, "query_index": np.arange(40).repeat(10)}
+    train = {"key": key, "label": y, "teacher": p, "query": np.arange(40).repeat(10)}
     held_out = {"share": 0.5, "salt": "x"}
     fitted = []
     monkeypatch.setattr(evaluate, "fit_temperature", lambda y, p: fitted.append((y, p)) or 2.0)
@@ -377,7 +377,7 @@ def test_temperatures_are_fitted_on_held_out_training_queries_alone(monkeypatch)
     assert found == {"teacher": {"temperature": 2.0, "rows": at.sum(), "queries": at.sum() // 10}}
     np.testing.assert_array_equal(fitted[0][0], y[at])
     np.testing.assert_array_equal(fitted[0][1], p[at])
-    few = train["query_index"] < 14  # of fourteen queries, all of them held out, none is fitted
+    few = train["query"] < 14  # of fourteen queries, all of them held out, none is fitted
     train = {name: column[few] for name, column in train.items()}
     read["teacher"] = {"held_out": {"share": 1.0, "salt": "x"}}
     found = evaluate.fit_temperatures(None, read, train)

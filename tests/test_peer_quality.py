@@ -63,7 +63,7 @@ def test_differences_are_paired():
     right = np.eye(5)[y - 1]
     p[query % 2 == 0] = right[query % 2 == 0]  # every second query: all right
     better = np.where((query == 1)[:, None], right, p)
-    rows = {"label": y, "query_index": query, "language": np.array([""] * len(y), object)}
+    rows = {"label": y, "query": query, "language": np.array([""] * len(y), object)}
     systems = {}
     for name, of_rows in (("bm25", p), ("teacher", better)):
         systems[name] = [comparison.System(rows, of_rows, of_rows @ np.arange(1, 6), {})]

@@ -110,7 +110,9 @@ def test_a_text_under_many_ids_is_one_query(tmp_path):
     place = table.column_names.index("query")
     texts = [f"text {i % 3}" for i in range(len(table))]
     write_parquet(path, table.set_column(place, "query", [texts]))
-    train, _ = read_labelled(tmp_path)
+    train, evaluation = read_labelled(tmp_path)
+    for rows in (train, evaluation):  # the unit of nDCG and of the intervals in 05
+        np.testing.assert_array_equal(rows["query"], rows["query_index"] % 3)
     held_out = train["key"] != "text 0"
     found = pool.fit_pool(train, held_out, ["bm25"])
     _, numbers = np.unique(train["key"], return_inverse=True)  # each text under one id

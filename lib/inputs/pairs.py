@@ -66,15 +66,18 @@ def read_queries(features):
 
 
 def read_labelled(run, labels="labels"):
-    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`.
-    Of the folder RUN/labels, unless None: the teacher's p1 … p5 as `teacher` [B, C], where 03 has pooled them
-    those as `pooled`, and what students learn of the two as `learnt`."""
+    """(train, evaluation) rows of labelled.parquet as dicts of arrays, with the query's `language` and `key`,
+    and `query`: the first query_index with this key, for a text is one query under however many ids. Of the
+    folder RUN/labels, unless None: the teacher's p1 … p5 as `teacher` [B, C], where 03 has pooled them those
+    as `pooled`, and what students learn of the two as `learnt`."""
     table = pq.read_table(run / "features" / "labelled.parquet")
     rows = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     rows["label"] = rows["label"].astype(np.int64)
     keys, _, languages = read_queries(run / "features")
     for name, of_queries in (("key", keys), ("language", languages)):
         rows[name] = np.array(of_queries, dtype=object)[rows["query_index"]]
+    first = {key: number for number, key in reversed([*enumerate(keys)])}
+    rows["query"] = np.array([first[key] for key in rows["key"]])
     if labels:
         p = read_labels(run / labels / "labelled.parquet")
         pool = read_pool(run / labels)

@@ -192,7 +192,7 @@ def show_pin(ax, pin, level, dataset, words):
 def best_pins(rows, systems, query, table, top=6):
     """Lines for draw_pins(): the `top` judged pins of a query, its row number, by BM25, student and teacher,
     in the color of the human level. table: pins.parquet."""
-    at, lines = np.flatnonzero(rows["query_index"] == query), []
+    at, lines = np.flatnonzero(rows["query"] == query), []
     names = [name for name in ("bm25", "student", "teacher") if name in systems]
     for name in names if len(names) > 1 else ("bm25", "match"):
         best = at[np.argsort(-systems[name][1][at], kind="stable")][:top]

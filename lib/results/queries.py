@@ -18,7 +18,7 @@ def one_by_one(features, rows, ndcg):
     level, nDCG@20 of each system, and `difference`, of the first of MAIN to bm25; worst first. ndcg: {system:
     [Q]}, in the order of their row numbers."""
     main = next(name for name in MAIN if name in ndcg)
-    number, of_row, pins = np.unique(rows["query_index"], return_inverse=True, return_counts=True)
+    number, of_row, pins = np.unique(rows["query"], return_inverse=True, return_counts=True)
     best = np.zeros(len(number), int)
     np.maximum.at(best, of_row, rows["label"])
     texts = pq.read_table(features / "queries.parquet", columns=["query", "language"]).take(number)

@@ -239,7 +239,7 @@ def report(table, compared, about, temperatures, evaluation, one_by_one, pages):
     systems = [(escaped(system), parts["overall"]) for system, parts in table.items()]
     lines += metric_table(table, ["system"], systems)
     lines += [f"- {METRICS[metric].heading}: {METRICS[metric].meaning}" for metric in metrics_of(table)]
-    warnings = few_queries(len(np.unique(evaluation["query_index"]))) + below(compared)
+    warnings = few_queries(len(np.unique(evaluation["query"]))) + below(compared)
     lines += ["", *(f"**{escaped(line)}**\n" for line in warnings)]
     lines += [*of_differences(compared), *beside_the_paper(table), *by_language(table, evaluation)]
     lines += [*one_by_one, *of_temperatures(temperatures), "## Plots", ""]
@@ -265,7 +265,7 @@ def by_language(table, evaluation):
     """Accuracy by language, where there are several."""
     head, body = ["system"], []
     for language in sorted(set(evaluation["language"])):
-        queries = np.unique(evaluation["query_index"][evaluation["language"] == language])
+        queries = np.unique(evaluation["query"][evaluation["language"] == language])
         head.append(escaped(language) + " †" * (len(queries) < FEW_QUERIES))
     for system, parts in table.items():
         found = [cell(metrics["accuracy"]) for metrics in parts["by_language"].values()]
