@@ -144,10 +144,9 @@ def compare_sources(experiments, own):
 def compare_amounts(experiments, own):
     """(b): students on a growing number of impressions, and on human labels alone."""
     run, more = experiments.run, experiments.settings.more
-    alone, beside = (require(run / name, ())["rows"] for name in ("student_human_labels", "student"))
-    flags = experiments.epochs_for(alone["train"] - beside["human"])
-    on_human = experiments.students(run, "student_human", "--labels", "human", *flags)
-    conditions = {"student on human labels": on_human}
+    alone = [(run, "student_human_labels")]  # in its own epochs: in as many steps it learns rows by heart
+    alone = experiments.students(run, "student_human", "--labels", "human", first=alone)
+    conditions = {"student on human labels": alone}
     rows = require(more / "features", ())["rows"]
     for n in sizes(rows["labelled_train"], rows["impressions"]):
         flags = "--rows", n, *experiments.epochs_for(n)
