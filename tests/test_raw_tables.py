@@ -690,6 +690,36 @@ def test_an_id_is_its_digits_whatever_number_it_is_stored_as(tmp_path, stored):
     assert pins["pin_id"].to_pylist() == [*names.values()]
 
 
+@pytest.mark.parametrize(
+    "stored, digits",
+    [
+        ([1.5, 2.5, 3.0], ["1.5", "2.5", "3"]),
+        ([1e-07, 1e18, 2**60 + 1], ["1e-07", "1000000000000000000", str(2**60 + 1)]),
+        ([7.0, "x", 1e3], ["7", "x", "1000"]),  # numbers beside a text
+    ],
+)
+def test_a_number_in_jsonl_is_its_digits(tmp_path, stored, digits):
+    """An id of 1.5 is not rounded to 2, nor 7.0 another id because of its neighbours."""
+    tables = small_dataset()
+    names = dict(zip(tables["pins"]["pin_id"], digits, strict=True))
+    for table in ("labels", "impressions", "engagements", "boards", "link_visits"):
+        tables[table]["pin_id"] = [names[pin] for pin in tables[table]["pin_id"]]
+    tables["pins"]["pin_id"] = stored
+    assert [
+        pin for (pin,) in rows(opened(write_dataset(tmp_path, tables, "jsonl")), "pins", "pin_id")
+    ] == digits
+
+
+def test_a_fraction_among_the_labels_of_jsonl_is_no_other_label(tmp_path):
+    tables = small_dataset()
+    tables["labels"]["label"] = [1, 0.5, 0.0]
+    for kind in ("jsonl", "parquet"):
+        data = write_dataset(tmp_path / kind, tables, kind)
+        raw = RawTables(data, levels={"1": 5, "0.5": 3, "0": 1})
+        raw.check()
+        assert rows(raw, "labels", "label") == [(5,), (3,), (1,)]
+
+
 def test_a_log_of_unknown_pins_is_named(tmp_path, capsys):
     tables = small_dataset()
     tables["boards"] = {"pin_id": ["1.0", "2.0"], "board_title": ["a", "b"]}

@@ -21,12 +21,13 @@ MACROS = f"""
     CREATE MACRO number(t) AS CASE WHEN abs(TRY_CAST(t AS DOUBLE)) <= 1e30 THEN TRY_CAST(t AS DOUBLE) END;
     CREATE MACRO plain_tag(t) AS nullif(lower(replace(
         regexp_replace(t, '^{INVISIBLE}|{INVISIBLE}$', '', 'g'), '_', '-')), '');
-    CREATE MACRO words(j) AS CASE json_type(j) WHEN 'NULL' THEN NULL WHEN 'VARCHAR' THEN j->>'$'
-        WHEN 'ARRAY' THEN array_to_string(j->>'$[*]', ' ') ELSE j::VARCHAR END;
+    CREATE MACRO words(j) AS CASE json_type(j) WHEN 'NULL' THEN NULL WHEN 'DOUBLE' THEN digits(j::VARCHAR)
+        WHEN 'ARRAY' THEN array_to_string(j->>'$[*]', ' ') WHEN 'VARCHAR' THEN j->>'$' ELSE j::VARCHAR END;
     CREATE MACRO holds_more(j) AS json_type(j) = 'OBJECT'
         OR NOT list_has_all(['VARCHAR', 'NULL'], json_type(j, '$[*]'));
     CREATE MACRO is_number(t) AS TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^[+-]?0[0-9]');
-    CREATE MACRO digits(n) AS CASE WHEN n = TRY_CAST(n AS HUGEINT) THEN TRY_CAST(n AS HUGEINT)::VARCHAR
+    CREATE MACRO digits(n) AS CASE WHEN regexp_full_match(n::VARCHAR, '-?[0-9]+([.]0+)?|.*[eE].*')
+        AND TRY_CAST(n AS DOUBLE) = TRY_CAST(n AS HUGEINT) THEN TRY_CAST(n AS HUGEINT)::VARCHAR
         ELSE regexp_replace(nullif(n::VARCHAR, 'nan'), '([.][0-9]*[1-9])0+$', '\\1') END;
 """
 
