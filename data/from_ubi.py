@@ -90,7 +90,6 @@ def convert(raw, settings):
     names = {"shown": ("a hit", *settings.shown), "actions": settings.actions}
     told = {name: ", ".join(map(text_literal, actions)) for name, actions in names.items()}
     told |= {"files": listed(settings.source), "language": text_literal(settings.language)}
-    raw.ask("SET TimeZone = 'UTC'")
     for sql in (DOCUMENTS, SEARCHES, QUERIES, EVENTS):
         raw.ask(sql.format(**told))
     skipped, skips = raw.ask(SKIPPED), settings.out / "skipped_events.csv"

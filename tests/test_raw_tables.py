@@ -4,7 +4,9 @@ import csv
 import gzip
 import json
 import os
+import time
 import unicodedata
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import numpy as np
@@ -20,6 +22,7 @@ from lib.inputs.match import MATCH_FEATURES
 from lib.stages.files import read_json, write_parquet
 from lib.stages.terminal import Stop
 from lib.tables.database import Database
+from lib.tables.indexed import number_rows
 from lib.tables.names import is_spoken
 from lib.tables.raw import RawTables
 from lib.tables.splits import split_of
@@ -752,6 +755,23 @@ def test_a_date_without_end_or_in_the_future(tmp_path, date):
     tables["engagements"]["date"] = [date]
     line = stop_line(opened, write_dataset(tmp_path, tables))
     assert "engagements.parquet" in line and "'date'" in line and date in line
+
+
+def test_a_moment_is_a_day_in_utc_wherever_the_machine_stands(tmp_path, monkeypatch):
+    tables = small_dataset()
+    late = datetime(2024, 6, 30, 23, 30, tzinfo=UTC)
+    tables["engagements"]["date"] = [late]
+    tables["pins"]["listed"] = [late, late, None]
+    write_dataset(tmp_path, tables)
+    for place in ("Asia/Tokyo", "America/New_York"):
+        monkeypatch.setenv("TZ", place)
+        time.tzset()
+        raw = opened(tmp_path)
+        number_rows(raw, "pins", "pin")
+        assert rows(raw, "engagements", "date") == [(late.date(),)]
+        assert raw.ask("SELECT listed FROM pin_rows")[0] == ("2024-06-30 23:30:00+00",)
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_text_stored_as_bytes(tmp_path):

@@ -47,7 +47,7 @@ class Database:
             self.db = duckdb.connect(config={"memory_limit": memory, "temp_directory": ""})
             with contextlib.suppress(duckdb.InvalidInputException):  # a notebook that cannot show a bar
                 self.db.execute("SET enable_progress_bar = false")
-            self.db.execute(MACROS)
+            self.db.execute(f"SET GLOBAL TimeZone = 'UTC'; {MACROS}")  # else a day would be the machine's
         except duckdb.Error as error:  # no size, or too small a one
             refuse(f"--memory {memory}: give a size such as 4GB ({first_line(error)})")
         if spill:
