@@ -203,7 +203,7 @@ def test_ids_of_a_day_that_no_student_knew_are_no_drift(tmp_path):
         path = tmp_path / day / "features" / "queries.parquet"
         ids = [f"{day} {row}" for row in range(20_000)]
         write_parquet(path, pq.read_table(path).drop_columns("interest").append_column("session", [ids]))
-    base = base_module.Base(tmp_path / "base", {})
+    base = base_module.Base(tmp_path / "base", {"outputs": {}})
     base.complete(tmp_path / "today" / "features", [])
     unknown = {"unknown values of query_session": 0.05, "unknown values of pin_kind": 0}  # 1,000 were known
     assert base.drift == pytest.approx(unknown)

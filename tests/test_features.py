@@ -35,6 +35,7 @@ from lib.inputs.match import MATCH_FEATURES, MatchFeature, MatchFeatures, match_
 from lib.results.contract import contract
 from lib.stages import streams
 from lib.stages.files import read_json
+from lib.stages.finished import hold
 from lib.stages.terminal import Stop
 from lib.tables.raw import RawTables
 
@@ -660,6 +661,19 @@ def test_a_run_does_not_build_on_itself(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         made(data, tmp_path / "run", "--base", str(tmp_path / "run"))
     assert end.value.code == 2 and "cannot build on itself" in capsys.readouterr().err
+
+
+def test_nobody_rebuilds_a_base_while_a_day_is_built_on_it(tmp_path, monkeypatch):
+    data, monday = own_embeddings(write_dataset(tmp_path / "data", small_dataset())), tmp_path / "monday"
+    folder, said, write_texts = made(data, monday), [], build.write_texts
+
+    def meanwhile(*given):
+        said.append(stop_line(hold, folder, "write"))
+        write_texts(*given)
+
+    monkeypatch.setattr(build, "write_texts", meanwhile)
+    made(data, tmp_path / "tuesday", "--base", str(monday))
+    assert said[0].startswith(f"{folder}: another process is at work here or reads it")
 
 
 def test_a_text_encoder_that_reads_less(models, tmp_path):

@@ -58,16 +58,17 @@ def open_base(settings, inputs):
     if changes := "; ".join(why for what, why in changes.items() if what in meant):
         raise Stop(f"{run}: its features mean something else ({changes}); without --base all is fitted again")
     inputs["base"] = about["identity"]
-    return Base(run, about["outputs"])
+    return Base(run, about)
 
 
 class Base:
-    """The features that new ones build on. graph: graph.parquet (Arrow), or None;
-    drift: {what: how far the new tables are from the base, as a share}."""
+    """The features that new ones build on, locked as long as `about`, their stage.json, lives. graph:
+    graph.parquet (Arrow), or None; drift: {what: how far the new tables are from the base, as a share}."""
 
-    def __init__(self, run, outputs):
-        self.run, self.folder, self.drift = run, run / "features", {}
-        self.graph = pq.read_table(self.folder / "graph.parquet") if "graph.parquet" in outputs else None
+    def __init__(self, run, about):
+        self.run, self.folder, self.about, self.drift = run, run / "features", about, {}
+        has_graph = "graph.parquet" in about["outputs"]
+        self.graph = pq.read_table(self.folder / "graph.parquet") if has_graph else None
 
     def bring(self, name, out):
         """The base's file, byte for byte, in the new folder; returns its path."""
