@@ -676,6 +676,23 @@ def test_nobody_rebuilds_a_base_while_a_day_is_built_on_it(tmp_path, monkeypatch
     assert said[0].startswith(f"{folder}: another process is at work here or reads it")
 
 
+def test_a_day_without_pictures_does_not_let_another_captioner_in(tmp_path):
+    tables = small_dataset()
+    tables["pins"]["image"] = ["a.png", None, None]
+    data = own_embeddings(write_dataset(tmp_path / "data", tables))
+    Image.new("RGB", (8, 8), "red").save(data / "a.png")
+    captioner = TOY_MODELS / "blip"
+    made(data, tmp_path / "monday", "--caption-model", str(captioner))
+    bare = own_embeddings(write_dataset(tmp_path / "bare", small_dataset()))
+    made(bare, tmp_path / "tuesday", "--base", str(tmp_path / "monday"))
+    shutil.copytree(captioner, tmp_path / "blip")
+    (tmp_path / "blip" / "generation_config.json").write_text('{"max_length": 9}')
+    flags = ["--base", str(tmp_path / "tuesday"), "--caption-model"]
+    line = stop_line(made, data, tmp_path / "wednesday", *flags, str(tmp_path / "blip"))
+    assert "mean something else (caption model was" in line
+    made(data, tmp_path / "wednesday", *flags, str(captioner))
+
+
 def test_a_text_encoder_that_reads_less(models, tmp_path):
     data = write_dataset(tmp_path / "data", small_dataset())
     line = stop_line(

@@ -52,8 +52,11 @@ def open_base(settings, inputs):
     if run == settings.run.resolve():
         refuse(f"--base {settings.base}: a run cannot build on itself")
     about = require(run / "features", READS)
-    both = about["inputs"].keys() & inputs.keys()
-    changes = changes_between(about, {"arguments": vars(settings), "inputs": inputs})
+    before = about["inputs"]
+    for earlier in bases_of(run):  # a day without pictures says nothing of a captioner
+        before = read_about(earlier / "features", damaged_is_fine=True).get("inputs", {}) | before
+    both, now = before.keys() & inputs.keys(), {"arguments": vars(settings), "inputs": inputs}
+    changes = changes_between({**about, "inputs": before}, now)
     meant = FLAGS | (INPUTS & both) | (OWN - both)
     if changes := "; ".join(why for what, why in changes.items() if what in meant):
         raise Stop(f"{run}: its features mean something else ({changes}); without --base all is fitted again")
