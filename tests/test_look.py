@@ -136,6 +136,17 @@ def test_check_reads_no_model_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not [line for line in out if line.startswith(("odd", "wrong"))]
 
 
+def test_ids_of_vectors_that_do_not_fit_are_found_by_the_check(tmp_path, capsys):
+    """Not hours later, when pictures have been captioned."""
+    data = own_embeddings(write_dataset(tmp_path, small_dataset()))
+    for name, ids in (("pin_short", "007\n"), ("pin_twice", "007\n007\n")):
+        np.save(data / "embeddings" / f"{name}.npy", np.ones((2, 3), np.float32))
+        (data / "embeddings" / f"{name}.ids").write_text(ids)
+        assert "1 thing(s) wrong" in stop_line(check, data)
+        assert f"wrong: {data}/embeddings/{name}.ids: 1 ids " in capsys.readouterr().out
+        (data / "embeddings" / f"{name}.npy").unlink()
+
+
 def test_tables_are_checked_before_a_model_is_looked_for(tmp_path):
     tables = small_dataset()
     tables["labels"]["label"] = [5, 1, 0]

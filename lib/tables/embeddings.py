@@ -28,6 +28,7 @@ def own_embeddings(folder):
         size = ids.stat().st_size
         if size > 1_000 * (rows + 1):
             raise Stop(f"{ids}: {size:,} bytes are too many for {rows:,} ids")
+        read_ids(ids, rows)
     return names
 
 
