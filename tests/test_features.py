@@ -476,6 +476,18 @@ def test_bad_embedding_ids_are_one_line(tmp_path):
     assert "query_ or pin_" in stop_line(made, data, tmp_path / "run4")
 
 
+def test_hidden_files_among_the_embeddings_are_left_alone(tmp_path):
+    """As a Mac leaves them in an archive."""
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    for name in ("._pin_text.npy", "._pin_text.ids", "_old.npy"):
+        (data / "embeddings" / name).write_bytes(b"\0\5\26\7")
+    assert sorted(read_json(made(data, tmp_path / "run") / "stage.json")["inputs"])[:3] == [
+        "embeddings/pin_text",
+        "embeddings/query_text",
+        "rules",
+    ]
+
+
 def test_query_and_pin_vectors_of_different_width(tmp_path):
     data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
     np.save(data / "embeddings" / "pin_text.npy", np.ones((1, 7), np.float32))

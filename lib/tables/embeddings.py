@@ -7,14 +7,15 @@ import pyarrow.compute as pc
 from lib.stages.files import fingerprint, hashed
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop, stop_on_error
-from lib.tables.files import regular_file
+from lib.tables.files import is_hidden, regular_file
 
 MOST_NORM = 1e9  # of a vector: the product of two squares is within fp32
 
 
 def own_embeddings(folder):
     """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one cannot be used."""
-    names = sorted(path.stem for path in (folder / "embeddings").glob("*.npy"))
+    paths = (folder / "embeddings").glob("*.npy")
+    names = sorted(path.stem for path in paths if not is_hidden(path.name))
     for name in names:
         source = folder / "embeddings" / f"{name}.npy"
         ids = source.with_suffix(".ids")
