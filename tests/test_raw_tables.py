@@ -648,6 +648,21 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     assert "pins.xlsx" in stop_line(opened, data)
 
 
+def test_a_folder_of_tables_that_is_not_read_is_named(tmp_path):
+    """It is as much a table as a file is; a folder of pictures is none."""
+    tables = small_dataset()
+    engagements = tables.pop("engagements")
+    write_dataset(tmp_path, tables)
+    write_table(tmp_path / "engagement" / "date=2024-06-30", "a", engagements)
+    write_table(tmp_path / ".cache", "a", engagements)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    assert list(opened(tmp_path).remarks())[-1] == "not read: engagement/ (engagements?)"
+    write_table(tmp_path / "products", "a", tables["pins"])
+    (tmp_path / "pins.parquet").unlink()
+    assert "(products/: a table of pins? Then rename it)" in stop_line(opened, tmp_path)
+
+
 def test_a_folder_of_two_kinds_one_of_them_packed(tmp_path):
     tables = small_dataset()
     boards = tables.pop("boards")

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import csv
 import io
+import itertools
 import os
 import re
 import stat
@@ -101,9 +102,14 @@ def find_table(folder, name):
 
 
 def other_files(folder, names):
-    """What lies in a dataset folder and looks like a table, but has the name of none."""
-    files = [path for path in sorted(folder.iterdir()) if format_of(path) and not is_hidden(path.name)]
-    return [path.name for path in files if table_name(path) not in names]
+    """What lies in a dataset folder and looks like a table, a file or a folder, but has the name of none."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if table_name(path) not in names and not is_hidden(path.name):
+            parts = itertools.islice(path.rglob("*"), 1_000) if path.is_dir() else [path]  # or of pictures
+            if any(map(format_of, parts)):
+                found.append(path.name + "/" * path.is_dir())
+    return found
 
 
 def is_hidden(path):
