@@ -663,6 +663,14 @@ def test_a_folder_of_tables_that_is_not_read_is_named(tmp_path):
     assert "(products/: a table of pins? Then rename it)" in stop_line(opened, tmp_path)
 
 
+def test_spaces_around_the_name_of_a_table_do_not_count(tmp_path):
+    data = write_dataset(tmp_path, small_dataset(), "csv")
+    for old, new in (("boards.csv", "Boards .csv"), ("pins.csv", " pins.csv")):
+        (data / old).rename(data / new)
+    raw = opened(data)
+    assert raw.name["boards"] == "Boards .csv" and raw.count_rows()["pins"] == 3 and not raw.not_read
+
+
 def test_a_folder_of_two_kinds_one_of_them_packed(tmp_path):
     tables = small_dataset()
     boards = tables.pop("boards")

@@ -118,8 +118,8 @@ def is_hidden(path):
 
 
 def table_name(path):
-    """Of a file or folder: boards, Boards.parquet, boards.csv.gz -> boards."""
-    return path.name.split(".")[0].lower()
+    """Of a file or folder: boards, Boards.parquet, " boards.csv.gz" -> boards."""
+    return path.name.split(".")[0].strip().lower()
 
 
 def format_of(path):
