@@ -104,6 +104,13 @@ def test_one_odd_cell_in_a_column_of_numbers_is_named(tmp_path, kind, cell):
     assert roles["price"] == "category" and "1 of 30 cells" in line and repr(cell) in line
 
 
+def test_codes_that_a_cast_would_make_numbers_of(tmp_path):
+    """DuckDB takes 32_34 for 3234, and 007 after a space for 7."""
+    columns = {"size": ["32_34", "30_32", "31"] * 10, "code": [" 007", "12", "13"] * 10}
+    roles, _ = judged(dataset(tmp_path, kind="csv", **columns))
+    assert roles == dict.fromkeys(columns, "category")
+
+
 def test_columns_of_words_and_of_amounts(tmp_path):
     """A word among words is not odd; a whole column of amounts is."""
     words = {"size": ["A4", "12 cm", "7"] * 10, "day": ["2024-01-05"] * N, "zip": ["01234", "5", "6"] * 10}

@@ -25,7 +25,8 @@ MACROS = f"""
         WHEN 'ARRAY' THEN array_to_string(j->>'$[*]', ' ') WHEN 'VARCHAR' THEN j->>'$' ELSE j::VARCHAR END;
     CREATE MACRO holds_more(j) AS json_type(j) = 'OBJECT'
         OR NOT list_has_all(['VARCHAR', 'NULL'], json_type(j, '$[*]'));
-    CREATE MACRO is_number(t) AS TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^[+-]?0[0-9]');
+    CREATE MACRO is_number(t) AS
+        TRY_CAST(t AS DOUBLE) IS NOT NULL AND NOT regexp_matches(t, '^ *[+-]?0[0-9]|_');
     CREATE MACRO digits(n) AS CASE WHEN regexp_full_match(n::VARCHAR, '-?[0-9]+([.]0+)?|.*[eE].*')
         AND TRY_CAST(n AS DOUBLE) = TRY_CAST(n AS HUGEINT) THEN TRY_CAST(n AS HUGEINT)::VARCHAR
         ELSE regexp_replace(nullif(n::VARCHAR, 'nan'), '([.][0-9]*[1-9])0+$', '\\1') END;
@@ -38,7 +39,7 @@ class Database:
     SQL macros: is_blank(text); query_key(text): queries with equal keys are one query; number(value): far
     within fp32, or null; plain_tag(text): a language's, bare; words(JSON): its text, of a list of texts all
     of them; holds_more(JSON): is it nested otherwise; is_number(text): written as a number, without leading
-    zeros; digits(number): as a text, the same for equal numbers of any type (1, 1.0, 1.00; 1.5, 1.50; 1e18).
+    zeros or _; digits(number): as a text, the same for equal numbers of any type (1, 1.0; 1.5, 1.50; 1e18).
     """
 
     def __init__(self, folder, memory="4GB", spill=None):
