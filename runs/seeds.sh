@@ -5,7 +5,7 @@
 # PRESET (default: small); FLAGS: of stage 02, as RUN was made with (--model, --max-tokens, …).
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 USAGE="usage: bash runs/seeds.sh RUN SEED …"
-FIRST="$(from_here "${1:?$USAGE}")"; shift; : "${1:?$USAGE}"
+FIRST="$(from_here "${1:?$USAGE}")"; FIRST="${FIRST%/}"; shift; : "${1:?$USAGE}"
 read -ra OF_02 <<< "${FLAGS:-}"
 over_the_features() {
     mkdir -p "$1"
@@ -21,5 +21,5 @@ run python 03_label.py "${OF_MEAN[@]}" --mean "$FIRST" "${@/#/$FIRST.seed}"
 SEED="" the_students "${OF_MEAN[@]}"
 for EACH in "$FIRST" "$FIRST".seed* "$FIRST.mean"; do
     echo; echo "$EACH"
-    sed -n '/^| system/,/^$/p' "$EACH/report/report.md" | head -12
+    sed -n '/^| system/,/^$/{p;/^$/q;}' "$EACH/report/report.md"
 done
