@@ -56,7 +56,7 @@ from lib.inputs.rows import tokenized_shards
 from lib.results import summary
 from lib.stages.files import fingerprint, hashed
 from lib.stages.processes import of_main, start_processes, start_stage, wait_for_all
-from lib.stages.settings import Count, ModelSettings, parse
+from lib.stages.settings import Count, ModelSettings, parse, refuse
 from lib.stages.streams import ahead
 from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 from lib.tables.splits import in_hash_split
@@ -294,6 +294,9 @@ def average_labels(settings, accelerator):
     """--mean: RUN/labels are the mean of what the students of several runs learn, over the same features:
     several teachers err less than one (deep ensembles: Lakshminarayanan et al., 2017)."""
     run, runs, impressions = settings.run, settings.mean, not settings.only_labelled
+    of_a_teacher = ("teacher", "known", "model", "long_queries")
+    if given := [name for name in of_a_teacher if getattr(settings, name) is not None]:
+        refuse(f"--mean asks no teacher: --{' --'.join(given)} would do nothing".replace("_", "-"))
     if len({each.resolve() for each in (run, *runs)}) <= len(runs):
         raise Stop("--mean: a run stands twice, or is --run, whose labels it would replace; another --run")
     read = [require_pairs(each, ["*.parquet", POOL], impressions=impressions) for each in runs]

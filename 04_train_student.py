@@ -274,8 +274,11 @@ def warn_if_by_heart(log):
 
 def with_name(settings):
     """The settings with the name of the output folder, checked."""
-    default = {"teacher": "student", "human": "student_human_labels"}[settings.labels]
+    names = {"teacher": "student", "human": "student_human_labels"}  # as 05 knows them
+    default = names[settings.labels]
     name = default if settings.name is None else settings.name
+    if name != default and name in names.values():
+        refuse(f"--name {name}: is that of the student on the other labels")
     if not re.fullmatch(r"student[\w.+-]*", name):
         refuse(f"--name {name!r}: one folder's name, that begins with 'student'")
     return replace(settings, name=name)

@@ -368,6 +368,10 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     itself = ["--run", str(first), "--mean", str(first), str(second), "--overwrite"]
     assert "another --run" in stop_line(stage("03").main, itself)
+    with pytest.raises(SystemExit) as end:
+        stage("03").main([*argv, "--overwrite", "--long-queries", "cut", "--model", "elsewhere"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--model --long-queries would do nothing" in said
     twice = [*argv, f"{first}/../{first.name}", "--overwrite"]
     assert "a run stands twice" in stop_line(stage("03").main, twice)
     mark_finished(second / "features", identity="others")

@@ -447,6 +447,13 @@ def test_a_name_is_one_folder_of_a_student(tmp_path, name, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("labels, name", [("teacher", "student_human_labels"), ("human", "student")])
+def test_a_student_has_not_the_name_of_the_other(tmp_path, labels, name, capsys):
+    with pytest.raises(SystemExit) as end:
+        distil.main(["--run", str(tmp_path), "--labels", labels, "--name", name])
+    assert end.value.code == 2 and "the student on the other labels" in capsys.readouterr().err
+
+
 def test_the_student_starts_as_the_regression_of_its_human_rows(tmp_path, monkeypatch):
     """What training gets is scikit-learn's regression on the match features, with human labels exactly."""
     _, human = synthetic(tmp_path, shards=1)
