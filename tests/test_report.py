@@ -14,6 +14,7 @@ from helpers import SYSTEMS, mark_finished, stage, stop_line, synthetic
 from matplotlib.figure import Figure
 
 from common import Student
+from lib.inputs.inherited import require
 from lib.results import pictures, queries, report
 from lib.stages.files import read_json, write_json, write_parquet
 
@@ -350,6 +351,9 @@ def test_the_main_student_is_needed(run):
     shutil.rmtree(run / "student")
     line = stop_line(measure, run)
     assert "missing" in line and line.endswith(f"python 04_train_student.py --run {run} --name student")
+    shutil.rmtree(run / "student_human_labels", ignore_errors=True)
+    line = stop_line(require, run / "student_human_labels")
+    assert line.endswith("--name student_human_labels --labels human")
 
 
 # ------------------------------------------------------------------------------------------------------------

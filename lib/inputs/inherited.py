@@ -20,7 +20,8 @@ SCRIPTS = {"features": "01_build_features.py", "labels": "03_label.py"}  # of a 
 def command_of(folder):
     """The command that makes a folder of a run."""
     if folder.name.startswith("student"):
-        return f"04_train_student.py --run {folder.parent} --name {folder.name}"
+        on_human = " --labels human" * (folder.name == "student_human_labels")
+        return f"04_train_student.py --run {folder.parent} --name {folder.name}{on_human}"
     script = SCRIPTS.get(folder.name, "02_train_teacher.py")  # a teacher may have any name
     return f"{script} --run {folder.parent}"
 
