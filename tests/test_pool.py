@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -62,14 +63,18 @@ def test_a_teacher_that_says_the_same_of_every_pair_does_not_make_the_pool_less_
         return np.stack([np.roll(first, k) for k in range(5)]), np.log(5) + (first * np.log(first)).sum()
 
     (sure, much), (vague, little) = turned(0.3), turned(0.7)
-    assert pool.prior_weights(sure, vague) == pytest.approx([0.5, 0.5])  # perhaps it is too sure
+    weights, common = pool.weights_before(sure, vague)  # perhaps it is too sure
+    assert weights == pytest.approx([0.5, 0.5]) and common == pytest.approx([0] * 5)
     share = little / (little + much)
-    assert pool.prior_weights(vague, sure) == pytest.approx([share, 1 - share], abs=1e-4)
-    flat = np.full((5, 5), 0.2)
-    assert pool.prior_weights(flat, sure) == pytest.approx([0, 1], abs=1e-4)
-    assert pool.prior_weights(flat, flat) == pytest.approx([0.5, 0.5])
-    weights = pool.fit_weights(np.array([1, 2]), np.array([0, 1]), flat[:2], sure[:2])  # no row against it
-    assert weights[0] == pytest.approx(0, abs=0.01) and weights[1] > 1
+    weights, common = pool.weights_before(vague, sure)
+    assert weights == pytest.approx([0.5, 1 - share], abs=1e-4)
+    assert common == pytest.approx([(1 - 2 * share) * np.log(0.2)] * 5, abs=1e-3)
+    flat = np.tile([0.6, 0.1, 0.1, 0.1, 0.1], (5, 1))
+    weights, common = pool.weights_before(flat, sure)
+    made = {"languages": ["en"], "names": [], "regression": SimpleNamespace(probabilities=lambda x: sure)}
+    pooled = pool.Pool(*weights, **made, common=common.tolist())(flat, None, np.full(5, "en", object))
+    np.testing.assert_allclose(pooled, sure, atol=1e-3)  # as if there were no such teacher
+    assert pool.weights_before(flat, flat)[0] == pytest.approx([0.5, 0.5])
 
 
 def test_a_query_counts_once():

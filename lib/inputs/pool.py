@@ -18,7 +18,7 @@ from lib.inputs.regression import Regression, fit_regression, one_hot, stacked
 from lib.stages.files import read_json, write_json
 
 POOL = "pool.json"  # in labels/
-SPREAD = 0.25  # standard deviation of a weight in the prior, around prior_weights()
+SPREAD = 0.25  # standard deviation of a weight in the prior, around those of weights_before()
 CLEAR = 0.025  # p-value below which the teacher alone is clearly better than the regression
 FAR = 1.5  # times as far from the teacher as where labels are: there the match features mean something else
 ENOUGH = 100  # pairs of a language, to tell how far; of fewer labels it is measured, too
@@ -26,17 +26,20 @@ ENOUGH = 100  # pairs of a language, to tell how far; of fewer labels it is meas
 
 class Pool(NamedTuple):
     """teacher, match: the two weights; languages: home_languages() of the human training labels, and what
-    widened() adds, all others keep the teacher alone; regression: of the match features `names` [F]."""
+    widened() adds, all others keep the teacher alone; regression: of the match features `names` [F]; common
+    [C]: what the teacher says of every pair, weights_before()."""
 
     teacher: float
     match: float
     languages: list
     names: list
     regression: Regression
+    common: tuple = (0.0,)
 
     def __call__(self, p, x, language):
         """The teacher's probabilities [B, C], match features [B, F] and languages [B] -> pooled [B, C]."""
-        logits = self.teacher * log(p) + self.match * log(self.regression.probabilities(x))
+        match = self.regression.probabilities(x)
+        logits = self.teacher * (log(p) - self.common) + self.match * log(match)
         is_pooled = np.isin(language, self.languages)
         return np.where(is_pooled[:, None], softmax(logits, axis=1), p)
 
@@ -70,13 +73,18 @@ def log(p):
     return np.log(np.maximum(p, 1e-6))
 
 
-def prior_weights(p_teacher, p_match):
-    """Both weights [2] where no row speaks against them: a half each. To multiply by probabilities that are
-    alike for all pairs only makes the others less sure; so a teacher that tells the rows less apart than the
-    regression gets its share of the sum, as mean KL(p || mean p). One that tells more may be too sure."""
-    told = [(p * (log(p) - log(p.mean(axis=0)))).sum() for p in (p_teacher, p_match)]
-    teacher = min(0.5, (told[0] + 1e-6) / (sum(told) + 2e-6))
-    return np.array([teacher, 1 - teacher])
+def weights_before(p_teacher, p_match):
+    """Both weights [2] where no row speaks against them, a half each, and what of log p_teacher is left out
+    [C], nothing. But a teacher that tells the rows less apart than the regression, as mean KL(p || mean p),
+    says of each mostly what it says of all, and the regression knows that, too: as far as it is so, it is
+    left out, and the regression counts in full. A teacher that tells more may be too sure."""
+    told = []
+    for p in (p_teacher, p_match):
+        divergence = p * (log(p) - log(p.mean(axis=0)))
+        told.append(divergence.sum() + 1e-6)
+    share = min(0.5, told[0] / sum(told))
+    common = (1 - 2 * share) * log(p_teacher.mean(axis=0))
+    return np.array([0.5, 1 - share]), common
 
 
 def fit_weights(level, query, p_teacher, p_match):
@@ -85,8 +93,8 @@ def fit_weights(level, query, p_teacher, p_match):
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
     rows = np.arange(len(level))
     share = 1 / sizes[of_query]
-    log_teacher, log_match = log(p_teacher), log(p_match)
-    start = prior_weights(p_teacher, p_match)
+    start, common = weights_before(p_teacher, p_match)
+    log_teacher, log_match = log(p_teacher) - common, log(p_match)
 
     def loss(weights):
         pooled = log_softmax(weights[0] * log_teacher + weights[1] * log_match, axis=1)
@@ -131,7 +139,9 @@ def fit_pool(rows, held_out, names):
     if is_clearly_better(level, query, p, p_match):
         return None
     weights = fit_weights(level, query, p, p_match)
-    return Pool(*weights.tolist(), home_languages(rows["language"]), names, fit_regression(x, target))
+    _, common = weights_before(p, p_match)
+    languages = home_languages(rows["language"])
+    return Pool(*weights.tolist(), languages, names, fit_regression(x, target), common.tolist())
 
 
 def home_languages(language):
