@@ -74,10 +74,11 @@ def log(p):
 
 
 def weights_before(p_teacher, p_match):
-    """Both weights [2] where no row speaks against them, a half each, and what of log p_teacher is left out
-    [C], nothing. But a teacher that tells the rows less apart than the regression, as mean KL(p || mean p),
-    says of each mostly what it says of all, and the regression knows that, too: as far as it is so, it is
-    left out, and the regression counts in full. A teacher that tells more may be too sure."""
+    """Both weights [2] where no row speaks against them, and what is left out of log p_teacher [C]: a half
+    each, and nothing. A teacher that tells the rows less apart than the regression does, as mean
+    KL(p || mean p), says of each row mostly what it says of all, and the regression knows that, too. The less
+    it tells them apart, the more of it is left out, and the more the regression counts, up to 1. A teacher
+    that tells them more apart may be too sure."""
     told = []
     for p in (p_teacher, p_match):
         divergence = p * (log(p) - log(p.mean(axis=0)))
