@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lib.levels import FIELDS, LEVELS, NUM_LEVELS, RELEVANT, THRESHOLDS, at_least, expected_level, side_of
 from lib.models import load_backbone, load_lora
 from lib.stages.files import read_json, write_json
-from lib.stages.finished import remake
+from lib.stages.finished import command_of_student, remake
 from lib.stages.terminal import Stop, stop_on_error
 
 # ------------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ class Student(nn.Module):
             student.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             folder = Path(folder)
-            how = remake(folder, f"04_train_student.py --run {folder.parent} --name {folder.name}")
+            how = remake(folder, command_of_student(folder))
             raise Stop(f"{folder}: no student of this version; {how}") from error
         return student.eval()
 

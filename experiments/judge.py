@@ -84,7 +84,7 @@ def label_pairs(settings, pairs, read, about, model, work):
         target[path] = path.with_name(f"labels-{path.name}")
     todo = [path for path in target if not target[path].exists()]
     decided_by = stage_03.what_decides(read["teacher"], hardware, settings.merge)
-    earlier, _locks = tables_of((settings.run,), settings.run, decided_by, print)
+    earlier, _locks = tables_of((settings.run,), settings.run, decided_by)
     unwritten = {target[path].stem for path in todo}
     known = KnownLabels(earlier, work / "work" / "known", decided_by, unwritten)
     teacher = functools.cache(lambda: stage_03.load_teacher(folder, settings, device, dtype))

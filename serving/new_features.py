@@ -18,11 +18,11 @@ from lib.inputs.student_inputs import StudentInputs
 from lib.levels import FIELDS, side_of
 from lib.stages.streams import matrix_of
 from lib.stages.terminal import Stop, stop_on_error
+from lib.tables.embeddings import MOST_NORM
 from lib.tables.splits import query_key
 from serving.text_encoder import model_of_01, saved_encoder
 
-# As in the raw tables: a number beyond is not known, a vector with a norm beyond is none.
-LARGEST, MOST_NORM = 1e30, 1e9
+LARGEST = 1e30  # a number beyond is not known, as in the raw tables
 
 
 @dataclass(eq=False)

@@ -99,12 +99,14 @@ class Page:
         self.queries = {row["query_id"]: row for row in queries}
         folder = Path(labels) if labels else Path(queue).parent if queue else run
         self.labels = Labels(queue and Path(queue), folder, raters)
-        pairs, pins = self.labels.pairs, self.ranker.row_of
-        known = self.labels.pairs = [pair for pair in pairs if pair[0] in self.queries and pair[1] in pins]
-        if len(known) < len(pairs):
-            unknown = f"{len(pairs) - len(known):,} pairs of a query or a pin that the run does not have"
-            first = next(pair for pair in pairs if pair not in known)
-            print(f"{queue}: {unknown} are left out, the first: {first}")
+        known, unknown = [], []
+        for query, pin in self.labels.pairs:
+            is_known = query in self.queries and pin in self.ranker.row_of
+            (known if is_known else unknown).append((query, pin))
+        self.labels.pairs = known
+        if unknown:
+            said = f"{len(unknown):,} pairs of a query or a pin that the run does not have are left out"
+            print(f"{queue}: {said}, the first: {unknown[0]}")
 
     def pin(self, pin_id):
         """A pin of the run: its id, title, description, caption, image."""

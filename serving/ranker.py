@@ -23,7 +23,7 @@ from lib.inputs.match import ENGAGEMENTS
 from lib.levels import NUM_LEVELS, expected_level
 from lib.results.contract import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
-from lib.stages.finished import remake, require_finished
+from lib.stages.finished import command_of_student, remake, require_finished
 from lib.stages.terminal import Stop
 from serving.new_features import NewFeatures, Pin, Query
 
@@ -57,7 +57,7 @@ class Ranker:
         if not 0.01 <= temperature < 100:
             raise Stop(f"temperature {temperature}: must be at least 0.01 and below 100")
         folder, features = Path(run) / student, Path(run) / "features"
-        command = f"04_train_student.py --run {run} --name {student}"
+        command = command_of_student(folder)
         self.made = require_finished(features, f"01_build_features.py --run {run}", READS)
         self.trained = require_finished(folder, command, ("features.json", ONNX_ONE_QUERY))
         self.spec = read_json(folder / "features.json")

@@ -17,6 +17,7 @@ from common import Student
 from lib.inputs.inherited import require
 from lib.results import pictures, queries, report
 from lib.stages.files import read_json, write_json, write_parquet
+from serving.ranker import Ranker
 
 distil, evaluate = stage("04"), stage("05")
 TEXTS = ["$10 50% off $20", "椅子 🪑", "<img src=x onerror=alert(1)> | # **b**", "a\tb\nc"]
@@ -353,7 +354,11 @@ def test_the_main_student_is_needed(run):
     assert "missing" in line and line.endswith(f"python 04_train_student.py --run {run} --name student")
     shutil.rmtree(run / "student_human_labels", ignore_errors=True)
     line = stop_line(require, run / "student_human_labels")
-    assert line.endswith("--name student_human_labels --labels human")
+    made = f"04_train_student.py --run {run} --name student_human_labels --labels human"
+    assert line.endswith(made)
+    assert made in stop_line(Ranker, run, "student_human_labels")
+    write_json(run / "student_human_labels" / "features.json", {})
+    assert made in stop_line(Student.load, run / "student_human_labels")
 
 
 # ------------------------------------------------------------------------------------------------------------

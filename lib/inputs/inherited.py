@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from lib import models
 from lib.inputs.rows import content_order, hash_rows
 from lib.stages.files import UNFINISHED, hashed, read_json
-from lib.stages.finished import read_about, remake, require_finished
+from lib.stages.finished import command_of_student, read_about, remake, require_finished
 from lib.stages.terminal import Stop
 from lib.tables.names import is_spoken
 
@@ -20,8 +20,7 @@ SCRIPTS = {"features": "01_build_features.py", "labels": "03_label.py"}  # of a 
 def command_of(folder):
     """The command that makes a folder of a run."""
     if folder.name.startswith("student"):
-        on_human = " --labels human" * (folder.name == "student_human_labels")
-        return f"04_train_student.py --run {folder.parent} --name {folder.name}{on_human}"
+        return command_of_student(folder)
     script = SCRIPTS.get(folder.name, "02_train_teacher.py")  # a teacher may have any name
     return f"{script} --run {folder.parent}"
 

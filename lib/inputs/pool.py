@@ -90,7 +90,8 @@ def weights_before(p_teacher, p_match):
 
 def fit_weights(level, query, p_teacher, p_match):
     """The two weights for which the cross-entropy, averaged within a query and summed over queries, plus the
-    Gaussian prior is least. level, query [B]; probabilities [B, C]; at least one row."""
+    Gaussian prior is least; and what is left out of log p_teacher [C]. level, query [B]; probabilities
+    [B, C]; at least one row."""
     _, of_query, sizes = np.unique(query, return_inverse=True, return_counts=True)
     rows = np.arange(len(level))
     share = 1 / sizes[of_query]
@@ -102,7 +103,7 @@ def fit_weights(level, query, p_teacher, p_match):
         prior = ((weights - start) ** 2).sum() / (2 * SPREAD**2)
         return prior - share @ pooled[rows, level - 1]
 
-    return minimize(loss, start, bounds=[(0, None)] * 2).x
+    return minimize(loss, start, bounds=[(0, None)] * 2).x, common
 
 
 def is_clearly_better(level, query, p, other):
@@ -139,8 +140,7 @@ def fit_pool(rows, held_out, names):
     p_match = apart.probabilities(x[held_out])
     if is_clearly_better(level, query, p, p_match):
         return None
-    weights = fit_weights(level, query, p, p_match)
-    _, common = weights_before(p, p_match)
+    weights, common = fit_weights(level, query, p, p_match)
     languages = home_languages(rows["language"])
     return Pool(*weights.tolist(), languages, names, fit_regression(x, target), common.tolist())
 

@@ -53,6 +53,12 @@ def check_files(folder, about, reads, command=None):
             raise Stop(f"{path}: {wrong}; {again}")
 
 
+def command_of_student(folder):
+    """The command that makes a student's folder, if nobody has begun."""
+    labels = " --labels human" * (folder.name == "student_human_labels")
+    return f"04_train_student.py --run {folder.parent} --name {folder.name}{labels}"
+
+
 def remake(folder, command, without=()):
     """The command that makes a folder with the least work: unfinished work goes on with its flags,
     --overwrite stands only where a finished folder is replaced. command: SCRIPT --run RUN …, if nobody has
