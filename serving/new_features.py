@@ -16,9 +16,8 @@ from lib.inputs.bm25 import PairBM25, count_terms, saved_statistics, tokenize
 from lib.inputs.match import ENGAGEMENTS, MatchFeatures, pin_text, pin_texts
 from lib.inputs.student_inputs import StudentInputs
 from lib.levels import FIELDS, side_of
-from lib.stages.streams import matrix_of
+from lib.stages.streams import MOST_NORM, matrix_of
 from lib.stages.terminal import Stop, stop_on_error
-from lib.tables.embeddings import MOST_NORM
 from lib.tables.splits import query_key
 from serving.text_encoder import model_of_01, saved_encoder
 

@@ -24,8 +24,8 @@ from served_run import served_run
 from lib.inputs.student_inputs import StudentInputs
 from lib.results import contract as export
 from lib.stages.files import write_json
+from lib.stages.streams import MOST_NORM
 from lib.tables.database import Database
-from lib.tables.embeddings import MOST_NORM
 from lib.tables.raw import RawTables
 from serving import new_features, service, text_encoder
 from serving.new_features import number

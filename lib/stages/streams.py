@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from lib.stages.files import whole_file, write_parquet
 from lib.stages.terminal import progress_bar
 
+MOST_NORM = 1e9  # of a vector in a matrix: the product of two squares is within fp32
+
 
 def slices(tables, rows):
     """A stream of tables (or batches) -> tables of `rows` rows each, the last one what is left."""

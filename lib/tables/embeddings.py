@@ -5,11 +5,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.stages.files import fingerprint, hashed
-from lib.stages.streams import new_matrix
+from lib.stages.streams import MOST_NORM, new_matrix
 from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.files import is_hidden, regular_file
-
-MOST_NORM = 1e9  # of a vector: the product of two squares is within fp32
 
 
 def own_embeddings(folder):
