@@ -30,13 +30,14 @@ from scipy.optimize import minimize_scalar
 from scipy.special import rel_entr
 from sklearn.metrics import ndcg_score
 
-from common import NUM_LEVELS, THRESHOLDS, Student, at_least, at_temperature, expected_level
+from common import NUM_LEVELS, Student, at_least, at_temperature, expected_level
 from lib.inputs.inherited import require_systems, students_of
 from lib.inputs.match import match_names
 from lib.inputs.pairs import read_labelled
 from lib.inputs.pool import POOL
 from lib.inputs.regression import fit_regression, one_hot, stacked
 from lib.inputs.student_inputs import StudentInputs
+from lib.levels import THRESHOLDS
 from lib.results import cards, pictures, queries, report
 from lib.stages.files import write_json
 from lib.stages.settings import NonNegative, Range, Size, StageSettings, parse, refuse

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lib.levels import FIELDS, LEVELS, NUM_LEVELS, RELEVANT, THRESHOLDS, at_least, expected_level, side_of
+from lib.levels import CHARACTERS, FIELDS, LEVELS, NUM_LEVELS, RELEVANT, at_least, expected_level, side_of
 from lib.models import load_backbone, load_lora
 from lib.stages.files import read_json, write_json
 from lib.stages.finished import command_of_student, remake
@@ -44,9 +44,6 @@ def at_temperature(p, temperature):
     """Probabilities [B, C] -> p^(1/T), normalized: the softmax of the logits divided by T (Hinton et al.,
     2015, section 2; Guo et al., 2017, section 4.2)."""
     return (p.log() / temperature).softmax(dim=1)
-
-
-CHARACTERS = 100  # of a token at most: what stands farther back in a text is not read, not tokenized either
 
 
 class PairText:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from lib.levels import CHARACTERS
 from lib.results.contract import open_onnx
 from lib.stages.files import read_json, whole_file, write_json
 from lib.stages.finished import require_finished
@@ -36,10 +37,11 @@ class OnnxTextEncoder:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(about["max_tokens"], direction=about["cut"])
         self.session, self.dim = open_onnx(folder / MODEL), about["dim"]
+        self.characters = about["max_tokens"] * CHARACTERS  # read of a text
 
     def vector(self, text):
         """A text -> float32 [D]; zeros for one without tokens."""
-        ids = np.array([self.tokenizer.encode(text).ids], np.int64)
+        ids = np.array([self.tokenizer.encode(text[: self.characters]).ids], np.int64)
         return self.session.run(None, {"ids": ids})[0][0] if ids.size else np.zeros(self.dim, np.float32)
 
     def __call__(self, texts):

@@ -22,6 +22,7 @@ from PIL import Image
 from served_run import served_run
 
 from lib.inputs.student_inputs import StudentInputs
+from lib.levels import CHARACTERS
 from lib.results import contract as export
 from lib.stages.files import write_json
 from lib.stages.streams import MOST_NORM
@@ -184,7 +185,15 @@ def test_the_text_encoder_as_onnx(run, ranker, tmp_path):
     write_json(tmp_path / "text_encoder" / "text_encoder.json", {"fingerprint": "one"})
     made = {"models": {"text encoder": {"fingerprint": "one"}}}
     assert "remove it" in stop_line(text_encoder.saved_encoder, tmp_path, made)
-    for text in ("a", "Red Chair!", "red chair for ideas " * 40, "stuhl 椅子 [SEP]"):
+    blank = " " * 64 * CHARACTERS
+    for text in (
+        "a",
+        "Red Chair!",
+        "red chair for ideas " * 40,
+        "stuhl 椅子 [SEP]",
+        f"red{blank}chair",
+        blank,
+    ):
         np.testing.assert_allclose(ours.vector(text), ranker.new.text_encoder([text])[0], atol=4e-4)
 
 

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from common import CHARACTERS, pad_rows
+from common import pad_rows
 from lib import models
 from lib.inputs.match import pin_texts, query_texts
+from lib.levels import CHARACTERS
 from lib.stages.streams import keep_chunks, matrix_of, new_matrix, vector_column
 from lib.stages.terminal import Stop, stop_on_error
 

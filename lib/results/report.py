@@ -13,8 +13,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from common import RELEVANT, THRESHOLDS
 from lib.inputs.inherited import whence, whose_labels
+from lib.levels import RELEVANT, THRESHOLDS
 
 UNTRAINED = ("bm25", "embedding", "match")  # systems that one has without a teacher and a network
 FEW_QUERIES = 30  # an interval on fewer is marked
