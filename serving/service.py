@@ -5,7 +5,8 @@ RUN=outputs/toy uvicorn serving.service:app --port 8000
 curl localhost:8000/rank --json '{"query": "red chair", "top": 3}'
 
 The port opens when the student is loaded and has answered once. /docs shows what each address takes. /reload
-and /metrics are for the operator: keep others from them. serving/Dockerfile has it without PyTorch.
+reads RUN and EXCLUDE again; it and /metrics are for the operator: keep others from them. serving/Dockerfile
+has it without PyTorch.
 
 Settings are in the environment, as `Settings` says: RUN, which must be there; STUDENT, TEMPERATURE, THREADS,
 EXCLUDE; TEXT_ENCODER and CAPTION_MODEL if they have moved; limits MAX_BYTES, MAX_TOKENS, MAX_CANDIDATES.
@@ -27,7 +28,7 @@ from pydantic_core import from_json, to_json
 from starlette.requests import ClientDisconnect
 
 from lib.inputs.bm25 import tokenize
-from lib.stages.terminal import Stop, first_line
+from lib.stages.terminal import Stop, first_line, stop_on_error
 from serving.ranker import Pin, Query, Ranker
 
 CHARACTERS = 50  # of a text, for every token that it may have: a longer one is not even tokenized
@@ -101,8 +102,7 @@ class Service:
     """The ranker at work. Methods without _ answer requests."""
 
     def __init__(self, settings):
-        self.settings, self.loading, out = settings, threading.Lock(), settings.exclude
-        self.exclude = out.read_text(encoding="utf-8-sig").splitlines() if out else []
+        self.settings, self.loading = settings, threading.Lock()
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)  # its memory and processor
         self.requests = prometheus.Counter("requests", "answered", ["address", "status"], registry=registry)
@@ -111,12 +111,16 @@ class Service:
         self._load()
 
     def _load(self):
-        """Loads the run that RUN is now; the one before serves until this one has answered."""
+        """Loads the run that RUN is now, and EXCLUDE; those before serve until this run has answered."""
         with self.loading:
-            told = self.settings
+            told, lines = self.settings, []
+            if told.exclude:
+                with stop_on_error(f"EXCLUDE, {told.exclude}: cannot be read"):
+                    lines = told.exclude.read_text(encoding="utf-8-sig").split("\n")
             models = {"text encoder": told.text_encoder, "caption model": told.caption_model}
             ranker = Ranker(told.run, told.student, told.threads, models, told.temperature)
             ranker.rank("warm up", ranker.ids[:1000])
+            self.exclude = {*lines, *map(str.strip, lines)}  # nobody sees a space behind an id
             self.ranker, self.loaded = ranker, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def _refuse(self, texts, tokens, pairs=0):
@@ -241,7 +245,7 @@ def from_environment(environment):
     except ValidationError as error:
         first = error.errors()[0]
         sys.exit(f"error: {first['loc'][0].upper()}, in the environment: {first['msg']}")
-    except (Stop, OSError, UnicodeDecodeError) as error:
+    except (Stop, OSError) as error:
         sys.exit(f"error: {first_line(error)}")
     app = FastAPI(title="Search relevance", version=service.ranker.trained["identity"])
     app.middleware("http")(service._around)

@@ -589,9 +589,17 @@ def test_reload_serves_what_run_points_to_now(run, tmp_path):
 def test_pins_that_no_ranking_has(run, ranker, tmp_path):
     best = ranker.rank("red chair", top=3).pins
     (tmp_path / "out.txt").write_text("\n".join(best[:2]) + "\n", encoding="utf-8-sig")  # as Notepad does
-    app = service.from_environment({"RUN": str(run), "EXCLUDE": str(tmp_path / "out.txt")})
-    found = TestClient(app).post("/rank", json={"query": "red chair", "top": 1}).json()
-    assert found[0]["pin_id"] == best[2]
+    client = TestClient(service.from_environment({"RUN": str(run), "EXCLUDE": str(tmp_path / "out.txt")}))
+
+    def first():
+        return client.post("/rank", json={"query": "red chair", "top": 1}).json()[0]["pin_id"]
+
+    assert first() == best[2]
+    (tmp_path / "out.txt").write_text(f"{best[0]} \r\n")
+    assert client.post("/reload").status_code == 200 and first() == best[1]
+    (tmp_path / "out.txt").unlink()
+    answer = client.post("/reload")
+    assert answer.status_code == 422 and "EXCLUDE" in answer.json()["detail"] and first() == best[1]
 
 
 def test_settings_that_are_wrong_are_one_line(run, tmp_path):
