@@ -218,7 +218,7 @@ class NewFeatures:
         values = self.spec["categories"][name]
         if isinstance(given, (float, np.floating)) and given.is_integer():
             given = int(given)  # 1.0 is the text 1
-        text = str(given).lower() if isinstance(given, bool) else str(given)
+        text = str(given).lower() if isinstance(given, (bool, np.bool_)) else str(given)
         return values.index(text) + 1 if text in values and given is not None else 0
 
     def top_tokens(self, boards):

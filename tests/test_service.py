@@ -364,9 +364,12 @@ def test_numbers_and_categories_are_stage_01s(ranker, tmp_path):
     new = ranker.new
     old = new.spec["categories"]
     new.spec["categories"] = {"query_size": ["1", "true", "2.5"]}
-    codes = [new.value("query_size", given) for given in (1, "1", 1.0, True, 2.5, None, np.nan, np.inf, "x")]
+    codes = [
+        new.value("query_size", given)
+        for given in (1, "1", 1.0, True, np.True_, 2.5, None, np.nan, np.inf, "x")
+    ]
     new.spec["categories"] = old
-    assert codes == [1, 1, 1, 2, 3, 0, 0, 0, 0]
+    assert codes == [1, 1, 1, 2, 2, 3, 0, 0, 0, 0]
     assert known.ask("SELECT digits(1.0::DOUBLE)") == [("1",)]
 
 
