@@ -21,6 +21,7 @@ from lib.models import quiet_libraries  # noqa: E402
 from lib.stages.files import whole_file  # noqa: E402
 from lib.stages.settings import ROOT, Count, Share, Size, parse  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
+from lib.tables.files import plain_cell  # noqa: E402
 from serving.ranker import Ranker  # noqa: E402
 
 
@@ -66,6 +67,15 @@ def pins_of(found, settings, rng):
     return [found.pins[row] for row in chosen]
 
 
+def write_queue(drawn, path):
+    """Queries with their pins -> a line a pair; no text is a formula to a spreadsheet."""
+    queue = drawn.explode("pin_id")[["query_id", "pin_id", "query", "stratum", "weight"]]
+    for name in ("query", "stratum"):
+        queue[name] = queue[name].map(plain_cell)
+    with whole_file(path) as temporary:
+        queue.to_csv(temporary, index=False, float_format="%.6g")
+
+
 def main(argv=None):
     settings = parse({"toy": Settings()}, argv, __doc__)
     quiet_libraries()
@@ -83,9 +93,7 @@ def main(argv=None):
     drawn = draw(queries[is_open], settings.queries, rng)
     print(f"{len(drawn):,} of {is_open.sum():,} queries that are shown and have no label")
     drawn["pin_id"] = [pins_of(ranker.rank(text), settings, rng) for text in drawn["query"]]
-    queue = drawn.explode("pin_id")[["query_id", "pin_id", "query", "stratum", "weight"]]
-    with whole_file(settings.out) as temporary:
-        queue.to_csv(temporary, index=False, float_format="%.6g")
+    write_queue(drawn, settings.out)
     print(f"wrote {settings.out}")
 
 

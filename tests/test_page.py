@@ -86,6 +86,20 @@ def test_strata(run, tmp_path):
     assert "no column" in stop_line(choose.main, [*flags, "shop"])
 
 
+def test_a_queue_has_no_formulas(tmp_path):
+    cells = {
+        "query_id": ["q1", "q2"],
+        "query": ["=1+1", "chair"],
+        "stratum": ["-x", "en"],
+        "weight": [0.5, 0.5],
+    }
+    drawn = pd.DataFrame({**cells, "pin_id": [["p1", "p2"], ["p1"]]}, index=[7, 3])
+    choose.write_queue(drawn, tmp_path / "queue.csv")
+    rows = pd.read_csv(tmp_path / "queue.csv").to_numpy().tolist()
+    one = ["'=1+1", "'-x", 0.5]
+    assert rows == [["q1", "p1", *one], ["q1", "p2", *one], ["q2", "p1", "chair", "en", 0.5]]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Labels
 
