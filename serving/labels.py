@@ -12,6 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 from common import LEVELS
 from lib.stages.files import whole_file
 from lib.stages.terminal import Stop
+from lib.tables.files import plain_cell
 from lib.tables.result_lists import read_columns
 
 COLUMNS = ("query_id", "pin_id", "label", "rater", "note")
@@ -61,11 +62,12 @@ class Labels:
         """Takes a person's label; Stop for a pair that has one."""
         if pair not in self.pairs:
             raise Stop("this pair is not in the queue")
+        note = " ".join(note.replace("\0", " ").split())  # with a NUL the file could not be read again
         with self.lock:
             mine = self.said.get(name, {})
             if pair in mine:
                 raise Stop("labelled before")
-            self.save(name, mine | {pair: (level, " ".join(note.split()))})
+            self.save(name, mine | {pair: (level, plain_cell(note))})
 
     def undo(self, name):
         """Takes a person's last label back; returns its pair, or None."""

@@ -107,13 +107,13 @@ def test_a_queue_has_no_formulas(tmp_path):
 def test_labels_survive(queue, labels, tmp_path):
     first, done, left = labels.next("ann", [])
     assert done == 0 and left == 15
-    labels.add("ann", first, 4, "a\nnote, with comma")
+    labels.add("ann", first, 4, "=a\nnote\0, with comma")
     again = Labels(queue, tmp_path, raters=2)  # as after a kill
     second, done, left = again.next("ann", [])
     assert second != first and (done, left) == (1, 14)
     with open(tmp_path / "labels_ann.csv", newline="") as file:
         [row] = csv.DictReader(file)
-    assert [*row.values()] == [*first, "4", "ann", "a note, with comma"]
+    assert [*row.values()] == [*first, "4", "ann", "'=a note , with comma"]
     assert "before" in stop_line(again.add, "ann", first, 5, "")
     assert again.undo("ann") == first and again.undo("ann") is None
     (tmp_path / "labels_bob.csv").write_text(f"query_id,pin_id,label\n{','.join(first)},\n")
