@@ -62,15 +62,24 @@ class Experiments:
         target = self.settings.into / folder
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            if not (target / name).exists():
+            if not os.path.lexists(target / name):
                 (target / name).symlink_to((run / name).resolve())
+            if (target / name).resolve() != (run / name).resolve():
+                raise Stop(f"{target / name}: not of {run}: --into another folder, or remove this one")
         return target
+
+    def seeds_beside(self, first):
+        """Seeds to be trained where RUN's own systems `first` stand for as many of them: for those that they
+        have, else for the first ones."""
+        own = [require(run / name, ())["arguments"]["seed"] for run, name in first]
+        others = [seed for seed in self.settings.seeds if seed not in own]
+        return others[len(first) + len(others) - len(self.settings.seeds) :]
 
     def teachers(self, name, *flags, first=()):
         """A teacher of each seed on RUN's human labels, and its labels of the human-labelled rows; `first`
         stands for that of the first seed."""
         systems = [*first]
-        for seed in self.settings.seeds[len(systems) :]:
+        for seed in self.seeds_beside(first):
             folder = self.link(f"{name}_{seed}", self.run, "features")
             self.noted[folder.name] = [
                 self.command("teacher", "--run", folder, "--seed", seed, *flags),
@@ -83,7 +92,7 @@ class Experiments:
         """A student of each seed on a run's soft labels; `first` stands for that of the first seed."""
         folder = self.link("students" if run == self.run else "more", run, "features", "labels")
         systems = [*first]
-        for seed in self.settings.seeds[len(systems) :]:
+        for seed in self.seeds_beside(first):
             student = f"{name}_{seed}"
             own = "--run", folder, "--name", student, "--seed", seed
             self.noted[f"{folder.name}_{student}"] = [self.command("student", *own, *flags)]

@@ -292,6 +292,31 @@ def test_fields_of_the_experiments(finished, tmp_path, trained):
     assert read[read.index("--fields") + 1 :] == ["title", "description", "caption"]
 
 
+def experiments_of(run, into, **settings):
+    return findings.Experiments(findings.Settings(run=run, into=into, more=run, **settings))
+
+
+@pytest.mark.parametrize("own, others", [(0, [1, 2]), (1, [0, 2]), (7, [1, 2])])
+def test_no_seed_counts_twice(tmp_path, own, others):
+    (tmp_path / "teacher").mkdir()
+    mark_finished(tmp_path / "teacher", arguments={"seed": own})
+    experiments = experiments_of(tmp_path, tmp_path / "out", seeds=(0, 1, 2))
+    assert experiments.seeds_beside([(tmp_path, "teacher")]) == others
+    assert experiments.seeds_beside([]) == [0, 1, 2]
+
+
+def test_the_experiments_of_another_run_are_refused(tmp_path):
+    for run in ("one", "two"):
+        (tmp_path / run / "features").mkdir(parents=True)
+    one, two = (experiments_of(tmp_path / run, tmp_path / "out") for run in ("one", "two"))
+    for _ in range(2):
+        link = one.link("teacher_0", one.run, "features") / "features"
+    line = stop_line(two.link, "teacher_0", two.run, "features")
+    assert str(link) in line and "--into" in line
+    one.run.rename(tmp_path / "gone")  # the link leads nowhere
+    assert stop_line(two.link, "teacher_0", two.run, "features") == line
+
+
 def test_a_failed_experiment_is_named(finished, tmp_path):
     into = tmp_path / "out"
     settings = findings.Settings(run=finished, into=into, more=finished, seeds=(0,))
