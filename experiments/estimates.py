@@ -36,8 +36,9 @@ class Estimate(NamedTuple):
 
 def estimate(value, variance, n):
     """The Estimate of a mean of this variance over n queries: Student's t, n - 1 degrees."""
-    error = np.sqrt(variance)
-    width = error * stats.t.ppf(0.975, n - 1)  # NaN: of one query
+    freedom = n - 1
+    error = np.sqrt(variance) if freedom > 0 else np.nan  # nobody knows how far one query is off
+    width = error * stats.t.ppf(0.975, freedom)
     return Estimate(value, error, value - width, value + width)
 
 
@@ -123,12 +124,13 @@ def power(values, stratum, weight, want, plan):
     optimal = (product / product.sum()).fillna(share)
     drawn = pd.DataFrame({"proportional": share, "optimal": optimal})
     variance = drawn.rdiv(product**2, axis=0).sum(min_count=1)  # of the mean, times the queries drawn
-    deviation = queries["value"].std()
+    n = len(queries)
+    detects = DETECTED * mean(values, weight).error
     return {
-        "queries": len(queries),
-        "deviation": deviation,
-        "detects": detectable(deviation, len(queries)),
-        "queries_for_want": want and np.ceil((DETECTED * deviation / want) ** 2),
+        "queries": n,
+        "deviation": queries["value"].std(),
+        "detects": detects,
+        "queries_for_want": want and np.ceil(n * (detects / want) ** 2),
         "plan": (plan * drawn).round().to_dict("index"),
         "plan_detects": detectable(np.sqrt(variance), plan).to_dict(),
     }

@@ -121,6 +121,17 @@ def test_power_and_allocation():
     assert estimates.power(values, stratum, weight, 0.1, 100) == some  # no traffic: as if it were not there
 
 
+def test_power_is_that_of_the_weighted_mean():
+    rng = np.random.default_rng(0)
+    values, weight, stratum = rng.normal(size=50), rng.random(50) ** 4, np.full(50, "all")
+    found, error = estimates.power(values, stratum, weight, 0.1, 100), estimates.mean(values, weight).error
+    assert found["detects"] == pytest.approx(estimates.DETECTED * error)
+    assert found["detects"] > 1.3 * estimates.detectable(found["deviation"], 50)
+    assert found["queries_for_want"] == np.ceil(50 * (found["detects"] / 0.1) ** 2)
+    one = estimates.power(values[:1], stratum[:1], weight[:1], 0.1, 100)
+    assert np.isnan(one["detects"]) and np.isnan(estimates.mean(values[:1], weight[:1]).error)
+
+
 def test_agreement():
     level, query = np.array([1, 2, 5, 5, 3, 3]), np.array([0, 0, 1, 1, 2, 2])
     names = ("exact", "within_one", "kappa", "tau", "rho")
