@@ -115,7 +115,9 @@ def groups_of(weight, *columns):
     for names in columns:
         different = sorted(set(names[groups["all"]]))
         for name in different if len(different) > 1 else ():
-            groups[name] = names == name
+            at = names == name
+            is_taken = name == "corrected" or not np.array_equal(groups.get(name, at), at)
+            groups[f"{name} (stratum)" if is_taken else name] = at
     return groups
 
 

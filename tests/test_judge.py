@@ -231,6 +231,16 @@ def test_queries_without_traffic_are_no_group():
     }
 
 
+def test_a_stratum_may_have_the_name_of_another_group():
+    language, strata = np.array(["en", "en", "de", "de"]), np.array(["all", "de", "corrected", "all"])
+    groups = judge.groups_of(np.ones(4), language, strata)
+    assert {name: np.flatnonzero(at).tolist() for name, at in groups.items()} == {
+        **{"all": [0, 1, 2, 3], "de": [2, 3], "en": [0, 1]},
+        **{"all (stratum)": [0, 3], "corrected (stratum)": [2], "de (stratum)": [1]},
+    }
+    assert [*judge.groups_of(np.ones(4), language, language)] == ["all", "de", "en"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
