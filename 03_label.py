@@ -56,7 +56,7 @@ from lib.inputs.rows import tokenized_shards
 from lib.results import summary
 from lib.stages.files import fingerprint, hashed
 from lib.stages.processes import of_main, start_processes, start_stage, wait_for_all
-from lib.stages.settings import Count, ModelSettings, parse, refuse
+from lib.stages.settings import Count, ModelSettings, parse, refuse, typed
 from lib.stages.streams import ahead
 from lib.stages.terminal import Stop, progress_bar, run_main, stop_on_error
 from lib.tables.splits import in_hash_split
@@ -84,6 +84,9 @@ SMALL = replace(TOY, preset="small", precision="auto")
 # Our choice; the pool, which the paper does not have, is off. Labels depend on precision and merge alone.
 PAPER = replace(TOY, preset="paper", precision="auto", batch_tokens=32_768, compile="auto", pool="none")
 PRESETS = {"toy": TOY, "small": SMALL, "paper": PAPER}
+# Flags that --mean, which asks no teacher, has no use for
+OF_A_TEACHER = ("teacher", "known", "model", "long-queries", "pool", "merge", "no-merge", "compile")
+OF_A_TEACHER += ("precision", "batch-tokens")
 CHECKED_ROWS = 256  # rows labelled before and after compiling: how far do labels move?
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a probability, that compiling may move it by
 
@@ -294,9 +297,8 @@ def average_labels(settings, accelerator):
     """--mean: RUN/labels are the mean of what the students of several runs learn, over the same features:
     several teachers err less than one (deep ensembles: Lakshminarayanan et al., 2017)."""
     run, runs, impressions = settings.run, settings.mean, not settings.only_labelled
-    of_a_teacher = ("teacher", "known", "model", "long_queries")
-    if given := [name for name in of_a_teacher if getattr(settings, name) is not None]:
-        refuse(f"--mean asks no teacher: --{' --'.join(given)} would do nothing".replace("_", "-"))
+    if idle := typed(settings, *OF_A_TEACHER):
+        refuse(f"--mean asks no teacher: {idle} would do nothing")
     if len({each.resolve() for each in (run, *runs)}) <= len(runs):
         raise Stop("--mean: a run stands twice, or is --run, whose labels it would replace; another --run")
     read = [require_pairs(each, ["*.parquet", POOL], impressions=impressions) for each in runs]

@@ -54,6 +54,7 @@ from lib.stages.settings import (
     Width,
     parse,
     refuse,
+    typed,
 )
 from lib.stages.stage import Stage
 from lib.stages.streams import ahead
@@ -274,6 +275,8 @@ def warn_if_by_heart(log):
 
 def with_name(settings):
     """The settings with the name of the output folder, checked."""
+    if settings.labels == "human" and (idle := typed(settings, "human-rows", "shuffle-window")):
+        refuse(f"--labels human trains on human labels alone: {idle} would do nothing")
     names = {"teacher": "student", "human": "student_human_labels"}  # as 05 knows them
     default = names[settings.labels]
     name = default if settings.name is None else settings.name

@@ -385,6 +385,16 @@ def test_the_mean_of_what_the_students_of_several_runs_learn(tmp_path, capsys):
     assert "of other features" in stop_line(stage("03").main, [*argv, "--overwrite"])
 
 
+def test_flags_that_a_mean_has_no_use_for_are_refused(tmp_path, capsys):
+    """`--mean A B --pool none` averaged labels that were pooled."""
+    argv = ["--run", str(tmp_path / "mean"), "--mean", str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(SystemExit) as end:
+        stage("03").main([*argv, "--pool", "none", "--no-merge"])
+    assert end.value.code == 2 and "--pool --no-merge would do nothing" in capsys.readouterr().err
+    of_preset = [*argv, "--preset", "paper"]  # which says --pool none, too
+    assert "missing or unfinished" in stop_line(stage("03").main, of_preset)
+
+
 def test_a_mean_is_the_same_in_any_order(tmp_path):
     runs = [tmp_path / name for name in ("a", "b", "c")]
     for seed, run in enumerate(runs):

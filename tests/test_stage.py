@@ -28,7 +28,7 @@ from lib.stages.files import fingerprint, read_json, whole_file, write_json, wri
 from lib.stages.finished import remake, require_finished, sealed
 from lib.stages.hardware import pick_device
 from lib.stages.processes import start_stage
-from lib.stages.settings import Count, NonNegative, Share, Size, StageSettings, parse
+from lib.stages.settings import Count, NonNegative, Share, Size, StageSettings, parse, typed
 from lib.stages.stage import Stage
 from lib.stages.streams import keep_chunks
 from lib.stages.terminal import Stop, run_main, stop_on_error
@@ -113,6 +113,19 @@ def test_bad_values_end_with_a_message_and_status_2(argv, word, capsys):
     assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert not set(said) & set("│─╭╯")
     assert word in said
+
+
+@pytest.mark.parametrize(
+    "argv, found",
+    [
+        (["--preset", "paper"], ""),
+        (["--epochs=7", "--no-merge", "--run", "epochs"], "--epochs --no-merge"),
+        (["--hidden", "5", "--preset", "paper"], ""),
+        (["--epochs", "3"], "--epochs"),  # the default, but asked for
+    ],
+)
+def test_flags_that_were_typed(argv, found):
+    assert typed(parse(PRESETS, argv), "epochs", "rows", "merge", "no-merge") == found
 
 
 def test_help_shows_the_values_of_the_preset_in_force(capsys):

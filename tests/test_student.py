@@ -425,6 +425,17 @@ def test_bad_flags_end_with_a_line_before_anything_is_touched(tmp_path, capsys, 
     assert capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--human-rows none", "--human_rows=half", "--shuffle-window 2"])
+def test_flags_that_human_labels_have_no_use_for_are_refused(tmp_path, capsys, flag):
+    """They were ignored without a word; those of a preset are."""
+    with pytest.raises(SystemExit) as stopped:
+        distil.main(["--run", str(tmp_path), "--labels", "human", *flag.split()])
+    flag = flag.replace("_", "-").replace("=", " ").split()[0]
+    assert stopped.value.code == 2 and f"{flag} would do nothing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    stop_line(distil.main, ["--run", str(tmp_path), "--labels", "human", "--preset", "paper"])
+
+
 def test_a_language_that_no_query_has_touches_nothing(tmp_path):
     synthetic(tmp_path)
     for language in ("xx", "en,fr"):

@@ -593,7 +593,13 @@ def test_a_single_row_can_be_described(capsys, models):
     rows.train, rows.held_out = np.array([5]), np.array([], int)
     vars(rows).update(train_queries=1, held_out_queries=0, match={})
     labeller.summary.describe_teacher(teacher, "full", rows, trainer.TOY)
-    assert "1 highly irrelevant 100 %" in capsys.readouterr().out.lower()
+    said = capsys.readouterr().out
+    assert "1 highly irrelevant 100 %" in said.lower() and "nothing" not in said
+    given = ["--preset", "small", "--lr", "0.1", "--encoder-lr=0.1"]
+    for finetuning, idle in (("full", "--lr"), ("lora", "--encoder-lr"), ("qlora", "--encoder-lr")):
+        settings = trainer.parse(trainer.PRESETS, given)
+        labeller.summary.describe_teacher(teacher, finetuning, rows, settings)
+        assert f"--finetuning {finetuning} these do nothing: {idle}\n" in capsys.readouterr().out
 
 
 def test_learning_rate():

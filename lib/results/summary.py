@@ -8,9 +8,12 @@ from lib.inputs.inherited import whence
 from lib.inputs.pairs import count_labels, read_labels
 from lib.inputs.regression import one_hot
 from lib.results.contract import input_names
+from lib.stages.settings import typed
 
 TOY_WEIGHTS = 10_000_000  # of a larger model the learning rates of --preset toy are too high
 FINETUNING = {"qlora": "QLoRA (NF4)", "lora": "LoRA", "full": "all weights trained"}
+OF_LORA = ("lora-rank", "lora-alpha", "lora-dropout", "lr")  # flags of 02 that are of one way alone
+OF_FULL = ("encoder-lr", "layer-decay")
 
 
 def count_weights(parameters):
@@ -26,6 +29,8 @@ def describe_teacher(teacher, finetuning, rows, settings):
     dtype = str(teacher.dtype).removeprefix("torch.")
     weights = count_weights(trained)
     print(f"{how}: {weights:,} weights; {dtype}")
+    if idle := typed(settings, *(OF_LORA if finetuning == "full" else OF_FULL)):
+        print(f"with --finetuning {finetuning} these do nothing: {idle}")
     if settings.preset == "toy" and count_weights(teacher.parameters()) > TOY_WEIGHTS:
         print("--preset toy is for tiny models, by its learning rates: try --preset small")
     n, lengths = len(rows.train), rows.lengths

@@ -92,6 +92,12 @@ def refuse_empty(argv, default):
             refuse(f"{flag or 'an argument'} '': an empty value")
 
 
+def typed(settings, *names):
+    """Those of some flags that stand on the command line, whatever a preset says of the others: a text."""
+    words = {word.partition("=")[0].replace("_", "-") for word in settings.given}
+    return " ".join(f"--{name}" for name in names if f"--{name}" in words)
+
+
 def refuse(problem):
     """Ends with a message and exit status 2."""
     print(f"error: {problem}", file=sys.stderr)
