@@ -206,13 +206,14 @@ def label_shards(teacher, shards, known, text, settings, bar):
 
 
 def pool_before(settings, trained):
-    """The labels of a run that RUN builds on, pooled for this teacher, or None. trained: stage.json of 02."""
+    """The labels of a run that RUN builds on, pooled for this teacher, or None; and a lock on them. trained:
+    stage.json of 02."""
     for labels in [run / "labels" for run in bases_of(settings.run)] if settings.pool == "auto" else ():
         if (labels / POOL).exists():
             made = require(labels, [POOL])
             if made["inputs"].get("teacher") == teacher_identity(trained):
-                return labels
-    return None
+                return labels, made
+    return None, None
 
 
 def pool_labels(run, labels, split, before):
@@ -249,7 +250,7 @@ def label_by_teacher(settings, accelerator, dtype, hardware):
     read, about, model = require_teacher(run, folder, settings.model)
     inputs = {"features": read["features"]["identity"], "text": read["teacher"]["text"]}
     inputs |= {"teacher": teacher_identity(read["teacher"]), "precision": hardware}
-    before = pool_before(settings, read["teacher"])
+    before, _lock = pool_before(settings, read["teacher"])
     inputs |= {"pool": fingerprint(before / POOL)} if before else {}
     stage, work = start_stage(accelerator, run / "labels", settings, inputs)
     if work is None:

@@ -18,6 +18,7 @@ from lib.inputs.match import MATCH_FEATURES
 from lib.inputs.pairs import PairFiles, read_labelled, read_labels
 from lib.inputs.regression import fit_regression, one_hot
 from lib.stages.files import read_json, write_json, write_parquet
+from lib.stages.finished import hold
 from lib.tables.splits import in_hash_split
 
 
@@ -295,16 +296,19 @@ def test_03_takes_the_pool_of_a_run_that_it_builds_on_where_it_cannot_make_one(t
     for run, base in zip(days[1:], days):
         mark_finished(run / "features", base=str(base))
     settings = replace(label.TOY, run=days[2])
-    assert label.pool_before(settings, trained) is None
+    assert label.pool_before(settings, trained) == (None, None)
     for day, share, teacher in ((days[0], 0.2, teacher_identity(trained)), (days[1], 0.3, "another")):
         label.pool_labels(day, day / "labels", {"share": share, "salt": "teacher:0"}, None)
         mark_finished(day / "labels", inputs={"teacher": teacher})
-    taken = label.pool_before(settings, trained)
+    taken, lock = label.pool_before(settings, trained)
     assert taken == days[0] / "labels"
+    assert "reads it" in stop_line(hold, taken, "write")  # 03 of that run waits until this one has read it
+    del lock
+    hold(taken, "write")
     label.pool_labels(settings.run, settings.run / "labels", NOTHING, taken)
     of_two = [(day / "labels" / pool.POOL).read_bytes() for day in (days[0], days[2])]
     assert of_two[0] == of_two[1] and f"pooled as in {taken}" in capsys.readouterr().out
-    assert label.pool_before(replace(settings, pool="none"), trained) is None
+    assert label.pool_before(replace(settings, pool="none"), trained) == (None, None)
 
 
 def test_03_names_the_features_that_a_pool_needs(tmp_path, capsys):
