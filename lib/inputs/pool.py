@@ -1,7 +1,8 @@
-"""The teacher's probabilities pooled with the match features: softmax(a log p_teacher + b log p_match), a
-logarithmic opinion pool (Genest and Zidek, 1986).
+"""The teacher's probabilities pooled with the match features, a logarithmic opinion pool (Genest and Zidek,
+1986): softmax(a (log p_teacher - common) + b log p_match).
 
-Ours, not the paper's. p_match is the regression of the human training labels on the match features. Both
+Ours, not the paper's. p_match is the regression of the human training labels on the match features. `common`
+is what the teacher says of every pair, 0 where it tells pairs apart no less than the regression does. Both
 weights are fitted on the queries that 02 holds out, on which neither was trained. A teacher that is clearly
 better than the regression there stays alone; so it does in languages without training labels where the
 regression is far from it: BM25 finds nothing there, or the text encoder does not know the language.
