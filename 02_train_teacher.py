@@ -15,6 +15,9 @@ Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, tea
 Toy     python 02_train_teacher.py
 Paper   accelerate launch 02_train_teacher.py --preset paper --run /runs/search      one process a GPU
 
+Each forward pass on each process draws its own dropout: with other --batch-tokens, or on another number of
+processes, the teacher differs as with another seed, by a little.
+
 Shapes: B rows, T tokens, C = 5 levels.
 """
 

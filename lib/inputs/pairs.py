@@ -189,8 +189,9 @@ class TrainingRows:
         self.counts = []  # training rows of each shard; survey() fills it
 
     def survey(self):
-        """Counts the training rows and deals --rows to them. Returns moments_of() their match features, and
-        held-out rows: of every shard at most its share of HELD_OUT_ROWS, for logs change."""
+        """Counts the training rows and deals --rows to them. Returns moments_of() the match features of all
+        of them, whatever --rows, for these need no label; and held-out rows: of every shard at most its share
+        of HELD_OUT_ROWS, for logs change."""
         self.human, watched = self.parted(self.human)
         held_out = [] if self.shards else [watched]  # the teacher's labels are of impressions
         counts, found = [], [statistics_of(self.human["match"])]

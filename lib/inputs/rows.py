@@ -1,5 +1,6 @@
 """Rows of token ids for the teacher: read and tokenized, compared, dealt out to steps, processes and forward
-passes. With any forward passes of the same rows a step has the same gradients.
+passes. With any forward passes of the same rows a step has the same gradients but for dropout, which each
+pass draws for itself.
 """
 
 import functools

@@ -16,7 +16,8 @@ from lib.stages.files import UNFINISHED, drop_damaged, hashed, link, list_files,
 from lib.stages.finished import check_files, hold, read_about, sealed
 from lib.stages.terminal import Stop
 
-# Neither can change a result: these are not part of a folder's identity …
+# These are not part of a folder's identity: a result hangs on none, but for rounding and, in 02, for which
+# units dropout leaves out (batch_tokens) …
 WITHOUT_EFFECT = {"preset", "run", "overwrite", "known", "given", "compile", "device", "workers", "memory"}
 WITHOUT_EFFECT |= {"batch_tokens", "checkpoint_steps", "long_queries"}
 # … and of these it is the content that counts, which stands among the inputs.
