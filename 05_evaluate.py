@@ -10,7 +10,7 @@ relevance metric. Intervals are 95 % bootstrap intervals over queries.
 
 Reads   RUN/features/, RUN/labels/labelled.parquet, RUN/teacher/stage.json, every RUN/student*/
 Writes  RUN/report/     metrics.json, temperatures.json, report.md, plots as PNG;
-                        queries.csv, every evaluation query by every system;
+                        queries.csv, every evaluation query that has a gain by every system;
                         cards/NAME.md, the models' cards with their metrics
 
 Toy     python 05_evaluate.py
