@@ -26,7 +26,9 @@ from lib.stages.terminal import Stop, run_main
 
 TOY = ROOT / "data" / "toy" / "models"
 MODELS = tuple(f"{name}={TOY / name.lower()}" for name in ("BERT", "T5", "DeBERTa"))
-SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py", "student": "04_train_student.py"}
+ON_HUMAN = "student_human_labels"
+SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py"}
+SCRIPTS |= dict.fromkeys(("student", ON_HUMAN), "04_train_student.py")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,15 @@ class Experiments:
             systems.append((folder, "teacher"))
         return systems
 
-    def students(self, run, name, *flags, first=()):
-        """A student of each seed on a run's soft labels; `first` stands for that of the first seed."""
+    def students(self, run, name, *flags, first=(), like="student"):
+        """A student of each seed on a run's soft labels, trained as RUN's student of that name was (like);
+        `first` stands for that of the first seed."""
         folder = self.link("students" if run == self.run else "more", run, "features", "labels")
         systems = [*first]
         for seed in self.seeds_beside(first):
             student = f"{name}_{seed}"
             own = "--run", folder, "--name", student, "--seed", seed
-            self.noted[f"{folder.name}_{student}"] = [self.command("student", *own, *flags)]
+            self.noted[f"{folder.name}_{student}"] = [self.command(like, *own, *flags)]
             systems.append((folder, student))
         return systems
 
@@ -153,8 +156,8 @@ def compare_sources(experiments, own):
 def compare_amounts(experiments, own):
     """(b): students on a growing number of impressions, and on human labels alone."""
     run, more = experiments.run, experiments.settings.more
-    alone = [(run, "student_human_labels")]  # in its own epochs: in as many steps it learns rows by heart
-    alone = experiments.students(run, "student_human", "--labels", "human", first=alone)
+    # in its own epochs: in as many steps it learns rows by heart
+    alone = experiments.students(run, "student_human", first=[(run, ON_HUMAN)], like=ON_HUMAN)
     conditions = {"student on human labels": alone}
     rows = require(more / "features", ())["rows"]
     for n in sizes(rows["labelled_train"], rows["impressions"]):

@@ -305,6 +305,23 @@ def test_no_seed_counts_twice(tmp_path, own, others):
     assert experiments.seeds_beside([]) == [0, 1, 2]
 
 
+def test_students_on_human_labels_have_their_own_flags(tmp_path):
+    """RUN's student may have flags that 04 --labels human refuses."""
+    flags = {"student": ["--human-rows", "none"], "student_human_labels": ["--labels", "human"]}
+    for name, command in flags.items():
+        (tmp_path / name).mkdir()
+        arguments = {"seed": 0, "epochs": 1}
+        mark_finished(tmp_path / name, arguments=arguments, command=command, rows={"human": 1, "train": 9})
+    (tmp_path / "features").mkdir()
+    mark_finished(tmp_path / "features", rows={"labelled_train": 1, "impressions": 2})
+    experiments = experiments_of(tmp_path, tmp_path / "out", seeds=(0, 1))
+    findings.compare_amounts(experiments, None)
+    for name, ((_, script, *given),) in experiments.noted.items():
+        on_human = name == "students_student_human_1"
+        assert script.name == "04_train_student.py"
+        assert given[:2] == flags["student_human_labels" if on_human else "student"]
+
+
 def test_the_experiments_of_another_run_are_refused(tmp_path):
     for run in ("one", "two"):
         (tmp_path / run / "features").mkdir(parents=True)
