@@ -930,12 +930,41 @@ def test_numeric_columns_of_pairs_follow_the_match_features(tmp_path, kind):
     assert labelled["clicks"].type == pa.float32()
 
 
-def test_a_numeric_column_of_pairs_with_a_name_of_ours(tmp_path):
+@pytest.mark.parametrize("column", ["BM25", "expected_level"])
+def test_a_numeric_column_of_pairs_with_a_name_of_ours(tmp_path, column):
     tables = small_dataset()
     for name in ("impressions", "labels"):
-        tables[name]["BM25"] = [1, 2, 3]
+        tables[name][column] = [1, 2, 3]
     line = stop_line(features, write_dataset(tmp_path / "data", tables), tmp_path / "run")
-    assert "impressions.parquet" in line and "'BM25'" in line
+    assert "impressions.parquet" in line and repr(column) in line
+
+
+TWICE = {  # table, its column, what else would have the student's name for it
+    "text": ("pins", "text", "'text': an embedding has its name, pin_text: rename it"),
+    "graph": ("pins", "Graph", "pin_Graph"),
+    "a query's text": ("queries", "text", "query_text"),
+    "an own embedding": ("pins", "mine", "pin_mine"),
+    "a number of pairs": ("pins", "price", "'price': the column 'pin_price' of impressions.parquet has"),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_two_inputs_of_the_student_with_one_name(tmp_path, capsys, case):
+    """Of which one would stand for both: stage 04 would end in a traceback, after the teacher's labels."""
+    table, column, said = TWICE[case]
+    tables = small_dataset()
+    tables[table][column] = ["x", "y", "z"][
+        : len(tables[table]["query_id" if table == "queries" else "pin_id"])
+    ]
+    for name in ("impressions", "labels"):
+        tables[name]["pin_price"] = [1.5, 2.5, 3.5]
+    data = own_embeddings(write_dataset(tmp_path / "data", tables))
+    np.save(data / "embeddings" / "pin_mine.npy", np.ones((1, 2), np.float32))
+    (data / "embeddings" / "pin_mine.ids").write_text("007\n")
+    line = stop_line(features, data, tmp_path / "run")
+    assert line.startswith(f"{table}.parquet: column {column!r}: ") and said in line
+    stop_line(build.main, ["--check", "--data", str(data)])
+    assert f"wrong: {line}\n" in capsys.readouterr().out
 
 
 def test_columns_of_nothing_are_left_out(tmp_path):

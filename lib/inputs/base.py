@@ -21,13 +21,14 @@ from lib.stages.settings import refuse
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop
+from lib.tables.embeddings import NAMES
 
 READS = ("bm25.parquet", "graph.parquet", "pins.parquet", "queries.parquet", "*_text_embedding.npy")
 # Flags and inputs of stage 01 that decide what a feature means, beside the statistics; the user's own
 # embeddings that stand for ours.
 FLAGS = {"--caption-tokens", "--text-tokens", "--top-tokens", "--graph-dim"}
 INPUTS = {"caption model", "text encoder", "precision", "rules"}
-OWN = {f"embeddings/{name}" for name in ("query_text", "pin_text", "pin_visual", "pin_graph")}
+OWN = {f"embeddings/{name}" for name in NAMES}
 DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be fitted again
 
 
