@@ -772,8 +772,8 @@ def test_counts_whose_sum_is_beyond_64_bit(tmp_path):
     np.testing.assert_allclose(made, [64 * np.log(2), 0, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "2999-01-01"])
-def test_a_date_without_end_or_in_the_future(tmp_path, date):
+@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "2999-01-01", "30-06-24"])
+def test_a_date_in_the_future_or_long_ago(tmp_path, date):
     tables = small_dataset()
     tables["engagements"]["date"] = [date]
     line = stop_line(opened, write_dataset(tmp_path, tables))
