@@ -663,6 +663,25 @@ def test_a_folder_of_tables_that_is_not_read_is_named(tmp_path):
     assert "(products/: a table of pins? Then rename it)" in stop_line(opened, tmp_path)
 
 
+def test_vectors_that_are_not_read_are_named(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path, small_dataset()))
+    assert list(opened(data).remarks())[-1].startswith("link_visits")
+    (data / "embeddings").rename(data / "Embeddings")
+    np.save(data / "pin_text.npy", np.ones((1, 2), np.float32))
+    assert list(opened(data).remarks())[-1] == "not read: Embeddings/, pin_text.npy"
+
+
+def test_a_link_to_a_folder_of_files_of_a_table_is_named(tmp_path):
+    """Its files are not read: they may lie outside of the dataset, or in a circle."""
+    tables = small_dataset()
+    write_dataset(tmp_path, tables)
+    (tmp_path / "boards.parquet").unlink()
+    for day in ("boards/monday", "days/tuesday"):
+        write_table(tmp_path / day, "a", tables["boards"])
+    (tmp_path / "boards" / "tuesday").symlink_to(tmp_path / "days" / "tuesday")
+    assert list(opened(tmp_path).remarks())[-1] == "not read: days/, boards/tuesday"
+
+
 def test_spaces_around_the_name_of_a_table_do_not_count(tmp_path):
     data = write_dataset(tmp_path, small_dataset(), "csv")
     for old, new in (("boards.csv", "Boards .csv"), ("pins.csv", " pins.csv")):

@@ -84,7 +84,9 @@ def find_table(folder, name):
                     why = "whose log says which files count: export its live rows"
                     raise Stop(f"{path}/: a table of {kind}, {why}, with {export}")
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
-            parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
+            # A link to a folder is not gone into: it is named among the others.
+            parts = [part for part in parts if part.is_symlink() or not part.is_dir()]
+            parts = [part for part in parts if not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
             others += [str(part.relative_to(folder)) for part in parts if part not in files]
             if files:
@@ -102,12 +104,13 @@ def find_table(folder, name):
 
 
 def other_files(folder, names):
-    """What lies in a dataset folder and looks like a table, a file or a folder, but has the name of none."""
+    """What lies in a dataset folder, a file or a folder, and looks like a table or like vectors, but has the
+    name of none."""
     found = []
     for path in sorted(folder.iterdir()):
-        if table_name(path) not in names and not is_hidden(path.name):
+        if table_name(path) not in names and path.name != "embeddings" and not is_hidden(path.name):
             parts = itertools.islice(path.rglob("*"), 1_000) if path.is_dir() else [path]  # or of pictures
-            if any(map(format_of, parts)):
+            if any(format_of(part) or part.suffix.lower() == ".npy" for part in parts):
                 found.append(path.name + "/" * path.is_dir())
     return found
 
