@@ -21,7 +21,7 @@ from lib.stages.settings import refuse
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop
-from lib.tables.embeddings import NAMES
+from lib.tables.embeddings import NAMES, open_vectors
 
 READS = ("bm25.parquet", "graph.parquet", "pins.parquet", "queries.parquet", "*_text_embedding.npy")
 # Flags and inputs of stage 01 that decide what a feature means, beside the statistics; the user's own
@@ -61,6 +61,13 @@ def open_base(settings, inputs):
     meant = FLAGS | (INPUTS & both) | (OWN - both)
     if changes := "; ".join(why for what, why in changes.items() if what in meant):
         raise Stop(f"{run}: its features mean something else ({changes}); without --base all is fitted again")
+    for path in sorted((run / "features").glob("*_embedding.npy")):
+        name = path.name.removesuffix("_embedding.npy")
+        if f"embeddings/{name}" in inputs:
+            source = settings.data / "embeddings" / f"{name}.npy"
+            ours, theirs = open_vectors(source).shape[1], np.load(path, mmap_mode="r").shape[1]
+            if ours != theirs:
+                raise Stop(f"{source}: {ours} wide, that of {run} is {theirs} wide")
     inputs["base"] = about["identity"]
     return Base(run, about)
 
@@ -111,9 +118,6 @@ class Base:
                 shape = rows[side_of(name)], vectors.shape[1]
                 with new_matrix(out / path.name, *shape, vectors.dtype):
                     pass
-            width = np.load(out / path.name, mmap_mode="r").shape[1]
-            if width != vectors.shape[1]:
-                raise Stop(f"{path.name}: {width} wide, that of {self.run} is {vectors.shape[1]} wide")
         if lacking:
             print(f"a student of {self.run} reads, and these tables lack: {', '.join(lacking)}")
 
