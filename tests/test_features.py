@@ -447,6 +447,7 @@ BAD_EMBEDDINGS = {  # what is written; parts of the line
         ["pin_mine.npy"],
     ),
     "zero bytes": (lambda p: p.write_bytes(b""), ["pin_mine.npy"]),
+    "no rows": (lambda p: np.save(p, np.ones((0, 2), np.float32)), ["pin_mine.npy", "[0, 2]"]),
     "no width": (lambda p: np.save(p, np.ones((3, 0), np.float32)), ["pin_mine.npy", "[3, 0]"]),
 }
 

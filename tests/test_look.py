@@ -147,6 +147,14 @@ def test_ids_of_vectors_that_do_not_fit_are_found_by_the_check(tmp_path, capsys)
         (data / "embeddings" / f"{name}.npy").unlink()
 
 
+def test_vectors_that_are_no_numbers_are_found_by_the_check(tmp_path, capsys):
+    data = own_embeddings(write_dataset(tmp_path, small_dataset()))
+    np.save(data / "embeddings" / "pin_bad.npy", np.array([[1, 2], [np.nan, 3]], np.float32))
+    (data / "embeddings" / "pin_bad.ids").write_text("007\np2\n")
+    assert "1 thing(s) wrong" in stop_line(check, data)
+    assert f"wrong: {data}/embeddings/pin_bad.npy: 1 rows " in capsys.readouterr().out
+
+
 def test_tables_are_checked_before_a_model_is_looked_for(tmp_path):
     tables = small_dataset()
     tables["labels"]["label"] = [5, 1, 0]
