@@ -735,6 +735,19 @@ def test_an_id_is_its_digits_whatever_number_it_is_stored_as(tmp_path, stored):
     assert pins["pin_id"].to_pylist() == [*names.values()]
 
 
+def test_an_id_is_its_digits_though_another_file_stores_it_as_text(tmp_path):
+    tables, days = small_dataset(), tmp_path / "a[1]" / "boards"
+    write_dataset(days.parent, tables)
+    (days.parent / "boards.parquet").unlink()
+    titles = {"board_title": ["a", "b", "c"]}
+    write_table(days, "a", {"pin_id": ["007", "7", "x"], **titles})
+    write_table(days, "b", {"Pin_ID": [7.0, 2.5, 1e18], **titles})
+    write_table(days, "c", {"pin_id": pa.array([Decimal("7.00"), Decimal("2.50"), None]), **titles})
+    write_table(days, "d", {"pin_id": [7, 8, 9], **titles})
+    stored = "007 7 x 7 2.5 1000000000000000000 7 2.5 None 7 8 9"
+    assert " ".join(str(row[0]) for row in rows(RawTables(days.parent), "boards", "pin_id")) == stored
+
+
 @pytest.mark.parametrize(
     "stored, digits",
     [

@@ -163,14 +163,24 @@ def folder_columns(files, base, types):
 
 
 def parquet_reader(db, files):
-    """Likewise of Parquet, without regard to folders. DuckDB makes names for columns that have none."""
+    """Likewise of Parquet, without regard to folders. DuckDB makes names for columns that have none, and of
+    7.0 the text 7.0 where another file has text: here it is 7."""
     options = f"{listed(files)}, union_by_name = true, binary_as_string = true, {OPTIONS}"
-    sql, unnamed = f"FROM read_parquet({options})", {}
+    sql, unnamed, fractions = f"FROM read_parquet({options})", {}, {}
     types = columns_of(db, sql)  # tells which file cannot be read
+    texts = {column.lower(): column for column, kind in types.items() if kind == "VARCHAR"}
     for path in files:
-        if "" in (names := pq.read_schema(path).names):
+        schema = pq.read_schema(path)
+        for field in schema:
+            if field.name.lower() in texts and re.match("float|double|halffloat|decimal", str(field.type)):
+                fractions.setdefault(texts[field.name.lower()], []).append(text_literal(path))
+        if "" in (names := schema.names):
             told = columns_of(db, f"FROM read_parquet({listed([path])}, {OPTIONS})")  # ends with FILE
             unnamed |= {other: n for n, (other, name) in enumerate(zip(told, names), 1) if not name}
+    if fractions:
+        file, cells = quoted(FILE), {quoted(column): ", ".join(of) for column, of in fractions.items()}
+        ours = [f"if({file} IN ({of}), digits({cell}), {cell}) AS {cell}" for cell, of in cells.items()]
+        sql = f"FROM (SELECT * REPLACE ({', '.join(ours)}) {sql})"
     if unnamed:
         ours = [f'{quoted(other)} AS "column {n} {NAMELESS}"' for other, n in unnamed.items()]
         sql = f"FROM (SELECT * RENAME ({', '.join(ours)}) {sql})"
