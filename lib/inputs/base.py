@@ -102,10 +102,12 @@ class Base:
             ours, theirs = (further_columns(folder / table, side) for folder in (out, self.folder))
             rows[side] = pq.read_metadata(out / table).num_rows
             for name, kind in theirs.items():
-                if ours.get(name) != kind:
+                if name not in ours or (kind == "number" and ours[name] == "category"):
                     lacking.append(f"{side}_{name}")
                 elif kind == "category":
+                    # Digits alone are numbers in CSV; a student reads them as the texts that they were.
                     now, then = (read_column(folder / table, name) for folder in (out, self.folder))
+                    now = now.cast(then.type)
                     known = pa.array(frequent_values(then), then.type)  # to a student of the base
                     was, is_now = (pc.mean(pc.is_in(values, known)).as_py() for values in (then, now))
                     self.drift[f"unknown values of {side}_{name}"] = max(was - is_now, 0.0)
