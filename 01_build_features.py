@@ -304,6 +304,8 @@ def check_tables(settings):
         " ".join(REQUIRED): lambda: refuse_twice(raw, own_embeddings(raw.folder), numbers()),
         "labels queries": splits,
     }
+    if settings.base:
+        print(f"--base {settings.base}: not looked at: --check is of the tables alone")
     look.check(raw, checks)
 
 
