@@ -56,8 +56,8 @@ from lib.stages.terminal import Stop, run_main
 from lib.tables import look
 from lib.tables.embeddings import own_embeddings, own_fingerprint, users_embedding
 from lib.tables.images import pictures_fingerprint, read_pictures, write_skipped
-from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names
-from lib.tables.raw import RawTables, levels_of
+from lib.tables.indexed import index_pairs, number_rows, pair_numbers, refuse_names, refuse_twice
+from lib.tables.raw import REQUIRED, RawTables, levels_of
 from lib.tables.splits import split_of
 
 
@@ -293,13 +293,19 @@ def check_tables(settings):
         if not raw.faults:
             split_of(*zip(*raw.ask(labels)), settings.eval_share, raw.name["labels"])
 
+    def numbers():
+        return pair_numbers(raw, MATCH_FEATURES)
+
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
         "queries": lambda: refuse_names(raw, "queries", ("query_index",)),
-        "labels impressions": lambda: pair_numbers(raw, MATCH_FEATURES),
+        "labels impressions": numbers,
         "": lambda: own_embeddings(raw.folder),
+        " ".join(REQUIRED): lambda: refuse_twice(raw, own_embeddings(raw.folder), numbers()),
         "labels queries": splits,
     }
+    if settings.base:
+        print(f"--base {settings.base}: not looked at: --check is of the tables alone")
     look.check(raw, checks)
 
 
@@ -338,6 +344,7 @@ def build(settings, hardware, share):
     number_rows(raw, "pins", "pin", reserved=FIELDS)
     number_rows(raw, "queries", "query")
     numbers = pair_numbers(raw, reserved=MATCH_FEATURES)
+    refuse_twice(raw, own, numbers)
     look.show(raw)
 
     # 2. Pin text: captions, and what logs say of a pin  (paper: "Pin Text Representations")

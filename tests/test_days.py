@@ -209,6 +209,21 @@ def test_ids_of_a_day_that_no_student_knew_are_no_drift(tmp_path):
     assert base.drift == pytest.approx(unknown)
 
 
+def test_a_category_whose_values_are_all_digits_today_is_there(tmp_path, capsys):
+    """In CSV they are numbers then; a student reads them as the texts that they were."""
+    for day, values in (("base", ["7", "12", "A3", None]), ("today", [7.0, 12.0, 12.0, None])):
+        synthetic(tmp_path / day, queries=200)
+        path = tmp_path / day / "features" / "queries.parquet"
+        table = pq.read_table(path).drop_columns("interest").append_column("shelf", [values * 50])
+        write_parquet(path, table)
+    base = base_module.Base(tmp_path / "base", {"outputs": {}})
+    base.complete(tmp_path / "today" / "features", [])
+    assert base.drift["unknown values of query_shelf"] == 0 and "lack" not in capsys.readouterr().out
+    spec = {"embeddings": {}, "match": [], "categories": {"query_shelf": ["12", "7", "A3"]}, "numbers": {}}
+    inputs = StudentInputs(tmp_path / "today" / "features", spec)
+    assert inputs.codes["query_shelf"].tolist()[:4] == [2, 1, 1, 0]
+
+
 def test_yesterdays_student_reads_todays_features(shop, capsys):
     """Without a column that it knows, and with one that it does not."""
     for name in ("tuesday", "wednesday"):

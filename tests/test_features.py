@@ -447,6 +447,7 @@ BAD_EMBEDDINGS = {  # what is written; parts of the line
         ["pin_mine.npy"],
     ),
     "zero bytes": (lambda p: p.write_bytes(b""), ["pin_mine.npy"]),
+    "no rows": (lambda p: np.save(p, np.ones((0, 2), np.float32)), ["pin_mine.npy", "[0, 2]"]),
     "no width": (lambda p: np.save(p, np.ones((3, 0), np.float32)), ["pin_mine.npy", "[3, 0]"]),
 }
 
@@ -493,6 +494,15 @@ def test_query_and_pin_vectors_of_different_width(tmp_path):
     np.save(data / "embeddings" / "pin_text.npy", np.ones((1, 7), np.float32))
     folder = made(data, tmp_path / "run")
     assert pq.read_table(folder / "labelled.parquet")["text_cosine"].to_pylist() == [0, 0, 0]
+
+
+def test_vectors_of_another_width_than_the_base_has_stop_before_any_work(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path / "data", small_dataset()))
+    made(data, tmp_path / "run")
+    np.save(data / "embeddings" / "pin_text.npy", np.ones((1, 7), np.float32))
+    line = stop_line(made, data, tmp_path / "next", "--base", str(tmp_path / "run"))
+    assert "pin_text.npy: 7 wide, that of" in line and line.endswith("is 4 wide")
+    assert not list(tmp_path.glob("next/*"))
 
 
 # ------------------------------------------------------------------------------------------------------------

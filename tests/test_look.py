@@ -147,6 +147,24 @@ def test_ids_of_vectors_that_do_not_fit_are_found_by_the_check(tmp_path, capsys)
         (data / "embeddings" / f"{name}.npy").unlink()
 
 
+def test_columns_that_are_not_shown_are_counted_and_a_base_is_not_looked_at(tmp_path, capsys):
+    tables = small_dataset()
+    tables["pins"] |= {f"c{n:02}": ["x", "y", "y"] for n in range(45)}
+    check(write_dataset(tmp_path, tables), "--base", str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "pins.c37" in said and "pins.c38" not in said
+    assert "\n  pins: 7 further columns are not shown\n" in said and said.count("not shown") == 1
+    assert f"--base {tmp_path / 'run'}: not looked at" in said
+
+
+def test_vectors_that_are_no_numbers_are_found_by_the_check(tmp_path, capsys):
+    data = own_embeddings(write_dataset(tmp_path, small_dataset()))
+    np.save(data / "embeddings" / "pin_bad.npy", np.array([[1, 2], [np.nan, 3]], np.float32))
+    (data / "embeddings" / "pin_bad.ids").write_text("007\np2\n")
+    assert "1 thing(s) wrong" in stop_line(check, data)
+    assert f"wrong: {data}/embeddings/pin_bad.npy: 1 rows " in capsys.readouterr().out
+
+
 def test_tables_are_checked_before_a_model_is_looked_for(tmp_path):
     tables = small_dataset()
     tables["labels"]["label"] = [5, 1, 0]

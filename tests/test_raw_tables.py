@@ -663,6 +663,25 @@ def test_a_folder_of_tables_that_is_not_read_is_named(tmp_path):
     assert "(products/: a table of pins? Then rename it)" in stop_line(opened, tmp_path)
 
 
+def test_vectors_that_are_not_read_are_named(tmp_path):
+    data = own_embeddings(write_dataset(tmp_path, small_dataset()))
+    assert list(opened(data).remarks())[-1].startswith("link_visits")
+    (data / "embeddings").rename(data / "Embeddings")
+    np.save(data / "pin_text.npy", np.ones((1, 2), np.float32))
+    assert list(opened(data).remarks())[-1] == "not read: Embeddings/, pin_text.npy"
+
+
+def test_a_link_to_a_folder_of_files_of_a_table_is_named(tmp_path):
+    """Its files are not read: they may lie outside of the dataset, or in a circle."""
+    tables = small_dataset()
+    write_dataset(tmp_path, tables)
+    (tmp_path / "boards.parquet").unlink()
+    for day in ("boards/monday", "days/tuesday"):
+        write_table(tmp_path / day, "a", tables["boards"])
+    (tmp_path / "boards" / "tuesday").symlink_to(tmp_path / "days" / "tuesday")
+    assert list(opened(tmp_path).remarks())[-1] == "not read: days/, boards/tuesday"
+
+
 def test_spaces_around_the_name_of_a_table_do_not_count(tmp_path):
     data = write_dataset(tmp_path, small_dataset(), "csv")
     for old, new in (("boards.csv", "Boards .csv"), ("pins.csv", " pins.csv")):
@@ -714,6 +733,19 @@ def test_an_id_is_its_digits_whatever_number_it_is_stored_as(tmp_path, stored):
     features(write_dataset(tmp_path / "data", tables, "parquet"), tmp_path / "run")
     pins = pq.read_table(tmp_path / "run" / "features" / "pins.parquet")
     assert pins["pin_id"].to_pylist() == [*names.values()]
+
+
+def test_an_id_is_its_digits_though_another_file_stores_it_as_text(tmp_path):
+    tables, days = small_dataset(), tmp_path / "a[1]" / "boards"
+    write_dataset(days.parent, tables)
+    (days.parent / "boards.parquet").unlink()
+    titles = {"board_title": ["a", "b", "c"]}
+    write_table(days, "a", {"pin_id": ["007", "7", "x"], **titles})
+    write_table(days, "b", {"Pin_ID": [7.0, 2.5, 1e18], **titles})
+    write_table(days, "c", {"pin_id": pa.array([Decimal("7.00"), Decimal("2.50"), None]), **titles})
+    write_table(days, "d", {"pin_id": [7, 8, 9], **titles})
+    stored = "007 7 x 7 2.5 1000000000000000000 7 2.5 None 7 8 9"
+    assert " ".join(str(row[0]) for row in rows(RawTables(days.parent), "boards", "pin_id")) == stored
 
 
 @pytest.mark.parametrize(
@@ -772,8 +804,8 @@ def test_counts_whose_sum_is_beyond_64_bit(tmp_path):
     np.testing.assert_allclose(made, [64 * np.log(2), 0, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "2999-01-01"])
-def test_a_date_without_end_or_in_the_future(tmp_path, date):
+@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "2999-01-01", "30-06-24"])
+def test_a_date_in_the_future_or_long_ago(tmp_path, date):
     tables = small_dataset()
     tables["engagements"]["date"] = [date]
     line = stop_line(opened, write_dataset(tmp_path, tables))
@@ -930,12 +962,41 @@ def test_numeric_columns_of_pairs_follow_the_match_features(tmp_path, kind):
     assert labelled["clicks"].type == pa.float32()
 
 
-def test_a_numeric_column_of_pairs_with_a_name_of_ours(tmp_path):
+@pytest.mark.parametrize("column", ["BM25", "expected_level"])
+def test_a_numeric_column_of_pairs_with_a_name_of_ours(tmp_path, column):
     tables = small_dataset()
     for name in ("impressions", "labels"):
-        tables[name]["BM25"] = [1, 2, 3]
+        tables[name][column] = [1, 2, 3]
     line = stop_line(features, write_dataset(tmp_path / "data", tables), tmp_path / "run")
-    assert "impressions.parquet" in line and "'BM25'" in line
+    assert "impressions.parquet" in line and repr(column) in line
+
+
+TWICE = {  # table, its column, what else would have the student's name for it
+    "text": ("pins", "text", "'text': an embedding has its name, pin_text: rename it"),
+    "graph": ("pins", "Graph", "pin_Graph"),
+    "a query's text": ("queries", "text", "query_text"),
+    "an own embedding": ("pins", "mine", "pin_mine"),
+    "a number of pairs": ("pins", "price", "'price': the column 'pin_price' of impressions.parquet has"),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_two_inputs_of_the_student_with_one_name(tmp_path, capsys, case):
+    """Of which one would stand for both: stage 04 would end in a traceback, after the teacher's labels."""
+    table, column, said = TWICE[case]
+    tables = small_dataset()
+    tables[table][column] = ["x", "y", "z"][
+        : len(tables[table]["query_id" if table == "queries" else "pin_id"])
+    ]
+    for name in ("impressions", "labels"):
+        tables[name]["pin_price"] = [1.5, 2.5, 3.5]
+    data = own_embeddings(write_dataset(tmp_path / "data", tables))
+    np.save(data / "embeddings" / "pin_mine.npy", np.ones((1, 2), np.float32))
+    (data / "embeddings" / "pin_mine.ids").write_text("007\n")
+    line = stop_line(features, data, tmp_path / "run")
+    assert line.startswith(f"{table}.parquet: column {column!r}: ") and said in line
+    stop_line(build.main, ["--check", "--data", str(data)])
+    assert f"wrong: {line}\n" in capsys.readouterr().out
 
 
 def test_columns_of_nothing_are_left_out(tmp_path):

@@ -21,13 +21,14 @@ from lib.stages.settings import refuse
 from lib.stages.stage import changes_between
 from lib.stages.streams import new_matrix
 from lib.stages.terminal import Stop
+from lib.tables.embeddings import NAMES, open_vectors
 
 READS = ("bm25.parquet", "graph.parquet", "pins.parquet", "queries.parquet", "*_text_embedding.npy")
 # Flags and inputs of stage 01 that decide what a feature means, beside the statistics; the user's own
 # embeddings that stand for ours.
 FLAGS = {"--caption-tokens", "--text-tokens", "--top-tokens", "--graph-dim"}
 INPUTS = {"caption model", "text encoder", "precision", "rules"}
-OWN = {f"embeddings/{name}" for name in ("query_text", "pin_text", "pin_visual", "pin_graph")}
+OWN = {f"embeddings/{name}" for name in NAMES}
 DRIFT_LIMIT = 0.1  # our choice; beyond it the statistics should be fitted again
 
 
@@ -60,6 +61,13 @@ def open_base(settings, inputs):
     meant = FLAGS | (INPUTS & both) | (OWN - both)
     if changes := "; ".join(why for what, why in changes.items() if what in meant):
         raise Stop(f"{run}: its features mean something else ({changes}); without --base all is fitted again")
+    for path in sorted((run / "features").glob("*_embedding.npy")):
+        name = path.name.removesuffix("_embedding.npy")
+        if f"embeddings/{name}" in inputs:
+            source = settings.data / "embeddings" / f"{name}.npy"
+            ours, theirs = open_vectors(source).shape[1], np.load(path, mmap_mode="r").shape[1]
+            if ours != theirs:
+                raise Stop(f"{source}: {ours} wide, that of {run} is {theirs} wide")
     inputs["base"] = about["identity"]
     return Base(run, about)
 
@@ -94,10 +102,12 @@ class Base:
             ours, theirs = (further_columns(folder / table, side) for folder in (out, self.folder))
             rows[side] = pq.read_metadata(out / table).num_rows
             for name, kind in theirs.items():
-                if ours.get(name) != kind:
+                if name not in ours or (kind == "number" and ours[name] == "category"):
                     lacking.append(f"{side}_{name}")
                 elif kind == "category":
+                    # Digits alone are numbers in CSV; a student reads them as the texts that they were.
                     now, then = (read_column(folder / table, name) for folder in (out, self.folder))
+                    now = now.cast(then.type)
                     known = pa.array(frequent_values(then), then.type)  # to a student of the base
                     was, is_now = (pc.mean(pc.is_in(values, known)).as_py() for values in (then, now))
                     self.drift[f"unknown values of {side}_{name}"] = max(was - is_now, 0.0)
@@ -110,9 +120,6 @@ class Base:
                 shape = rows[side_of(name)], vectors.shape[1]
                 with new_matrix(out / path.name, *shape, vectors.dtype):
                     pass
-            width = np.load(out / path.name, mmap_mode="r").shape[1]
-            if width != vectors.shape[1]:
-                raise Stop(f"{path.name}: {width} wide, that of {self.run} is {vectors.shape[1]} wide")
         if lacking:
             print(f"a student of {self.run} reads, and these tables lack: {', '.join(lacking)}")
 

@@ -9,6 +9,9 @@ from lib.stages.streams import MOST_NORM, new_matrix
 from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.files import is_hidden, regular_file
 
+# Of the embeddings that stage 01 makes, or that the user's own stand for.
+NAMES = ("query_text", "pin_text", "pin_visual", "pin_graph")
+
 
 def own_embeddings(folder):
     """Names of embeddings/NAME.npy of a dataset, sorted. Stop if one cannot be used."""
@@ -23,11 +26,12 @@ def own_embeddings(folder):
             what = "NAME.ids holds the id of every row of NAME.npy, one a line"
             with stop_on_error(f"{path}: cannot be read", what):
                 regular_file(folder, path.relative_to(folder))
-        rows = len(open_vectors(source))
+        vectors = open_vectors(source)
+        rows = len(vectors)
         size = ids.stat().st_size
         if size > 1_000 * (rows + 1):
             raise Stop(f"{ids}: {size:,} bytes are too many for {rows:,} ids")
-        read_ids(ids, rows)
+        refuse_wild(source, vectors, read_ids(ids, rows))
     return names
 
 
@@ -41,7 +45,7 @@ def open_vectors(path):
     """A user's vectors [rows, D], memory-mapped: no more is taken on a header's word than the file holds."""
     with stop_on_error(f"{path}: no NumPy array"):
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    is_matrix = vectors.ndim == 2 and vectors.shape[1] > 0
+    is_matrix = vectors.ndim == 2 and vectors.size > 0
     if not is_matrix or vectors.dtype not in (np.float16, np.float32):
         found = f"{vectors.dtype} {list(vectors.shape)}"
         raise Stop(f"{path}: must be float16 or float32 [rows, dim], is {found}")
@@ -62,6 +66,19 @@ def read_ids(path, rows):
     return ids
 
 
+def refuse_wild(source, vectors, ids):
+    """Stop if a vector has NaN, infinity, or a norm that nothing can be computed with."""
+    for start in range(0, len(ids), 65_536):
+        block = vectors[start : start + 65_536]
+        squares = np.einsum("rd,rd->r", block, block, dtype=np.float32)
+        bad = np.flatnonzero(~(squares <= MOST_NORM**2))
+        if len(bad):
+            first = ids[start + int(bad[0])].as_py()
+            rows = f"{len(bad):,} rows (of the first {start + len(block):,})"
+            problem = f"with NaN, infinity or a norm over {MOST_NORM:g}, the first: {first!r}"
+            raise Stop(f"{source}: {rows} {problem}; a vector may be divided by its norm")
+
+
 def users_embedding(source, ids, target):
     """Aligns the vectors of NAME.npy (`source`) by NAME.ids to `ids`, an Arrow column of our rows: a row
     without a vector gets zeros. Writes `target`; returns how many have none."""
@@ -74,12 +91,5 @@ def users_embedding(source, ids, target):
             wanted = row[start:end]
             block = vectors[np.maximum(wanted, 0)]
             block[wanted < 0] = 0
-            squares = np.einsum("rd,rd->r", block, block, dtype=np.float32)
-            bad = np.flatnonzero(~(squares <= MOST_NORM**2))
-            if len(bad):
-                first = ids[start + int(bad[0])].as_py()
-                rows = f"{len(bad):,} rows (of those up to {end:,})"
-                problem = f"with NaN, infinity or a norm over {MOST_NORM:g}, the first: {first!r}"
-                raise Stop(f"{source}: {rows} {problem}; a vector may be divided by its norm")
             out[start:end] = block
     return int((row < 0).sum())

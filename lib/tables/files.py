@@ -84,7 +84,9 @@ def find_table(folder, name):
                     why = "whose log says which files count: export its live rows"
                     raise Stop(f"{path}/: a table of {kind}, {why}, with {export}")
             parts = sorted(path.rglob("*")) if path.is_dir() else [path]
-            parts = [part for part in parts if not part.is_dir() and not is_hidden(part.relative_to(folder))]
+            # A link to a folder is not gone into: it is named among the others.
+            parts = [part for part in parts if part.is_symlink() or not part.is_dir()]
+            parts = [part for part in parts if not is_hidden(part.relative_to(folder))]
             files = [part for part in parts if format_of(part)]
             others += [str(part.relative_to(folder)) for part in parts if part not in files]
             if files:
@@ -102,12 +104,13 @@ def find_table(folder, name):
 
 
 def other_files(folder, names):
-    """What lies in a dataset folder and looks like a table, a file or a folder, but has the name of none."""
+    """What lies in a dataset folder, a file or a folder, and looks like a table or like vectors, but has the
+    name of none."""
     found = []
     for path in sorted(folder.iterdir()):
-        if table_name(path) not in names and not is_hidden(path.name):
+        if table_name(path) not in names and path.name != "embeddings" and not is_hidden(path.name):
             parts = itertools.islice(path.rglob("*"), 1_000) if path.is_dir() else [path]  # or of pictures
-            if any(map(format_of, parts)):
+            if any(format_of(part) or part.suffix.lower() == ".npy" for part in parts):
                 found.append(path.name + "/" * path.is_dir())
     return found
 
@@ -160,14 +163,24 @@ def folder_columns(files, base, types):
 
 
 def parquet_reader(db, files):
-    """Likewise of Parquet, without regard to folders. DuckDB makes names for columns that have none."""
+    """Likewise of Parquet, without regard to folders. DuckDB makes names for columns that have none, and of
+    7.0 the text 7.0 where another file has text: here it is 7."""
     options = f"{listed(files)}, union_by_name = true, binary_as_string = true, {OPTIONS}"
-    sql, unnamed = f"FROM read_parquet({options})", {}
+    sql, unnamed, fractions = f"FROM read_parquet({options})", {}, {}
     types = columns_of(db, sql)  # tells which file cannot be read
+    texts = {column.lower(): column for column, kind in types.items() if kind == "VARCHAR"}
     for path in files:
-        if "" in (names := pq.read_schema(path).names):
+        schema = pq.read_schema(path)
+        for field in schema:
+            if field.name.lower() in texts and re.match("float|double|halffloat|decimal", str(field.type)):
+                fractions.setdefault(texts[field.name.lower()], []).append(text_literal(path))
+        if "" in (names := schema.names):
             told = columns_of(db, f"FROM read_parquet({listed([path])}, {OPTIONS})")  # ends with FILE
             unnamed |= {other: n for n, (other, name) in enumerate(zip(told, names), 1) if not name}
+    if fractions:
+        file, cells = quoted(FILE), {quoted(column): ", ".join(of) for column, of in fractions.items()}
+        ours = [f"if({file} IN ({of}), digits({cell}), {cell}) AS {cell}" for cell, of in cells.items()]
+        sql = f"FROM (SELECT * REPLACE ({', '.join(ours)}) {sql})"
     if unnamed:
         ours = [f'{quoted(other)} AS "column {n} {NAMELESS}"' for other, n in unnamed.items()]
         sql = f"FROM (SELECT * RENAME ({', '.join(ours)}) {sql})"

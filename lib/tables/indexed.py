@@ -3,10 +3,12 @@
 from lib.stages.streams import slices
 from lib.stages.terminal import Stop
 from lib.tables.columns import as_text
+from lib.tables.embeddings import NAMES
 from lib.tables.files import quoted
 from lib.tables.raw import kinds_of
 
 RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
+OUTPUTS = ("probabilities", "expected_level")  # of the student, whose inputs have other names
 
 
 def refuse_names(raw, table, reserved, columns=None):
@@ -38,8 +40,23 @@ def pair_numbers(raw, reserved):
     for column, about in raw.columns("impressions").items():
         if about.role == labels[column.lower()] == "number":
             found[column] = f"number({quoted(column)})::FLOAT"
-    refuse_names(raw, "impressions", (*RESERVED, *reserved), found)
+    refuse_names(raw, "impressions", (*RESERVED, *OUTPUTS, *reserved), found)
     return found
+
+
+def refuse_twice(raw, own, numbers):
+    """Stop if two inputs of the student would have one name, which is SIDE_COLUMN of columns of queries and
+    pins. own: names of the user's embeddings; numbers: of the numbers of pairs."""
+    taken = dict.fromkeys(map(str.lower, (*NAMES, *own)), "an embedding")
+    columns = [("impressions", "", column) for column in numbers]
+    for table, side in (("queries", "query_"), ("pins", "pin_")):
+        kept = [column for column, about in raw.columns(table).items() if about.role != "left out"]
+        columns += [(table, side, column) for column in kept]
+    for table, side, column in columns:
+        name = f"{side}{column}"
+        if other := taken.get(name.lower()):
+            raise Stop(f"{raw.name[table]}: column {column!r}: {other} has its name, {name}: rename it")
+        taken[name.lower()] = f"the column {column!r} of {raw.name[table]}"
 
 
 def index_pairs(raw, table, columns, chunk=500_000):

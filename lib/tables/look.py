@@ -64,12 +64,16 @@ def role_of(raw, table, column):
     return about.role + f": {about.odd}" * (about.role == "left out")
 
 
-def lines_of(columns):
-    """Columns as a table of text."""
+def lines_of(columns, raw):
+    """Columns as a table of text, and how many more there are."""
     rows = [("column", "is", "for example", None), *columns]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
     for name, role, example, _ in rows if columns else ():
         yield f"  {name:<{widths[0]}}  {role:<{widths[1]}}  {example}".rstrip()
+    for table in REQUIRED:
+        shown = {name for name, *_ in columns if name.startswith(f"{table}.")}
+        if shown and (more := len({f"{table}.{name}" for name in raw.further(table)} - shown)):
+            yield f"  {table}: {more:,} further columns are not shown"
 
 
 def oddities(raw, columns):
@@ -130,7 +134,7 @@ def show(raw):
     """Prints what is known of the tables: what is odd, what is used of the logs, how far raters agree, what
     becomes of each column."""
     columns = list(look_at(raw))
-    for lines in (oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns)):
+    for lines in (oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns, raw)):
         for line in lines:
             print(line)
 

@@ -47,7 +47,7 @@ PAIRS = "SELECT query_id, pin_id FROM raw_labels GROUP BY query_id, pin_id HAVIN
 SPLITS = """SELECT first(l.query_id), query_key(q.query)
     FROM rated_labels l JOIN raw_queries q ON l.query_id = q.query_id
     GROUP BY query_key(q.query) HAVING count(DISTINCT coalesce(l.split, '')) > 1"""
-DATES = "SELECT date FROM raw_engagements WHERE date > today() + 1 OR NOT isfinite(date)"
+DATES = "SELECT date FROM raw_engagements WHERE date NOT BETWEEN '1970-01-01' AND today() + 1"
 DWELL = "SELECT dwell_seconds FROM raw_link_visits WHERE NOT isfinite(dwell_seconds)"
 LEVELS = "--levels says what other labels mean"
 OUTSIDE, NO_SPLIT = f"outside 1, 2, 3, 4, 5 ({LEVELS})", "neither 'train' nor 'eval'"
@@ -67,7 +67,7 @@ RULES = [
     ("labels", "label", PAIRS.format("*"), "(pairs of query and pin) labelled twice"),
     ("labels", "split", SPLITS, "(texts of queries) with labels in more than one split"),
     ("engagements", "count", "SELECT count FROM raw_engagements WHERE count < 0", "below 0"),
-    ("engagements", "date", DATES, "in the future, or without end"),
+    ("engagements", "date", DATES, "in the future, or before 1970"),
     ("link_visits", "dwell_seconds", DWELL, "not finite"),
 ]
 
