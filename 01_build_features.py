@@ -293,9 +293,7 @@ def check_tables(settings):
         if not raw.faults:
             split_of(*zip(*raw.ask(labels)), settings.eval_share, raw.name["labels"])
 
-    def numbers():
-        return pair_numbers(raw, MATCH_FEATURES)
-
+    numbers = functools.partial(pair_numbers, raw, MATCH_FEATURES)
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
         "queries": lambda: refuse_names(raw, "queries", ("query_index",)),

@@ -154,9 +154,8 @@ def compile_layers(teacher, sample, pad_id, settings, accelerator):
     with stop_on_error("--compile: PyTorch cannot compile here", "--compile off labels without"):
         after = soft_labels(teacher, sample, pad_id, token_budget)
     moved = np.abs(after - before).max()
-    accelerator.print(
-        f"layers compiled in {time.monotonic() - start:.0f} s; labels move by at most {moved:.1e}"
-    )
+    seconds = time.monotonic() - start
+    accelerator.print(f"layers compiled in {seconds:.0f} s; labels move by at most {moved:.1e}")
     if not moved < ROUNDING[teacher.dtype]:
         raise Stop("--compile: labels move by more than rounding; --compile off labels without")
     return teacher

@@ -108,11 +108,9 @@ class PairText:
         too_long = [row for row, tokens in enumerate(ids) if len(tokens) > room]
         if too_long and not self.cut_queries:
             first = too_long[0]
-            raise Stop(
-                f"{len(too_long)} of {len(ids)} queries do not fit into {room} tokens, the first has "
-                f"{len(ids[first])}: {texts[first][:60]!r}…; raise --max-tokens of stage 02, shorten it, or "
-                "--long-queries cut"
-            )
+            wrong = f"{len(too_long)} of {len(ids)} queries do not fit into {room} tokens, the first has"
+            ways = "raise --max-tokens of stage 02, shorten it, or --long-queries cut"
+            raise Stop(f"{wrong} {len(ids[first])}: {texts[first][:60]!r}…; {ways}")
         for row in too_long:
             ids[row] = ids[row][: room // 2]
         return ids

@@ -51,9 +51,8 @@ from lib.stages.processes import start_processes  # noqa: E402
 from lib.stages.settings import Count, Device, Positive, Precision, flags_read  # noqa: E402
 from lib.stages.terminal import Stop, run_main  # noqa: E402
 
-stage01, stage02, stage03 = map(
-    importlib.import_module, ("01_build_features", "02_train_teacher", "03_label")
-)
+NAMES = ("01_build_features", "02_train_teacher", "03_label")
+stage01, stage02, stage03 = map(importlib.import_module, NAMES)
 SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
 NAIVE_ROWS = 32  # rows a naive batch: CrossEncoder.predict's default
 PEER_FIELDS, PEER_TOKENS = ["title", "description"], 96

@@ -62,9 +62,8 @@ def judgment_tables(judgments, movies, settings):
     for row in judgments:
         query, pin, grade = row["query_id"], row["doc_id"], row["grade"]
         if grade not in LEVEL:
-            raise Stop(
-                f"{settings.source}: grade {grade!r} of query {query!r}, movie {pin!r}: neither 0 nor 1"
-            )
+            of = f"query {query!r}, movie {pin!r}"
+            raise Stop(f"{settings.source}: grade {grade!r} of {of}: neither 0 nor 1")
         if pin not in movies:
             skipped.append((query, pin, grade, "no such movie"))
             continue

@@ -27,8 +27,7 @@ from lib.stages.terminal import Stop, run_main
 TOY = ROOT / "data" / "toy" / "models"
 MODELS = tuple(f"{name}={TOY / name.lower()}" for name in ("BERT", "T5", "DeBERTa"))
 ON_HUMAN = "student_human_labels"
-SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py"}
-SCRIPTS |= dict.fromkeys(("student", ON_HUMAN), "04_train_student.py")
+SCRIPTS = {"teacher": "02_train_teacher.py", "labels": "03_label.py"}  # of students: 04
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Experiments:
 
     def command(self, stage, *flags):
         """A stage's command line: RUN's own flags, and these, which win."""
-        return [sys.executable, ROOT / SCRIPTS[stage], *require(self.run / stage, ())["command"], *flags]
+        script, made = SCRIPTS.get(stage, "04_train_student.py"), require(self.run / stage, ())
+        return [sys.executable, ROOT / script, *made["command"], *flags]
 
     def link(self, folder, run, *names):
         """INTO/folder, with links to some folders of a run."""

@@ -92,7 +92,7 @@ def test_rows_are_those_of_the_dataset(toy, models, capsys, monkeypatch):
     assert cells[f"02, {epochs} epochs"] == [f"{300 * epochs:,}", "64", f"{minutes:.1f}"]
     assert cells["04, 20 epochs"][:2] == ["46,000", "512"] and "captions are not in it" in out
     plan.main(["--data", str(toy), "--model", str(models["llama"])])
-    assert "has an encoder as teacher" in capsys.readouterr().out
+    assert "teacher is an encoder" in capsys.readouterr().out
 
 
 def test_tokens_of_a_pair_are_reckoned_by_characters(toy):

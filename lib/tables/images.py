@@ -129,7 +129,6 @@ def write_skipped(path, pictures, reasons):
     list_skipped(path, names, skipped)
     if len(skipped) == len(pictures) - pictures["image"].null_count:
         first = f"the first: {skipped[0][1]!r} ({skipped[0][2]})"
-        print(
-            f"warning: not one of {len(skipped):,} pictures can be read: no captions, no embedding; {first}"
-        )
+        wrong = f"not one of {len(skipped):,} pictures can be read"
+        print(f"warning: {wrong}: no captions, no embedding; {first}")
     return len(skipped)

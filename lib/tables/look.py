@@ -28,7 +28,10 @@ def look_at(raw):
         if raw.types[table] and raw.whole(table):
             shown = [name for name, kind in kinds_of(table).items() if kind != "id" and name != "rater"]
             shown = [name for name in shown if name in raw.types[table]]
-            yield from look_at_table(raw, table, [*shown, *raw.further(table)][:COLUMNS])
+            shown += raw.further(table)
+            yield from look_at_table(raw, table, shown[:COLUMNS])
+            if more := len(shown[COLUMNS:]):
+                yield f"{table}.…", f"{more:,} further columns, not shown", "", None
 
 
 def look_at_table(raw, table, columns):
@@ -64,16 +67,12 @@ def role_of(raw, table, column):
     return about.role + f": {about.odd}" * (about.role == "left out")
 
 
-def lines_of(columns, raw):
-    """Columns as a table of text, and how many more there are."""
+def lines_of(columns):
+    """Columns as a table of text."""
     rows = [("column", "is", "for example", None), *columns]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
     for name, role, example, _ in rows if columns else ():
         yield f"  {name:<{widths[0]}}  {role:<{widths[1]}}  {example}".rstrip()
-    for table in REQUIRED:
-        shown = {name for name, *_ in columns if name.startswith(f"{table}.")}
-        if shown and (more := len({f"{table}.{name}" for name in raw.further(table)} - shown)):
-            yield f"  {table}: {more:,} further columns are not shown"
 
 
 def oddities(raw, columns):
@@ -134,7 +133,7 @@ def show(raw):
     """Prints what is known of the tables: what is odd, what is used of the logs, how far raters agree, what
     becomes of each column."""
     columns = list(look_at(raw))
-    for lines in (oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns, raw)):
+    for lines in (oddities(raw, columns), raw.remarks(), agreement(raw), lines_of(columns)):
         for line in lines:
             print(line)
 
