@@ -393,7 +393,7 @@ def test_split_by_hash_when_there_is_none(tmp_path):
 
 def test_optional_columns_with_any_name(tmp_path):
     tables = small_dataset()
-    names = ['a "quoted" one', "text", "n", "select", "label", "größe", "query_id2", "row", "board"]
+    names = ['a "quoted" one', "texts", "n", "select", "label", "größe", "query_id2", "row", "board"]
     for name in names:
         tables["pins"][name], tables["queries"][name] = ["x", None, "y"], ["x", "y"]
     folder = made(own_embeddings(write_dataset(tmp_path / "data", tables)), tmp_path / "run")
