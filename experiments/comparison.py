@@ -162,11 +162,11 @@ def findings_report(findings):
         lines += [f"{entry['rows']:,} human-labelled rows of {entry['queries']:,} queries.", ""]
         lines += [f"![finding {key}](finding_{key}.png)"]
         lines += table_of("condition", COMPARED.values(), entry["table"], language=ALL)
-        lines += table_of("difference", COMPARED.values(), entry["differences"], language=ALL)
-        shown, languages = entry["shown"], languages_of(entry)
-        if languages:
-            title = f"{COMPARED[shown]} by language"
-            lines += table_of(title, ["all", *languages], entry["table"], metric=shown)
+        if entry["differences"]:  # there are none of one condition
+            lines += table_of("difference", COMPARED.values(), entry["differences"], language=ALL)
+        if languages := languages_of(entry):
+            title = f"{COMPARED[entry['shown']]} by language"
+            lines += table_of(title, ["all", *languages], entry["table"], metric=entry["shown"])
     return "\n".join(lines) + "\n"
 
 

@@ -279,6 +279,7 @@ def test_languages_of_a_teacher_without_a_student(finished, tmp_path):
     table = read_json(tmp_path / "findings" / "findings.json")["c"]["table"]
     assert {row["condition"] for row in table} == {"teacher"}
     assert {"en", "de", "es", "fr"} <= {row["language"] for row in table}
+    assert "| difference |" not in (tmp_path / "findings" / "findings.md").read_text()
     assert str(run / "student") in stop_line(findings.main, ["--run", str(run), "--findings", "b", "c"])
 
 
