@@ -294,12 +294,13 @@ def check_tables(settings):
             split_of(*zip(*raw.ask(labels)), settings.eval_share, raw.name["labels"])
 
     numbers = functools.partial(pair_numbers, raw, MATCH_FEATURES)
+    own = functools.cache(functools.partial(own_embeddings, raw.folder))  # all vectors are read
     checks = {
         "pins": lambda: refuse_names(raw, "pins", ("pin_index", *FIELDS)),
         "queries": lambda: refuse_names(raw, "queries", ("query_index",)),
         "labels impressions": numbers,
-        "": lambda: own_embeddings(raw.folder),
-        " ".join(REQUIRED): lambda: refuse_twice(raw, own_embeddings(raw.folder), numbers()),
+        "": own,
+        " ".join(REQUIRED): lambda: refuse_twice(raw, own(), numbers()),
         "labels queries": splits,
     }
     if settings.base:

@@ -15,9 +15,6 @@ Writes  RUN/teacher/    adapter/ or backbone/, head.safetensors, tokenizer/, tea
 Toy     python 02_train_teacher.py
 Paper   accelerate launch 02_train_teacher.py --preset paper --run /runs/search      one process a GPU
 
-Each forward pass on each process draws its own dropout: with other --batch-tokens, or on another number of
-processes, the teacher differs as with another seed, by a little.
-
 Shapes: B rows, T tokens, C = 5 levels.
 """
 
@@ -73,7 +70,7 @@ class Settings(ModelSettings):
 
     epochs: Count | None = 6  # passes over the training rows; None: 3 to 10, by how many rows there are
     batch_size: Count = 32  # rows an optimizer step, over all processes
-    batch_tokens: Count = 4_096  # tokens a forward pass; a step is as many passes as its rows need
+    batch_tokens: Count = 4_096  # tokens a forward pass, which draws its own dropout; a step is several
     lr: Positive = 2e-3  # peak learning rate of LoRA weights
     encoder_lr: Positive = 3e-4  # peak learning rate of a backbone trained in full
     head_lr: Positive = 1e-3  # peak learning rate of the head

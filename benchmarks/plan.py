@@ -202,8 +202,10 @@ def print_minutes(raw, plan, config):
     epochs_04, rows = stage04.PRESETS["small"].epochs, plan.impressions + plan.labels
     student = student_speed(2 * config.hidden_size + stage01.PRESETS["small"].graph_dim)
     hardware = f"{pick_hardware(train)[2]}, {torch.get_num_threads()} threads"
-    rule = f"by {CHARACTERS:g} characters a token"
-    print(f"\non this machine ({hardware}), preset small, {of_pair} tokens a pair, {rule}")
+    print(
+        f"\non this machine ({hardware}), preset small, {of_pair} tokens a pair, by {CHARACTERS:g} "
+        "characters a token"
+    )
     print("\n| stage | rows | rows/s | minutes |\n| --- | ---: | ---: | ---: |")
     for what, n, speed in (
         ("01, text embeddings alone", texts, label_speed),
@@ -229,8 +231,9 @@ def main(argv=None):
         plan = counted(plan, raw)
     features, train = stage01.PRESETS["paper"], stage02.PRESETS["paper"]
     steps, gpus = train.epochs * math.ceil(plan.labels / train.batch_size), plan.gpus * plan.machines
-    given = f"{plan.labels:,} labelled, {plan.impressions:,} impressions"
-    print(f"rows: {given} ({where}); {plan.tokens:g} tokens")
+    print(
+        f"rows: {plan.labels:,} labelled, {plan.impressions:,} impressions ({where}); {plan.tokens:g} tokens"
+    )
     print(f"steps of 02: {steps:,} of {train.batch_size} rows, {train.epochs} epochs")
     print(f"disk: {44e-9 * plan.impressions:.1f} GB for impressions and soft labels, and the embeddings")
     print(f"hours: {plan.machines} machine(s) of {plan.gpus} GPU(s); USD: at {plan.price:g} a GPU hour")

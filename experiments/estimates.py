@@ -36,9 +36,9 @@ class Estimate(NamedTuple):
 
 def estimate(value, variance, n):
     """The Estimate of a mean of this variance over n queries: Student's t, n - 1 degrees."""
-    freedom = n - 1
-    error = np.sqrt(variance) if freedom > 0 else np.nan  # nobody knows how far one query is off
-    width = error * stats.t.ppf(0.975, freedom)
+    degrees = n - 1
+    error = np.sqrt(variance) if degrees > 0 else np.nan  # nobody knows how far one query is off
+    width = error * stats.t.ppf(0.975, degrees)
     return Estimate(value, error, value - width, value + width)
 
 

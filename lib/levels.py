@@ -7,6 +7,7 @@ RELEVANT = 4  # a pin of this level or above is relevant
 
 # The six text sources of the paper in the order they are read. Each is a column of features/pins.parquet.
 FIELDS = ("title", "description", "caption", "queries", "boards", "links")
+OUTPUTS = ("probabilities", "expected_level")  # of the student as ONNX; no input has such a name
 CHARACTERS = 100  # of a token at most: what stands farther back in a text is not read, not tokenized either
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lib.inputs.match import ENGAGEMENTS
-from lib.levels import NUM_LEVELS, expected_level
-from lib.results.contract import ONNX_ONE_QUERY, OUTPUTS, input_names, open_onnx, sources_of
+from lib.levels import NUM_LEVELS, OUTPUTS, expected_level
+from lib.results.contract import ONNX_ONE_QUERY, input_names, open_onnx, sources_of
 from lib.stages.files import read_json
 from lib.stages.finished import command_of_student, remake, require_finished
 from lib.stages.terminal import Stop

@@ -5,14 +5,13 @@ import os
 
 from lib.inputs.bm25 import PATTERNS
 from lib.inputs.match import MATCH_FEATURES, WINDOW_YEARS
-from lib.levels import FIELDS, NUM_LEVELS, side_of
+from lib.levels import FIELDS, NUM_LEVELS, OUTPUTS, side_of
 from lib.stages.files import public_name
 from lib.stages.terminal import Stop
 
 ONNX, ONNX_ONE_QUERY = "student.onnx", "student_one_query.onnx"
-OUTPUTS = ("probabilities", "expected_level")
-LEVELS = {"name": "probabilities", "shape": ["B", NUM_LEVELS], "unit": "probability of levels 1 to 5"}
-EXPECTED = {"name": "expected_level", "shape": ["B"], "unit": "level, 1 to 5: rank by it"}
+LEVELS = {"name": OUTPUTS[0], "shape": ["B", NUM_LEVELS], "unit": "probability of levels 1 to 5"}
+EXPECTED = {"name": OUTPUTS[1], "shape": ["B"], "unit": "level, 1 to 5: rank by it"}
 LEVELS["dtype"] = EXPECTED["dtype"] = "float32"
 
 # How stage 01 computes embeddings that are not the user's own: (how, what it comes from).

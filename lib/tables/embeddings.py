@@ -9,8 +9,7 @@ from lib.stages.streams import MOST_NORM, new_matrix
 from lib.stages.terminal import Stop, stop_on_error
 from lib.tables.files import is_hidden, regular_file
 
-# Of the embeddings that stage 01 makes, or that the user's own stand for.
-NAMES = ("query_text", "pin_text", "pin_visual", "pin_graph")
+NAMES = ("query_text", "pin_text", "pin_visual", "pin_graph")  # 01's, if the user has none of this name
 
 
 def own_embeddings(folder):

@@ -1,5 +1,6 @@
 """Rows of the raw tables under their numbers, query_index and pin_index, which name them after stage 01."""
 
+from lib.levels import OUTPUTS
 from lib.stages.streams import slices
 from lib.stages.terminal import Stop
 from lib.tables.columns import as_text
@@ -8,7 +9,6 @@ from lib.tables.files import quoted
 from lib.tables.raw import kinds_of
 
 RESERVED = ("query_index", "pin_index", "engaged", "label", "split", "the row")  # columns of pairs
-OUTPUTS = ("probabilities", "expected_level")  # of the student, whose inputs have other names
 
 
 def refuse_names(raw, table, reserved, columns=None):
